@@ -1,0 +1,1945 @@
+"""Train a DCGAN on Stanford Dogs within a time budget and write `images.zip`: 10,000 new dogs.
+
+One file, from JPEGs and boxes to the zip that Kaggle's *Generative Dog Images* would accept. Split
+batch norm in the discriminator, a margin loss, and an averaged generator (SWA or EMA) whose batch-norm
+statistics are re-estimated. Runs on one CUDA GPU from compute capability 6.0 on, or on a CPU; as a
+script, as a Kaggle kernel, or pasted into one notebook cell (options there: `main(["--minutes", "30"])`).
+
+    python train_dogs.py --data PATH/TO/stanford-dogs          # 8.5 hours, everything in output/
+    python train_dogs.py --data data/sample --width 16 --minutes 3   # drawn dogs, no GPU needed
+
+A reader who goes from top to bottom follows one photo from its JPEG to the networks, and one latent from
+the networks to its PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+IMAGE_SIZE = 64
+SAMPLE_BATCH = 128  # latents per forward when sampling; fixed, so that an image never depends on N
+P100_FLOPS = 7.4e12  # sustained FLOP/s of a P100 on a DCGAN: the unit of "P100-hours"
+
+
+# ------------------------------------------------------------------------------- 1. Configuration
+
+
+class UserError(Exception):
+    """What the user or the machine must change: one sentence with the remedy; exit code 2."""
+
+
+def option(default: object, group: str, text: str, fixed: bool = True) -> object:
+    """A field of `Config`; `fixed` ones may not change when a run is resumed."""
+    return field(default=default, metadata={"group": group, "help": text, "fixed": fixed})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The only source of options: each field is a flag, and goes into the checkpoint and the log."""
+
+    data: tuple[str, ...] = option((), "files", "folder, zip or tar of dogs; repeatable", False)
+    out: str = option("", "files", "folder for results (/kaggle/working or output)", False)
+
+    crops: str = option("square", "data", "crop kinds with weights, as in square:3,context:1")
+
+    latent_dim: int = option(256, "networks", "numbers in a latent z")
+    width: int = option(48, "networks", "channels per unit of G's table (and D's)")
+    d_width: int = option(0, "networks", "the same for D alone; 0 = width")
+    init_std: float = option(0.0, "networks", "std of normal initial weights; 0 = PyTorch's own")
+
+    margin: float = option(0.8, "loss", "probability past which a real costs nothing; 1 = never")
+    smoothing: float = option(
+        0.0, "loss", "one-sided label smoothing: the reals' label is 1 - this"
+    )
+
+    batch_size: int = option(32, "optimisation", "reals (and fakes) per step")
+    g_lr: float = option(5e-4, "optimisation", "Adam's learning rate for G")
+    d_lr: float = option(5e-4, "optimisation", "Adam's learning rate for D")
+    beta1: float = option(0.3, "optimisation", "Adam's beta1")
+    beta2: float = option(0.999, "optimisation", "Adam's beta2")
+    lr_decay_start: float = option(1.0, "optimisation", "progress where lr begins to fall to 0")
+
+    average: str = option("swa", "averaging", "weights to submit: swa, ema or none", False)
+    swa_start: float = option(0.5, "averaging", "progress at which SWA begins, 0 to 1")
+    swa_every: int = option(20, "averaging", "steps between updates of the averages")
+    ema_beta: float = option(0.9995, "averaging", "EMA's decay per step")
+
+    steps: int = option(360_000, "length", "steps of the whole recipe", False)
+    hours: float = option(8.5, "length", "wall-clock budget of all parts, zip included", False)
+    part_hours: float = option(0.0, "length", "end this part after so long, to be resumed", False)
+
+    seed: int = option(0, "run", "seed of everything random")
+    device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", False)
+    images: int = option(10_000, "run", "images in the zip", False)
+    checkpoint_seconds: float = option(300.0, "run", "seconds between checkpoints", False)
+
+
+PRESETS: dict[str, dict[str, object]] = {"dogs": {}}
+
+RANGES = {  # field: (least, most)
+    "latent_dim": (1, 4096), "width": (1, 1024), "d_width": (0, 1024), "init_std": (0, 1),
+    "margin": (0.01, 1), "smoothing": (0, 0.5), "batch_size": (2, 65536), "g_lr": (0, 1),
+    "d_lr": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999), "lr_decay_start": (0, 1),
+    "swa_start": (0, 1), "swa_every": (1, 10**9), "ema_beta": (0, 0.9999999), "steps": (1, 10**9),
+    "part_hours": (0, 1e6), "seed": (0, 2**32 - 1), "images": (1, 99_999),
+    "checkpoint_seconds": (0, 1e9),
+}  # fmt: skip
+
+
+def check_config(config: Config) -> Config:
+    """Raise `UserError` for a value out of its range; return `config` otherwise."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(config, name)
+        if not least <= value <= most:  # also catches nan
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {value} is out of range: give {least} to {most}.")
+    if not config.hours > 0:
+        raise UserError(f"a budget of {config.hours} hours is none: give more than 0.")
+    if config.average not in ("swa", "ema", "none"):
+        raise UserError(f"--average {config.average} is unknown: give swa, ema or none.")
+    parse_crops(config.crops)
+    return config
+
+
+class Options(NamedTuple):
+    """A parsed command line: the configuration, which fields were named, and what to do."""
+
+    config: Config
+    named: frozenset[str]
+    dry_run: bool
+    fresh: bool
+    resume: str
+    sample_only: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help.")
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The command line, made from `Config`; `--steps` alone lifts the time limit."""
+    parser = _Parser(prog="train_dogs.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    actions = parser.add_argument_group("actions")
+    actions.add_argument("--preset", default="dogs", help="recipe: " + ", ".join(PRESETS))
+    actions.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    actions.add_argument("--fresh", action="store_true", help="ignore the checkpoint in --out")
+    actions.add_argument("--resume", default="", metavar="FILE", help="start from this checkpoint")
+    actions.add_argument(
+        "--sample-only", action="store_true", help="write images.zip from what was trained"
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in fields(Config):
+        name = f.metadata["group"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        shown = f.metadata["help"] + (f" ({f.default})" if f.default not in ("", ()) else "")
+        group.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=str if f.default == () else type(f.default),
+            action="append" if f.default == () else "store",
+            default=argparse.SUPPRESS,
+            metavar=type(f.default).__name__.upper() if f.default != () else "PATH",
+            help=shown.replace("%", "%%"),
+        )
+    groups["length"].add_argument(
+        "--minutes", type=float, default=argparse.SUPPRESS, help="the same budget in minutes"
+    )
+    given = vars(parser.parse_args(list(argv)))
+    acts = {k: given.pop(k) for k in ("preset", "dry_run", "fresh", "resume", "sample_only")}
+    if "minutes" in given:
+        if "hours" in given:
+            raise UserError("--hours and --minutes are the same budget: give one of them.")
+        given["hours"] = given.pop("minutes") / 60
+    elif "steps" in given and "hours" not in given:
+        given["hours"] = math.inf
+    if acts["preset"] not in PRESETS:
+        raise UserError(f"--preset {acts['preset']} is unknown: give one of {', '.join(PRESETS)}.")
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    config = check_config(replace(Config(**PRESETS[acts.pop("preset")]), **given))
+    if not config.out:
+        kaggle = Path("/kaggle/working")
+        config = replace(config, out=str(kaggle if kaggle.is_dir() else "output"))
+    return Options(config, frozenset(given), **acts)
+
+
+# -------------------------------------------------------------------------------------- 2. Device
+
+
+def architecture_is_built(capability: tuple[int, int], built: Sequence[str]) -> bool:
+    """Whether a GPU of `capability` can run kernels of a torch built for `built`.
+
+    `built` is `torch.cuda.get_arch_list()`: binaries ("sm_70") run on the same major version from
+    their minor version on; intermediate code ("compute_70") runs on anything as new or newer.
+    """
+    major, minor = capability
+    for name in built:
+        kind, _, digits = name.partition("_")
+        digits = digits.rstrip("af")
+        if digits.isdigit():
+            built_major, built_minor = int(digits[:-1]), int(digits[-1])
+            if kind == "sm" and built_major == major and built_minor <= minor:
+                return True
+            if kind == "compute" and (built_major, built_minor) <= (major, minor):
+                return True
+    return False
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a real kernel has run.
+
+    Raises `UserError` where there is no such GPU, or the installed torch has no kernels for it (a P100
+    under a CUDA 12.8+ build reports itself as available, and its first kernel dies).
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()):
+        raise UserError(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--device {name}: no CUDA GPU is usable here; give --device cpu, or turn the GPU on."
+        )
+    device = torch.device("cuda", int(index or 0))
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs, from cuda:0."
+        )
+    capability = torch.cuda.get_device_capability(device)
+    remedy = (
+        "choose a T4 or L4 instead, or pin the notebook to its original 2025 environment, or install a"
+        " CUDA 12.6 build of torch 2.14 or older (pip install --no-index --find-links=FOLDER torch)."
+    )
+    if not architecture_is_built(capability, torch.cuda.get_arch_list()):
+        raise UserError(
+            f"this GPU is of architecture sm_{capability[0]}{capability[1]}, for which the installed"
+            f" torch {torch.__version__} has no kernels: {remedy}"
+        )
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(8, device=device).sum().item()
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0]
+        raise UserError(f"the GPU cannot run a kernel ({first_line}): {remedy}") from error
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """One line for the log: device, capability, torch and CUDA versions."""
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    name, (major, minor) = (
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_capability(device),
+    )
+    return f"{name} (sm_{major}{minor}), torch {torch.__version__}, CUDA {torch.version.cuda}"
+
+
+# --------------------------------------------------------------------------- 3. Data: finding dogs
+
+
+class BadItem(Exception):
+    """A picture, annotation or box that is left out; the text is the reason it is counted under."""
+
+
+class Entry(NamedTuple):
+    """A file in a folder or an archive."""
+
+    path: str  # below its root, with forward slashes
+    size: int  # bytes
+    stamp: int  # modification time in ns, or the archive's
+    read: Callable[[], bytes]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture and its annotation, not yet read."""
+
+    name: str  # unique in its set, as in n02085620-Chihuahua/n02085620_10074.jpg
+    breed: str
+    picture: Entry
+    annotation: Entry | None
+
+    def read(self) -> bytes:
+        """The encoded picture. Raises `BadItem`."""
+        return read_entry(self.picture)
+
+    def read_annotation(self) -> bytes | None:
+        """The annotation's XML, or None in a set without annotations. Raises `BadItem`."""
+        return None if self.annotation is None else read_entry(self.annotation)
+
+
+@dataclass(frozen=True)
+class DogSet:
+    """The photos found, in a fixed order, and what was left out already."""
+
+    where: str
+    photos: list[Photo]
+    skipped: list[tuple[str, str]]  # (name, reason)
+    annotated: bool
+
+
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+LARGEST_FILE = 64 << 20  # bytes; an archive member that claims more is a mistake or an attack
+PICTURE_PLACES = (  # where a set keeps its pictures: the official layout, and Kaggle's since 2019
+    "Images", "images/Images", "all-dogs/all-dogs", "all-dogs", "all-dogs.zip", "images.tar",
+)  # fmt: skip
+ANNOTATION_PLACES = (
+    "Annotation", "annotation/Annotation", "annotations/Annotation", "Annotation.zip",
+    "annotation.zip", "annotation.tar",
+)  # fmt: skip
+
+
+def read_entry(entry: Entry) -> bytes:
+    """The bytes of an entry. Raises `BadItem` where it is too large or cannot be read."""
+    if entry.size > LARGEST_FILE:
+        raise BadItem("file larger than 64 MB")
+    try:
+        return entry.read()
+    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise BadItem("unreadable file") from error
+
+
+def list_files(place: Path) -> list[Entry]:
+    """All visible files of a folder (links followed, 6 levels), zip or uncompressed tar, sorted."""
+    if place.is_dir():
+        entries = list(_folder_entries(place, "", 6))
+    elif zipfile.is_zipfile(place):
+        entries = _zip_entries(place)
+    elif place.is_file():
+        entries = _tar_entries(place)
+    else:
+        raise UserError(f"{place} does not exist: give the folder or archive that holds the dogs.")
+    hidden = (".", "__MACOSX")
+    kept = (e for e in entries if not any(p.startswith(hidden) for p in e.path.split("/")))
+    return sorted(kept, key=lambda e: e.path)
+
+
+def _folder_entries(folder: Path, prefix: str, levels: int) -> Iterator[Entry]:
+    try:
+        with os.scandir(folder) as scan:
+            for item in scan:
+                if item.is_dir() and levels > 0:
+                    yield from _folder_entries(Path(item.path), f"{prefix}{item.name}/", levels - 1)
+                elif item.is_file():
+                    status = item.stat()
+                    read = Path(item.path).read_bytes
+                    yield Entry(prefix + item.name, status.st_size, status.st_mtime_ns, read)
+    except PermissionError as error:
+        raise UserError(f"{folder} may not be read: give yourself permission to it.") from error
+
+
+def _zip_entries(place: Path) -> list[Entry]:
+    try:
+        archive = zipfile.ZipFile(place)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{place} is a damaged zip: fetch it again.") from error
+    stamp = place.stat().st_mtime_ns
+    return [
+        Entry(i.filename, i.file_size, stamp, lambda i=i: archive.read(i))
+        for i in archive.infolist()
+        if not i.is_dir()
+    ]
+
+
+def _tar_entries(place: Path) -> list[Entry]:
+    import tarfile  # only here: most runs never meet a tar
+
+    def read_slice(offset: int, size: int) -> bytes:
+        with open(place, "rb") as file:  # a file of its own: threads do not share a position
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise OSError("archive ends early")
+        return data
+
+    try:
+        with tarfile.open(place, "r:") as archive:
+            members = [m for m in archive if m.isreg()]
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{place} is no zip and no uncompressed tar, or is damaged.") from error
+    stamp = place.stat().st_mtime_ns
+    return [
+        Entry(
+            m.name.removeprefix("./"),
+            m.size,
+            stamp,
+            lambda m=m: read_slice(m.offset_data, m.size),
+        )
+        for m in members
+    ]
+
+
+def _places(folder: Path) -> tuple[Path, Path] | None:
+    """Pictures and annotations of a set right below `folder`, or None."""
+    pictures = next((folder / p for p in PICTURE_PLACES if (folder / p).exists()), None)
+    annotations = next((folder / p for p in ANNOTATION_PLACES if (folder / p).exists()), None)
+    return (pictures, annotations) if pictures and annotations else None
+
+
+def _places_below(folder: Path, levels: int) -> tuple[Path, Path] | None:
+    """The first set in a breadth-first walk down to `levels` below `folder`."""
+    level = [folder]
+    for _ in range(levels + 1):
+        for candidate in level:
+            if places := _places(candidate):
+                return places
+        level = sorted(
+            Path(item.path)
+            for candidate in level
+            for item in _scan(candidate)
+            if item.is_dir() and not item.name.startswith(".")
+        )
+    return None
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as scan:
+            return list(scan)
+    except OSError:
+        return []
+
+
+def find_dogs(paths: Sequence[str | Path] = ()) -> DogSet:
+    """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
+
+    A path may be a folder that holds the set in any of its published forms (folders, Kaggle's flat
+    form, two zips, the two official tars; not unpacked), or a folder or archive of pictures without
+    annotations, which then are one class. Raises `UserError` where there are no dogs.
+    """
+    if not paths:
+        places = _places_below(Path("/kaggle/input"), 4) or _places(Path("data"))
+        if places is None and "__file__" in globals():
+            places = _places(Path(__file__).resolve().parent / "data")
+        if places is None:
+            raise UserError(
+                "no dogs found: fetch them with `python data/download.py`, give --data PATH, or try"
+                " the drawn ones with --data data/sample."
+            )
+        sets = [match_photos(*places)]
+    else:
+        sets = []
+        for path in map(Path, paths):
+            places = _places_below(path, 4) if path.is_dir() else None
+            sets.append(match_photos(*places) if places else plain_photos(path))
+    if len({s.annotated for s in sets}) > 1:
+        raise UserError("some --data have annotations and some have none: give sets of one kind.")
+    photos: dict[str, Photo] = {}
+    skipped = [item for s in sets for item in s.skipped]
+    for photo in (p for s in sets for p in s.photos):
+        if photo.name in photos:
+            skipped.append((photo.name, "duplicate name"))
+        else:
+            photos[photo.name] = photo
+    if not photos:
+        raise UserError(f"no pictures in {', '.join(s.where for s in sets)}: give another --data.")
+    return DogSet(
+        ", ".join(s.where for s in sets), list(photos.values()), skipped, sets[0].annotated
+    )
+
+
+def match_photos(pictures: Path, annotations: Path) -> DogSet:
+    """Pair each picture with the annotation of its name, by folder and name or by name alone."""
+    by_name: dict[str, list[Entry]] = {}
+    for entry in list_files(annotations):
+        stem = entry.path.rsplit("/", 1)[-1].removesuffix(".xml")
+        by_name.setdefault(stem, []).append(entry)
+    photos, skipped, used = [], [], set()
+    for entry in list_files(pictures):
+        folder, _, file_name = entry.path.rpartition("/")
+        stem, dot, suffix = file_name.rpartition(".")
+        if dot + suffix.lower() not in PICTURE_SUFFIXES:
+            continue
+        same = by_name.get(stem, [])
+        here = [a for a in same if _folder_name(a) == folder.rsplit("/", 1)[-1]] or same
+        if len(here) != 1:
+            reason = "several annotations" if here else "picture without annotation"
+            skipped.append((entry.path, reason))
+            continue
+        breed = _folder_name(here[0])
+        used.add(here[0].path)
+        photos.append(Photo(f"{breed}/{file_name}", breed, entry, here[0]))
+    for group in by_name.values():
+        for entry in group:
+            if entry.path not in used:
+                skipped.append((entry.path, "annotation without picture"))
+    return DogSet(f"{pictures} + {annotations.name}", photos, skipped, annotated=True)
+
+
+def _folder_name(entry: Entry) -> str:
+    return entry.path.rpartition("/")[0].rsplit("/", 1)[-1]
+
+
+def plain_photos(place: Path) -> DogSet:
+    """Every picture of a folder or archive without annotations, as one class."""
+    photos = [
+        Photo(f"{place.name}/{entry.path}", "dog", entry, None)
+        for entry in list_files(place)
+        if Path(entry.path).suffix.lower() in PICTURE_SUFFIXES
+    ]
+    return DogSet(f"{place} (no annotations)", photos, [], annotated=False)
+
+
+# -------------------------------------------------------------------------- 4. Data: reading a dog
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
+LARGEST_PICTURE = 100_000_000  # pixels
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str, system: str) -> None:
+        raise BadItem("annotation with a DOCTYPE")  # the way in for entity bombs
+
+
+def parse_annotation(xml: bytes) -> tuple[tuple[int, int], list[Box]]:
+    """The picture's size as the annotation states it, (0, 0) if it does not, and its boxes.
+
+    Raises `BadItem` for XML that is broken, hostile, or has no box. A box whose corners are no numbers
+    is kept as nan, for `clip_box` to refuse.
+    """
+    try:
+        root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=_NoDoctype()))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise BadItem("broken annotation") from error
+
+    def number(parent: ElementTree.Element, tag: str) -> float:
+        try:
+            return float(parent.findtext(tag) or "nan")
+        except ValueError:
+            return math.nan
+
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    boxes = [tuple(number(box, corner) for corner in corners) for box in root.iter("bndbox")]
+    if not boxes:
+        raise BadItem("annotation without boxes")
+    size = root.find("size")
+    width, height = (0.0, 0.0) if size is None else (number(size, "width"), number(size, "height"))
+    return (int(width) if width > 0 else 0, int(height) if height > 0 else 0), boxes
+
+
+def parse_boxes(xml: bytes) -> list[Box]:
+    """The boxes of an annotation. Raises `BadItem` as `parse_annotation` does."""
+    return parse_annotation(xml)[1]
+
+
+def clip_box(box: Box, width: int, height: int) -> Box:
+    """The part of a box inside a frame. Raises `BadItem` if reversed, empty, or wholly outside."""
+    left, top, right, bottom = box
+    if not all(map(math.isfinite, box)):
+        raise BadItem("box without numbers")
+    if right < left or bottom < top:
+        raise BadItem("reversed box")
+    if right - left < 1 or bottom - top < 1:
+        raise BadItem("empty box")
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+    if right - left < 1 or bottom - top < 1:
+        raise BadItem("box outside the picture")
+    return (left, top, right, bottom)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """A picture whose header is read and believable, not yet decoded. Raises `BadItem`."""
+    if not data:
+        raise BadItem("empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BadItem("absurd pixel count") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadItem("not a picture") from error
+    if picture.width * picture.height > LARGEST_PICTURE:
+        raise BadItem("absurd pixel count")
+    return picture
+
+
+def decode_picture(picture: Image.Image, shrink: int = 1) -> Image.Image:
+    """Decode to upright RGB, a JPEG at 1/`shrink` of its size (1, 2, 4 or 8; by its own DCT scaling).
+
+    EXIF rotation is applied, transparency is laid on white. Raises `BadItem` where it is truncated.
+    """
+    try:
+        if shrink > 1:  # a no-op for anything but a JPEG
+            picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
+        picture.load()
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, IndexError, ZeroDivisionError) as error:
+        raise BadItem("truncated or damaged picture") from error
+
+
+def decode_photo(data: bytes) -> Image.Image:
+    """Encoded bytes to an upright RGB picture at full size. Raises `BadItem`."""
+    return decode_picture(open_picture(data))
+
+
+def upright_boxes(picture: Image.Image, stated: tuple[int, int], boxes: list[Box]) -> list[Box]:
+    """Boxes in the upright picture, where the annotation's stated size is that of the stored one.
+
+    Boxes of Stanford Dogs were drawn on pictures shown as stored; EXIF orientations 5 to 8 turn them.
+    """
+    orientation = picture.getexif().get(0x0112, 1)
+    width, height = picture.size
+    if orientation not in (5, 6, 7, 8) or stated != (width, height) or width == height:
+        return boxes
+    turned = []
+    for left, top, right, bottom in boxes:
+        if orientation in (6, 7):  # the stored bottom comes to the left
+            top, bottom = height - bottom, height - top
+        if orientation in (7, 8):  # the stored right comes to the top
+            left, right = width - right, width - left
+        turned.append((top, left, bottom, right))
+    return turned
+
+
+# -------------------------------------------------------------------------------- 5. Data: cropping
+
+
+def crop_box(box: Box, width: int, height: int) -> list[Box]:
+    """The box itself, to be squashed."""
+    return [box]
+
+
+def crop_square(box: Box, width: int, height: int) -> list[Box]:
+    """The box widened on its short side to a square, moved inside the frame.
+
+    Covers the box, unless its long side is longer than the frame's short one: then the square is as
+    large as fits, in the middle of the box.
+    """
+    left, top, right, bottom = box
+    side = min(max(right - left, bottom - top), width, height)
+    x = min(max((left + right - side) / 2, 0), width - side)
+    y = min(max((top + bottom - side) / 2, 0), height - side)
+    return [(x, y, x + side, y + side)]
+
+
+def crop_head(box: Box, width: int, height: int) -> list[Box]:
+    """The square of the box's short side at its top; of a wide box left, middle and right."""
+    left, top, right, bottom = box
+    side = min(right - left, bottom - top)
+    slack = right - left - side
+    starts = [left + slack * share for share in (0, 0.5, 1)] if slack >= 1 else [left]
+    return [(x, top, x + side, top + side) for x in starts]
+
+
+def crop_context(box: Box, width: int, height: int) -> list[Box]:
+    """The largest square centred on the box that fits the frame."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    half = min(x, y, width - x, height - y)
+    return [(x - half, y - half, x + half, y + half)]
+
+
+def crop_whole(box: Box, width: int, height: int) -> list[Box]:
+    """The whole frame, to be squashed."""
+    return [(0, 0, width, height)]
+
+
+CROPS: dict[str, Callable[[Box, int, int], list[Box]]] = {
+    "box": crop_box,
+    "square": crop_square,
+    "head": crop_head,
+    "context": crop_context,
+    "whole": crop_whole,
+}
+
+
+def parse_crops(text: str) -> dict[str, float]:
+    """`"square:3,context"` to `{"square": 0.75, "context": 0.25}`. Raises `UserError`."""
+    weights: dict[str, float] = {}
+    for part in text.replace("=", ":").split(","):
+        kind, _, weight = part.strip().partition(":")
+        try:
+            value = float(weight or 1)
+        except ValueError:
+            value = math.nan
+        if kind not in CROPS or kind in weights or not 0 < value < math.inf:
+            raise UserError(
+                f"--crops {text}: give kinds out of {', '.join(CROPS)}, once each, with weights above 0"
+                " if any, as in square:3,context:1."
+            )
+        weights[kind] = value
+    return {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
+
+
+def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray]], list[str]]:
+    """The crops of every dog in a photo, and the reasons for the boxes left out.
+
+    Returns, for each dog and each kind, uint8 of shape (views, 64, 64, 3). JPEGs are decoded at the
+    smallest DCT scale that leaves every crop at least 128 px: twice the resolution it ends with, which
+    keeps the median PSNR against full decoding above 45 dB (`tests/bench_data.py`).
+    Raises `BadItem` where the photo gives no dog.
+    """
+    picture = open_picture(photo.read())
+    xml = photo.read_annotation()
+    frame = picture.size
+    if picture.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+        frame = frame[::-1]
+    if xml is None:
+        boxes: list[Box] = [(0, 0, *frame)]
+    else:
+        boxes = upright_boxes(picture, *parse_annotation(xml))
+    dogs, reasons = [], []
+    for box in boxes:
+        try:
+            clipped = clip_box(box, *frame)
+            dogs.append([CROPS[kind](clipped, *frame) for kind in kinds])
+        except BadItem as bad:
+            reasons.append(str(bad))
+    if not dogs:
+        raise BadItem(reasons[0])
+    least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
+    shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
+    upright = decode_picture(picture, shrink)
+    sx, sy = upright.width / frame[0], upright.height / frame[1]
+
+    def resize(crop: Box) -> np.ndarray:
+        scaled = (crop[0] * sx, crop[1] * sy, crop[2] * sx, crop[3] * sy)
+        inside = (
+            max(scaled[0], 0.0),
+            max(scaled[1], 0.0),
+            min(scaled[2], upright.width),
+            min(scaled[3], upright.height),
+        )
+        return np.asarray(
+            upright.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS, box=inside)
+        )
+
+    return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs], reasons
+
+
+# ------------------------------------------------------------------- 6. Data: the prepared crop set
+
+
+@dataclass(frozen=True)
+class CropSet:
+    """All crops of all dogs: `crops[first[i, k] : first[i, k] + count[i, k]]` shows dog i as kind k."""
+
+    crops: Tensor  # uint8 (views, 64, 64, 3)
+    first: Tensor  # int64 (dogs, kinds)
+    count: Tensor  # int64 (dogs, kinds)
+    weights: Tensor  # float32 (kinds,): how often each kind is drawn
+    breed: Tensor  # int64 (dogs,)
+    breeds: list[str]
+    skipped: list[tuple[str, str]]  # (name, reason)
+    key: str  # of what determines the crops; a resumed run must find the same
+
+    def to(self, device: torch.device) -> CropSet:
+        """The same with its tensors on `device`."""
+        names = ("crops", "first", "count", "weights", "breed")
+        return replace(self, **{n: getattr(self, n).to(device) for n in names})
+
+
+def in_threads(function: Callable, items: Iterable) -> Iterator:
+    """`map` over a pool with a thread for each core, in order; an interrupt drops what is waiting."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cache_folder() -> Path:
+    """Where prepared crops are kept: `$XDG_CACHE_HOME/train_dogs`; on Kaggle its scratch disk."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"], "train_dogs")
+    if Path("/kaggle").is_dir():
+        return Path("/kaggle/temp/train_dogs")
+    return Path.home() / ".cache" / "train_dogs"
+
+
+def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
+    """Crop every dog once, or find that done in the cache; the tensors lie on the CPU.
+
+    Raises `UserError` above 5 % bad items, or with fewer than 16 dogs.
+    """
+    weights = parse_crops(crops if dogs.annotated else "whole")
+    entries = [e for p in dogs.photos for e in (p.picture, p.annotation) if e is not None]
+    identity = [sorted(weights), [(p.name, p.breed) for p in dogs.photos]]
+    content = identity + [[(e.path, e.size) for e in entries]]
+    exact = content + [[e.stamp for e in entries], PIL.__version__, "crops 1", dogs.skipped]
+    folder = cache_folder() / digest(exact)
+    if (cached := load_crops(folder, weights, digest(content))) is not None:
+        return cached
+    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        index = crop_into(scratch, dogs, sorted(weights), show)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        try:
+            scratch.rename(folder)
+        except OSError:  # another run has just put the same there
+            pass
+        if (made := load_crops(folder, weights, digest(content))) is None:
+            raise UserError(f"the crops in {folder} cannot be read back: check that disk. {index}")
+        return made
+    except OSError as error:
+        raise UserError(
+            f"the crops cannot be kept in {folder.parent} ({error.strerror}): set XDG_CACHE_HOME to a"
+            " folder with about 1 GB free for each kind of crop."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def digest(value: object) -> str:
+    """A short name for a value of plain types."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
+
+
+def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
+    """Write the crops of all photos to `crops.bin` and their table to `index.json` in `folder`."""
+
+    def attempt(photo: Photo) -> tuple[list, list[str]]:
+        try:
+            return crop_photo(photo, kinds)
+        except BadItem as bad:
+            return [], [str(bad)]
+
+    first, count, breed, skipped, views = [], [], [], list(dogs.skipped), 0
+    breeds = sorted({p.breed for p in dogs.photos})
+    with open(folder / "crops.bin", "wb") as file:
+        results = in_threads(attempt, dogs.photos)
+        progress = tqdm(results, "cropping", len(dogs.photos), unit=" photos", disable=not show)
+        for photo, (found, reasons) in zip(dogs.photos, progress):
+            skipped += [(photo.name, reason) for reason in reasons]
+            for dog in found:
+                first.append([])
+                count.append([len(kind_views) for kind_views in dog])
+                breed.append(breeds.index(photo.breed))
+                for kind_views in dog:
+                    first[-1].append(views)
+                    views += len(kind_views)
+                    file.write(kind_views.tobytes())
+    reasons = ", ".join(f"{n} {r}" for r, n in Counter(r for _, r in skipped).most_common())
+    if len(skipped) > 0.05 * (len(skipped) + len(first)):
+        raise UserError(
+            f"{len(skipped)} of {len(skipped) + len(first)} items in {dogs.where} are bad ({reasons}):"
+            " repair the set or give another --data; at most 5 % may be."
+        )
+    if len(first) < 16:
+        raise UserError(f"{dogs.where} holds {len(first)} dogs: at least 16 are needed to train.")
+    table = {"views": views, "first": first, "count": count, "breed": breed, "breeds": breeds}
+    (folder / "index.json").write_text(json.dumps(table | {"skipped": skipped}))
+
+
+def load_crops(folder: Path, weights: dict[str, float], key: str) -> CropSet | None:
+    """A prepared crop set, its pixels mapped from disk; None where there is no whole one."""
+    try:
+        table = json.loads((folder / "index.json").read_text())
+        shape = (table["views"], IMAGE_SIZE, IMAGE_SIZE, 3)
+        if (folder / "crops.bin").stat().st_size != math.prod(shape):
+            return None
+        pixels = np.memmap(folder / "crops.bin", np.uint8, "c", shape=shape)
+        return CropSet(
+            crops=torch.from_numpy(pixels),
+            first=torch.tensor(table["first"]),
+            count=torch.tensor(table["count"]),
+            weights=torch.tensor([weights[kind] for kind in sorted(weights)]),
+            breed=torch.tensor(table["breed"]),
+            breeds=table["breeds"],
+            skipped=[tuple(item) for item in table["skipped"]],
+            key=key,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def draw_reals(dogs: CropSet, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One view of each dog in `rows`, its kind drawn anew, half of them mirrored.
+
+    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], in channels-last layout.
+    """
+    device = rows.device
+    chance = torch.rand((3, len(rows)), generator=generator, device=device)
+    kind = torch.bucketize(chance[0], dogs.weights.cumsum(0)[:-1], right=True)
+    view = (chance[1] * dogs.count[rows, kind]).long() + dogs.first[rows, kind]
+    pixels = dogs.crops[view].permute(0, 3, 1, 2)
+    mirrored = (chance[2] < 0.5)[:, None, None, None]
+    return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
+
+
+# ------------------------------------------------------------------------------------ 7. Networks
+
+
+class Generator(nn.Module):
+    """DCGAN made deeper: at 16x16 and 32x32 a strided transposed convolution and a 3x3 one.
+
+    Radford et al. 2015 (arXiv 1511.06434), deepened as in the competition's public-first notebook.
+    """
+
+    def __init__(self, latent_dim: int = 256, width: int = 48) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        w = width
+        table = [  # in, out, kernel, stride, padding
+            (latent_dim, 32 * w, 4, 1, 0),  # 4x4
+            (32 * w, 16 * w, 4, 2, 1),  # 8x8
+            (16 * w, 8 * w, 4, 2, 1),  # 16x16
+            (8 * w, 8 * w, 3, 1, 1),
+            (8 * w, 4 * w, 4, 2, 1),  # 32x32
+            (4 * w, 4 * w, 3, 1, 1),
+            (4 * w, 2 * w, 4, 2, 1),  # 64x64
+        ]
+        layers: list[nn.Module] = []
+        for source, target, kernel, stride, padding in table:
+            conv = nn.ConvTranspose2d(source, target, kernel, stride, padding, bias=False)
+            layers += [conv, nn.BatchNorm2d(target), nn.ReLU(inplace=True)]
+        layers += [nn.ConvTranspose2d(2 * w, 3, 3, 1, 1), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(N, latent_dim) standard normal latents to (N, 3, 64, 64) images in [-1, 1]."""
+        return self.layers(z[:, :, None, None])
+
+
+class SplitBatchNorm2d(nn.Module):
+    """Batch norm that gives reals and fakes in one batch their own statistics, but one affine pair.
+
+    Equal to two separate forwards through an ordinary batch norm in training mode, in one forward of
+    everything around it. Keeps no running statistics: D is never evaluated. Statistics of their own
+    for a second distribution: Xie et al. 2020 (AdvProp, arXiv 1911.09665).
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.eps = eps
+
+    def forward(self, x: Tensor, num_real: int) -> Tensor:
+        """`x`: (N, num_features, H, W), the `num_real` reals first; 0 or N of them make one group."""
+        if not 0 <= num_real <= len(x):
+            raise ValueError(f"num_real is {num_real}, but the batch holds {len(x)}")
+        groups = [g for g in x.split([num_real, len(x) - num_real]) if len(g)]
+        normed = [
+            F.batch_norm(g, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            for g in groups
+        ]
+        return normed[0] if len(normed) == 1 else torch.cat(normed)
+
+
+class Discriminator(nn.Module):
+    """The generator's mirror: strided convolutions, a 3x3 one at 16x16 and 8x8, split batch norm."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        w = width
+        table = [  # in, out, kernel, stride, normalised
+            (3, 2 * w, 4, 2, False),  # 32x32
+            (2 * w, 4 * w, 4, 2, False),  # 16x16
+            (4 * w, 4 * w, 3, 1, True),
+            (4 * w, 8 * w, 4, 2, True),  # 8x8
+            (8 * w, 8 * w, 3, 1, True),
+            (8 * w, 16 * w, 4, 2, True),  # 4x4
+        ]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(source, target, kernel, stride, 1, bias=False)
+            for source, target, kernel, stride, _ in table
+        )
+        self.norms = nn.ModuleList(
+            SplitBatchNorm2d(target) if normalised else nn.Identity()
+            for _, target, _, _, normalised in table
+        )
+        self.head = nn.Conv2d(16 * w, 1, 4)
+
+    def forward(self, images: Tensor, num_real: int) -> Tensor:
+        """(N, 3, 64, 64) images in [-1, 1], the reals first, to (N,) logits of being real."""
+        x = images
+        for conv, norm in zip(self.convs, self.norms):
+            x = conv(x)
+            if isinstance(norm, SplitBatchNorm2d):
+                x = norm(x, num_real)
+            x = F.leaky_relu(x, 0.2, inplace=True)
+        return self.head(x).flatten()
+
+
+def build_networks(config: Config, device: torch.device) -> tuple[Generator, Discriminator]:
+    """G and D with weights from `config.seed`, the same on any device, in channels-last layout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        G = Generator(config.latent_dim, config.width)
+        D = Discriminator(config.d_width or config.width)
+        if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std), no bias
+            for module in (*G.modules(), *D.modules()):
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                    nn.init.normal_(module.weight, 0.0, config.init_std)
+                elif isinstance(module, (nn.BatchNorm2d, SplitBatchNorm2d)):
+                    nn.init.normal_(module.weight, 1.0, config.init_std)
+    layout = {"device": device, "memory_format": torch.channels_last}
+    return G.to(**layout), D.to(**layout)
+
+
+# -------------------------------------------------------------------------------------- 8. Losses
+
+
+def discriminator_loss(
+    real_logits: Tensor, fake_logits: Tensor, margin: float, smoothing: float
+) -> Tensor:
+    """Logistic loss whose real side is exactly 0, with gradient 0, once sigmoid(logit) > `margin`.
+
+    real: (1 - s) * max(0, softplus(-l) - softplus(-l_m)) + s * softplus(l), l_m = logit(margin)
+    fake: softplus(l)
+
+    The constant makes the floor 0; below the margin the gradient is the logistic loss's own. The
+    margin keeps D from over-fitting reals it already knows. With smoothing s > 0 a real past the margin
+    is still pushed down by the second term, so that the two work against each other.
+    """
+    floor = -math.log(margin)  # softplus(-logit(m)) = -log m
+    real = (F.softplus(-real_logits) - floor).relu().mean()
+    if smoothing:
+        real = (1 - smoothing) * real + smoothing * F.softplus(real_logits).mean()
+    return real + F.softplus(fake_logits).mean()
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """The non-saturating loss softplus(-l), Goodfellow et al. 2014; its gradient is never 0."""
+    return F.softplus(-fake_logits).mean()
+
+
+# ------------------------------------------------------------------------------ 9. Training a step
+
+
+class Trainer:
+    """G, D, their optimisers and averages, and all random state: one run, on one device.
+
+    `step()` does one update of D and one of G. On CUDA it is captured once as a graph and replayed;
+    elsewhere, or where capture fails, the same code runs eagerly. Everything that a replay touches is
+    a tensor that stays where it is: rollback and resume copy into it.
+    """
+
+    STATS = ("d_loss", "g_loss", "d_real", "d_fake", "past_margin")
+
+    def __init__(self, config: Config, dogs: CropSet, device: torch.device) -> None:
+        self.config, self.device, self.dogs = config, device, dogs.to(device)
+        self.G, self.D = build_networks(config, device)
+        on_gpu = device.type == "cuda"
+        # A captured graph knows the default CUDA generator; on a CPU the run has one of its own.
+        self.rng = torch.cuda.default_generators[device.index] if on_gpu else torch.Generator()
+        self.rng.manual_seed(config.seed)
+        self.opt_g = self._adam(self.G, config.g_lr)
+        self.opt_d = self._adam(self.D, config.d_lr)
+        self.ema = [p.detach().clone() for p in self.G.parameters()]
+        self.swa = [p.detach().clone() for p in self.G.parameters()]
+        self.order = torch.arange(len(dogs.first), device=device)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=device)
+        self.sums = torch.zeros(len(self.STATS), device=device)
+        self.steps_done = self.averages_done = self.swa_count = self.rollbacks = self.summed = 0
+        self._replay: Callable[[], None] | None = None
+        self._in_flight: deque[torch.cuda.Event] = deque()
+
+    def _adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
+        on_gpu = self.device.type == "cuda"
+        adam = torch.optim.Adam(
+            network.parameters(),
+            lr=torch.tensor(lr, device=self.device) if on_gpu else lr,
+            betas=(self.config.beta1, self.config.beta2),
+            capturable=on_gpu,
+            fused=True,
+        )
+        for parameter in network.parameters():  # a first step of nothing makes its state exist
+            parameter.grad = torch.zeros_like(parameter)
+        adam.step()
+        for state in adam.state.values():
+            state["step"].zero_()
+        return adam
+
+    def _one_step(self) -> None:
+        config, batch = self.config, self.config.batch_size
+        rows = self.order[(self.cursor + torch.arange(batch, device=self.device)) % len(self.order)]
+        self.cursor += batch
+        reals = draw_reals(self.dogs, rows, self.rng)
+        z = torch.randn(batch, config.latent_dim, generator=self.rng, device=self.device)
+        fakes = self.G(z)  # one forward serves both steps
+        logits = self.D(torch.cat([reals, fakes.detach()]), num_real=batch)
+        real_logits, fake_logits = logits.split(batch)
+        d_loss = discriminator_loss(real_logits, fake_logits, config.margin, config.smoothing)
+        update(self.opt_d, d_loss)
+        g_loss = generator_loss(self.D(fakes, num_real=0))
+        update(self.opt_g, g_loss)
+        past = (real_logits > logit(config.margin)).float().mean()
+        stats = [d_loss, g_loss, real_logits.mean(), fake_logits.mean(), past]
+        self.sums += torch.stack(stats).detach()
+
+    def step(self, progress: float) -> None:
+        """One update of D and of G; returns with at most 4 steps in flight on the device."""
+        if self.steps_done % max(1, len(self.order) // self.config.batch_size) == 0:
+            shuffled = torch.randperm(len(self.order), generator=self.rng, device=self.device)
+            self.order.copy_(shuffled)
+            self.cursor.zero_()
+        self._set_rates(progress)
+        (self._replay or self._one_step)()
+        self.steps_done += 1
+        self.summed += 1
+        if self.device.type == "cuda":
+            self._in_flight.append(torch.cuda.Event())
+            self._in_flight[-1].record()
+            if len(self._in_flight) > 4:
+                self._in_flight.popleft().synchronize()
+
+    def _set_rates(self, progress: float) -> None:
+        start = self.config.lr_decay_start
+        share = 1.0 if progress < start else (1 - progress) / (1 - start) if start < 1 else 1.0
+        for adam, lr in ((self.opt_g, self.config.g_lr), (self.opt_d, self.config.d_lr)):
+            group = adam.param_groups[0]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * share)
+            else:
+                group["lr"] = lr * share
+
+    def capture(self) -> None:
+        """Capture `_one_step` as a CUDA graph; warm-up leaves weights and random state untouched."""
+        if self.device.type != "cuda":
+            return
+        before = self.state_dict()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._one_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._one_step()
+        self.load_state_dict(before)
+        self._replay = graph.replay
+
+    def average(self, progress: float) -> None:
+        """Update the EMA, and from `swa_start` on the equal-weight SWA (arXiv 1803.05407)."""
+        weights = [p.detach() for p in self.G.parameters()]
+        self.averages_done += 1
+        # Early on an average over the last tenth of the updates: no trace of the initial weights.
+        warm = (1 + self.averages_done) / (10 + self.averages_done)
+        beta = min(self.config.ema_beta**self.config.swa_every, warm)
+        torch._foreach_lerp_(self.ema, weights, 1 - beta)
+        if progress >= self.config.swa_start:
+            self.swa_count += 1
+            torch._foreach_lerp_(self.swa, weights, 1 / self.swa_count)
+
+    def is_finite(self) -> bool:
+        """Whether all weights and losses are finite; waits for the device."""
+        tensors = [*self.G.parameters(), *self.D.parameters(), self.sums]
+        return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
+
+    def read_stats(self) -> dict[str, float]:
+        """The means of `STATS` since the last call; waits for the device."""
+        means = (self.sums / max(1, self.summed)).tolist()
+        self.sums.zero_()
+        self.summed = 0
+        return dict(zip(self.STATS, means))
+
+    def submitted(self) -> str:
+        """Which weights would be submitted now."""
+        return weights_to_submit(self.config.average, self.swa_count, self.averages_done)
+
+    def averaged_generator(self, choice: str, batches: int) -> Generator:
+        """A G with the weights of `choice`, its norms re-estimated over `batches`, in eval mode."""
+        weights = {"swa": self.swa, "ema": self.ema, "none": list(self.G.parameters())}[choice]
+        return averaged_generator(self.config, weights, batches, self.device)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f"G.{k}": v for k, v in self.G.state_dict().items()}
+        found |= {f"D.{k}": v for k, v in self.D.state_dict().items()}
+        for name, adam in (("opt_g", self.opt_g), ("opt_d", self.opt_d)):
+            for i, state in enumerate(adam.state.values()):
+                found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
+        found |= {f"ema.{i}": v for i, v in enumerate(self.ema)}
+        found |= {f"swa.{i}": v for i, v in enumerate(self.swa)}
+        return found | {"order": self.order, "cursor": self.cursor, "sums": self.sums}
+
+    COUNTERS = ("steps_done", "averages_done", "swa_count", "rollbacks", "summed")
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything that a bit-equal continuation needs, on the CPU, in plain types."""
+        tensors = {k: v.detach().to("cpu", copy=True) for k, v in self._tensors().items()}
+        counters = {k: getattr(self, k) for k in self.COUNTERS}
+        rng = self.rng.get_state()
+        return {"tensors": tensors, "rng": rng, "data_key": self.dogs.key, **counters}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Copy a `state_dict` into the tensors that are there."""
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(state["tensors"][name])
+        self.rng.set_state(state["rng"])
+        for name in self.COUNTERS:
+            setattr(self, name, state[name])
+
+
+def logit(probability: float) -> float:
+    """log(p / (1 - p)); inf for 1."""
+    return math.inf if probability >= 1 else math.log(probability / (1 - probability))
+
+
+def update(adam: torch.optim.Adam, loss: Tensor) -> None:
+    """One Adam step on `loss`. `autograd.grad` computes no gradient for the other network's weights."""
+    parameters = adam.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient
+    adam.step()
+
+
+WEIGHTS = {"swa": "SWA generator", "ema": "EMA generator", "none": "raw generator"}
+
+
+def weights_to_submit(average: str, swa_count: int, averages_done: int) -> str:
+    """Which weights are submitted, by a rule that needs no look at the images.
+
+    `average` says it; but SWA only from 10 snapshots on (until then the EMA stands in), and the EMA
+    only from its first update on (until then the raw weights do).
+    """
+    if average == "swa" and swa_count < 10:
+        average = "ema"
+    return "none" if average == "ema" and averages_done == 0 else average
+
+
+def flops_per_image(config: Config) -> dict[str, int]:
+    """FLOPs per image-step by torch's counter: G's forward, the D step, the G step's other part.
+
+    Counted on meta tensors; norms, activations, augmentation and optimisers count as nothing.
+    """
+    batch = 4
+    with torch.device("meta"):
+        G = Generator(config.latent_dim, config.width)
+        D = Discriminator(config.d_width or config.width)
+        z, reals = torch.empty(batch, config.latent_dim), torch.empty(batch, 3, 64, 64)
+    counted = {}
+    with FlopCounterMode(display=False) as counter:
+        fakes = G(z)
+        counted["G forward"] = counter.get_total_flops()
+        logits = D(torch.cat([reals, fakes.detach()]), batch)
+        torch.autograd.grad(logits.sum(), list(D.parameters()))
+        counted["D step"] = counter.get_total_flops() - sum(counted.values())
+        torch.autograd.grad(D(fakes, 0).sum(), list(G.parameters()))
+        counted["G step"] = counter.get_total_flops() - sum(counted.values())
+    return {name: total // batch for name, total in counted.items()}
+
+
+def p100_hours(config: Config, steps: int) -> float:
+    """Equivalent P100-hours of `steps`: images x FLOPs per image-step / 7.4e12 / 3600."""
+    images = steps * config.batch_size
+    return images * sum(flops_per_image(config).values()) / P100_FLOPS / 3600
+
+
+# ----------------------------------------------------------------------- 10. Sampling, submission
+
+
+def draw_latents(count: int, latent_dim: int, seed: int) -> Tensor:
+    """float32 (count, latent_dim), standard normal; row k is the same whatever `count` and device."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [
+        torch.randn(SAMPLE_BATCH, latent_dim, generator=generator)
+        for _ in range(math.ceil(count / SAMPLE_BATCH))
+    ]
+    return torch.cat(blocks)[:count]
+
+
+def stream(seed: int, name: str) -> int:
+    """A seed for one use of randomness, far from those of the others."""
+    return seed + (("training", "submission", "norms", "sheet", "reals").index(name) << 32)
+
+
+def averaged_generator(
+    config: Config, weights: Sequence[Tensor], batches: int, device: torch.device
+) -> Generator:
+    """A G with `weights`, in the order of its parameters, norms re-estimated, in eval mode."""
+    G = Generator(config.latent_dim, config.width)
+    G = G.to(device=device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        for target, source in zip(G.parameters(), weights, strict=True):
+            target.copy_(source)
+    return estimate_norms(G, batches, config.seed)
+
+
+def estimate_norms(G: Generator, batches: int, seed: int) -> Generator:
+    """Re-estimate G's batch-norm statistics over `batches` x 128 latents; returns it in eval mode.
+
+    Averaged weights have no statistics of their own: those of any single G are wrong for them
+    (Izmailov et al. 2018, section 3.2). Cumulative means, as PreciseBN (arXiv 2105.07576).
+    """
+    device = next(G.parameters()).device
+    for module in G.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    G.train()
+    latents = draw_latents(batches * SAMPLE_BATCH, G.latent_dim, stream(seed, "norms"))
+    with full_precision(), torch.no_grad():
+        for z in latents.split(SAMPLE_BATCH):
+            G(z.to(device))
+    return G.eval()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Plain float32 convolutions by one fixed algorithm, for images that do not vary."""
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    ):
+        yield
+
+
+def sample_images(G: Generator, latents: Tensor) -> Iterator[np.ndarray]:
+    """uint8 (n, 64, 64, 3) batches of images, in the order of `latents`.
+
+    Every forward has 128 latents, the last one filled up, and G must be in eval mode: an image depends
+    on its own latent alone.
+    """
+    device = next(G.parameters()).device
+    with full_precision(), torch.no_grad():
+        for z in latents.split(SAMPLE_BATCH):
+            filled = F.pad(z, (0, 0, 0, SAMPLE_BATCH - len(z)))
+            yield to_bytes(G(filled.to(device))[: len(z)])
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """(N, 3, 64, 64) in [-1, 1] to uint8 (N, 64, 64, 3): round(127.5 x + 127.5), clamped."""
+    levels = images.mul(127.5).add(127.5).round().clamp(0, 255).byte()
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed into place if the block ends well, else removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save(path: Path, value: object) -> None:
+    """`torch.save` that leaves the old file whole on any error (a full disk raises `OSError`)."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    with whole_file(path) as part:
+        part.write_bytes(buffer.getbuffer())
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 (64, 64, 3) to a PNG; level 1 is 3 times as fast as the default and 6 % larger."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def write_submission(path: Path, batches: Iterable[np.ndarray]) -> int:
+    """Write `00000.png`... at the root of a zip, encoded in threads, deterministic; returns how many.
+
+    `batches`: uint8 (n, 64, 64, 3) arrays. Stored, not deflated: PNGs do not shrink again.
+    """
+    count = 0
+    with whole_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        for png in in_threads(encode_png, (image for batch in batches for image in batch)):
+            name = zipfile.ZipInfo(f"{count:05d}.png", date_time=(1980, 1, 1, 0, 0, 0))
+            name.external_attr = 0o644 << 16
+            archive.writestr(name, png)
+            count += 1
+    return count
+
+
+# ------------------------------------------------------------------- 11. Time, checkpoints, the log
+
+NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
+SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
+
+
+class Clock:
+    """The wall-clock of a run over all its parts, and its progress from 0 to 1."""
+
+    def __init__(self, config: Config, started: float, used_before: float) -> None:
+        """`started`: `time.monotonic()` when this part began; `used_before`: seconds of others."""
+        self.steps, self.started = config.steps, started
+        self.origin = started - used_before
+        self.deadline = self.origin + 3600 * config.hours
+        self.part_deadline = started + 3600 * config.part_hours if config.part_hours else math.inf
+        self.reserve = 0.0  # seconds that finishing takes, once measured
+
+    def used(self) -> float:
+        """Seconds of the run so far, all parts together."""
+        return time.monotonic() - self.origin
+
+    def training_left(self) -> float:
+        """Seconds until this part must begin to finish."""
+        return min(self.deadline, self.part_deadline) - self.reserve - time.monotonic()
+
+    def progress(self, steps_done: int) -> float:
+        """The larger of steps done over `steps` and time used over the budget less the reserve."""
+        in_time = self.used() / max(1e-9, self.deadline - self.reserve - self.origin)
+        return min(1.0, max(steps_done / self.steps, in_time))
+
+
+class Interrupts:
+    """SIGINT and SIGTERM: once `armed`, the first sets `stopped`; any other raises at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.armed = self.stopped = False
+
+    def __enter__(self) -> Interrupts:
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, *_: object) -> None:
+        if self.stopped or not self.armed:
+            raise KeyboardInterrupt
+        self.stopped = True
+        print(
+            "stopping: saving and writing images.zip; once more to leave at once", file=sys.stderr
+        )
+
+
+class Report:
+    """`log.jsonl`, and what a person sees: a bar on a terminal or in a notebook, else lines."""
+
+    def __init__(self, out: Path, resumed: bool) -> None:
+        self.file = open(out / "log.jsonl", "a" if resumed else "w", encoding="utf-8")
+        live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        live = live and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch"
+        form = "{percentage:3.0f}%|{bar}| {postfix}"
+        self.bar = tqdm(total=1.0, bar_format=form) if live else None
+        self.shown = self.logged = self.printed = -math.inf
+        self.last_steps = self.last_time = None
+
+    def is_due(self) -> bool:
+        """Once a second: reading the losses waits for the device."""
+        return time.monotonic() >= self.shown + 1
+
+    def event(self, text: str = "", **values: object) -> None:
+        """Say `text`, and log it with `values` as one JSON line."""
+        if text:
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            values = {"text": text} | values
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+    def progress(self, trainer: Trainer, clock: Clock, last: bool = False) -> dict[str, float]:
+        """Show and, every 10 s, log where training stands. Returns the mean losses since then."""
+        stats, now = trainer.read_stats(), time.monotonic()
+        steps, batch = trainer.steps_done, trainer.config.batch_size
+        if self.last_steps is None:
+            self.last_steps, self.last_time = steps - 1, now - 1
+        rate = (steps - self.last_steps) / max(1e-9, now - self.last_time)
+        left = min(clock.training_left(), (clock.steps - steps) / max(rate, 1e-9))
+        share = clock.progress(steps)
+        line = (
+            f"step {steps}, {steps * batch:,} images, {rate * batch:.0f} images/s,"
+            f" D {stats['d_loss']:.3f}, G {stats['g_loss']:.3f},"
+            f" past margin {stats['past_margin']:.2f}, {max(0, left) / 60:.0f} min left"
+        )
+        if self.bar is not None:
+            self.bar.n = share
+            self.bar.set_postfix_str(line)
+        elif last or now >= self.printed + 60:
+            print(f"{share:4.0%} {line}", flush=True)
+            self.printed = now
+        if last or now >= self.logged + 10:
+            values = {k: round(v, 5) for k, v in stats.items()}
+            self.event(
+                step=steps, images=steps * batch, progress=round(share, 5),
+                seconds=round(clock.used(), 2), images_per_second=round(rate * batch, 2), **values,
+            )  # fmt: skip
+            self.logged, self.last_steps, self.last_time = now, steps, now
+        self.shown = now
+        return stats
+
+    def close(self) -> None:
+        """End the bar and the log."""
+        if self.bar is not None:
+            self.bar.close()
+        self.file.close()
+
+
+def save_checkpoint(out: Path, trainer: Trainer, clock: Clock, finished: bool) -> None:
+    """Write `checkpoint.pt`; the one before becomes `checkpoint.previous.pt`."""
+    state = {
+        "format": 1,
+        "config": asdict(trainer.config),
+        "trainer": trainer.state_dict(),
+        "seconds_used": clock.used(),
+        "finished": finished,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+    path = out / "checkpoint.pt"
+    save(out / "checkpoint.new.pt", state)  # whole before the old ones move
+    if path.exists():
+        os.replace(path, out / "checkpoint.previous.pt")
+    os.replace(out / "checkpoint.new.pt", path)
+
+
+def load_checkpoint(path: Path) -> dict[str, object]:
+    """A checkpoint or `generator.pt`. Raises `UserError` where it is damaged or something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] == 1:
+            return state
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: give a checkpoint.pt of train_dogs.") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        pass
+    raise UserError(f"{path} is damaged, or no checkpoint of this version of train_dogs.")
+
+
+def find_checkpoint(options: Options) -> dict[str, object] | None:
+    """The state to go on from: `--resume`, else the newest whole one in `--out`, else None."""
+    if options.resume:
+        return load_checkpoint(Path(options.resume))
+    for name in () if options.fresh else ("checkpoint.pt", "checkpoint.previous.pt"):
+        path = Path(options.config.out, name)
+        if path.exists():
+            try:
+                return load_checkpoint(path)
+            except UserError:
+                aside = path.with_suffix(".damaged.pt")
+                os.replace(path, aside)
+                print(f"{path} is damaged: set aside as {aside.name}.", file=sys.stderr)
+    return None
+
+
+def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterable[str]) -> None:
+    """Raise `UserError` where a field of `names` that shapes the weights differs from the saved."""
+    for f in fields(Config):
+        if f.name in names and f.metadata["fixed"] and getattr(config, f.name) != saved[f.name]:
+            flag = "--" + f.name.replace("_", "-")
+            raise UserError(
+                f"the checkpoint was made with {flag} {saved[f.name]}, not {getattr(config, f.name)}:"
+                f" give {flag} {saved[f.name]}, or start anew with --fresh or another --out."
+            )
+
+
+# -------------------------------------------------------------------------------- 12. Looking at it
+
+
+def real_images(dogs: CropSet, seed: int) -> np.ndarray:
+    """uint8 (100, 64, 64, 3): real crops as the networks see them, spread over the whole set."""
+    device = dogs.crops.device
+    rows = torch.linspace(0, len(dogs.first) - 1, 100, device=device).long()
+    generator = torch.Generator(device).manual_seed(stream(seed, "reals"))
+    return to_bytes(draw_reals(dogs, rows, generator))
+
+
+def sample_sheet(G: Generator, seed: int) -> np.ndarray:
+    """uint8 (100, 64, 64, 3): the images of the run's fixed latents."""
+    latents = draw_latents(100, G.latent_dim, stream(seed, "sheet"))
+    return np.concatenate(list(sample_images(G, latents)))
+
+
+def draw_sheet(images: np.ndarray, columns: int = 10) -> Image.Image:
+    """uint8 (n, 64, 64, 3) as one picture, `columns` to a row, white where images are wanting."""
+    rows = math.ceil(len(images) / columns)
+    sheet = np.full((rows * columns, IMAGE_SIZE, IMAGE_SIZE, 3), 255, np.uint8)
+    sheet[: len(images)] = images
+    sheet = sheet.reshape(rows, columns, IMAGE_SIZE, IMAGE_SIZE, 3).swapaxes(1, 2)
+    return Image.fromarray(sheet.reshape(rows * IMAGE_SIZE, columns * IMAGE_SIZE, 3))
+
+
+def save_picture(path: Path, frames: Sequence[Image.Image]) -> None:
+    """Write one picture, or several as an animation of 0.7 s each; the format is the suffix's."""
+    several = {"save_all": True, "append_images": frames[1:], "duration": 700, "loop": 0}
+    with whole_file(path) as part:
+        frames[0].save(part, path.suffix[1:].upper(), **(several if len(frames) > 1 else {}))
+
+
+def pairwise_distance(images: np.ndarray) -> float:
+    """Mean root-mean-square difference between two of the images, in levels of 0..255."""
+    x = torch.from_numpy(images.reshape(len(images), -1)).float()
+    return (torch.pdist(x) / math.sqrt(x.shape[1])).mean().item()
+
+
+def look(trainer: Trainer, clock: Clock, report: Report, out: Path) -> None:
+    """Draw the averaged G's sheet of now, and warn where it has collapsed or D has won."""
+    config, stats = trainer.config, report.progress(trainer, clock)
+    images = sample_sheet(trainer.averaged_generator(trainer.submitted(), 8), config.seed)
+    save_picture(sheet_path(out, trainer.steps_done), [draw_sheet(images)])
+    variety = pairwise_distance(images) / pairwise_distance(real_images(trainer.dogs, config.seed))
+    report.event(step=trainer.steps_done, variety=round(variety, 4))
+    if variety < 0.5:
+        report.event(
+            f"warning: the samples differ {variety:.2f} times as much among each other as real dogs"
+            " do: if it stays so, G has collapsed; try a lower --g-lr or a wider --d-width"
+        )
+    if stats["past_margin"] > 0.98 and stats["d_fake"] < -6:
+        report.event("warning: D tells reals from fakes with certainty: G learns little now")
+
+
+def sheet_path(out: Path, step: int) -> Path:
+    """Where the sheet of a step lies."""
+    return out / "samples" / f"step_{step:07d}.png"
+
+
+# --------------------------------------------------------------------------------- 13. The whole run
+
+
+def measure_finish(trainer: Trainer) -> float:
+    """Seconds that re-estimation, sampling and the zip take here, from two batches of each."""
+    G = trainer.averaged_generator("none", 1)  # the first forward is slower
+    latents, images = draw_latents(2 * SAMPLE_BATCH, G.latent_dim, 0), []
+    sampling = math.ceil(trainer.config.images / SAMPLE_BATCH)
+    total = 0.0
+    for batches, work in (
+        (NORM_BATCHES, lambda: trainer.averaged_generator("none", 2)),
+        (sampling, lambda: images.extend(sample_images(G, latents))),
+        (sampling, lambda: list(in_threads(encode_png, np.concatenate(images)))),
+    ):
+        begin = time.monotonic()
+        work()
+        total += (time.monotonic() - begin) / 2 * batches
+    return total
+
+
+def roll_back(trainer: Trainer, report: Report, out: Path) -> bool:
+    """Back to the last checkpoint with fresh randomness. Returns False once three were in vain."""
+    sick_step, rollbacks = trainer.steps_done, trainer.rollbacks + 1
+    trainer.load_state_dict(load_checkpoint(out / "checkpoint.pt")["trainer"])
+    trainer.rollbacks = rollbacks
+    trainer.rng.manual_seed(stream(trainer.config.seed, "training") + rollbacks)
+    report.event(
+        f"losses or weights were not finite at step {sick_step}: back to step {trainer.steps_done}, "
+        + ("with fresh randomness" if rollbacks <= 3 else "finishing from there"),
+        rollbacks=rollbacks,
+    )
+    return rollbacks <= 3
+
+
+def train(trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out: Path) -> bool:
+    """Train until progress is 1, this part's time is over, or a signal. Returns whether it is done."""
+    config, saved, looking = trainer.config, time.monotonic(), 0.0
+    sheets = [s for s in SHEETS if s > clock.progress(trainer.steps_done)]
+    while (progress := clock.progress(trainer.steps_done)) < 1:
+        if stop.stopped or clock.training_left() <= 0:
+            return False
+        trainer.step(progress)
+        stop.armed = True
+        averaging = trainer.steps_done % config.swa_every == 0
+        saving = time.monotonic() >= saved + config.checkpoint_seconds
+        if (averaging or saving) and not trainer.is_finite():
+            if not roll_back(trainer, report, out):
+                return True
+            continue
+        if averaging:
+            trainer.average(progress)
+        if report.is_due():
+            report.progress(trainer, clock)
+        if saving:
+            save_checkpoint(out, trainer, clock, finished=False)
+            saved = time.monotonic()
+        if sheets and progress >= sheets[0]:
+            sheets = [s for s in sheets if s > progress]
+            if looking <= 0.05 * clock.used():  # on a slow device some sheets are left out
+                begin = time.monotonic()
+                look(trainer, clock, report, out)
+                looking += time.monotonic() - begin
+    return True
+
+
+def train_within_budget(
+    trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out: Path
+) -> None:
+    """Reserve the time to finish, train, and save. Raises `UserError` for too small a budget."""
+    begin = time.monotonic()
+    save_checkpoint(out, trainer, clock, finished=False)  # so that there is one to roll back to
+    saving = time.monotonic() - begin
+    clock.reserve = 1.4 * measure_finish(trainer) + 2 * saving + 3
+    if clock.training_left() <= 0:
+        part = clock.part_deadline < clock.deadline
+        least = (time.monotonic() - clock.started if part else clock.used()) + 1.2 * clock.reserve
+        raise UserError(
+            f"the budget cannot hold the sampling of {trainer.config.images} images on this device:"
+            f" give {'--part-hours' if part else '--hours'} {math.ceil(least / 3.6) / 1000} or more"
+            f" ({math.ceil(least / 6) / 10} minutes), or fewer --images."
+        )
+    trainer.capture()
+    done = train(trainer, clock, report, stop, out)
+    if not trainer.is_finite():
+        roll_back(trainer, report, out)
+    report.progress(trainer, clock, last=True)
+    save_checkpoint(out, trainer, clock, finished=done)
+
+
+def finish(trainer: Trainer, report: Report, out: Path) -> None:
+    """Average, re-estimate, and write `generator.pt`, the last sheet, the animation and the zip."""
+    config, choice, steps = trainer.config, trainer.submitted(), trainer.steps_done
+    G = trainer.averaged_generator(choice, NORM_BATCHES)
+    state = {"format": 1, "config": asdict(config), "weights": choice, "steps_done": steps}
+    shape = {"latent_dim": config.latent_dim, "width": config.width}
+    weights = {k: v.cpu() for k, v in G.state_dict().items()}
+    save(out / "generator.pt", state | {"shape": shape, "state_dict": weights})
+    save_picture(sheet_path(out, steps), [draw_sheet(sample_sheet(G, config.seed))])
+    sheets = sorted((out / "samples").glob("*.png"))
+    save_picture(out / "progress.webp", [Image.open(sheet) for sheet in sheets])
+    submit(G, config, out)
+    hours = p100_hours(config, steps)
+    report.event(
+        f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}, step {steps},"
+        f" {steps * config.batch_size:,} images seen, P100-hours: {hours:.2f}",
+        step=steps,
+        submitted=choice,
+        p100_hours=hours,
+    )
+
+
+def submit(G: Generator, config: Config, out: Path) -> None:
+    """Draw `config.images` dogs into `images.zip`."""
+    latents = draw_latents(config.images, G.latent_dim, stream(config.seed, "submission"))
+    write_submission(out / "images.zip", sample_images(G, latents))
+
+
+def start_folder(out: Path, dogs: CropSet, config: Config) -> None:
+    """Clear the sheets of an earlier run and draw that of the real crops."""
+    for old in (out / "samples").glob("step_*.png"):
+        old.unlink()
+    save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
+
+
+def announce(report: Report, trainer: Trainer, dogs: CropSet, where: str, resumed: bool) -> None:
+    """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
+    config = trainer.config
+    report.event(device=describe_device(trainer.device), config=asdict(config))
+    reasons = Counter(reason for _, reason in dogs.skipped).most_common()
+    left_out = ", ".join(f"{n} {reason}" for reason, n in reasons) or "nothing"
+    report.event(
+        f"{len(dogs.first)} dogs of {len(dogs.breeds)} breeds in {where}; left out: {left_out}",
+        skipped=dogs.skipped,
+    )
+    if resumed:
+        report.event(f"resumed at step {trainer.steps_done}", resumed_at_step=trainer.steps_done)
+
+
+def run(options: Options, started: float, stop: Interrupts) -> int:
+    """Find, crop, train, submit. Returns the exit code."""
+    config, out = options.config, Path(options.config.out)
+    device = choose_device(config.device)
+    print(describe_device(device), flush=True)
+    if options.dry_run:
+        return show_plan(config, device, started)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.sample_only:
+        return sample_only(options, device)
+    state = find_checkpoint(options)
+    if state:
+        refuse_other_recipe(config, state["config"], state["config"])
+    found = find_dogs(config.data)
+    dogs = prepare_crops(found, config.crops)
+    if state and state["trainer"]["data_key"] != dogs.key:
+        raise UserError("the checkpoint was made from other dogs: give its --data, or --fresh.")
+    trainer = Trainer(config, dogs, device)
+    clock = Clock(config, started, state["seconds_used"] if state else 0.0)
+    if state:
+        trainer.load_state_dict(state["trainer"])
+    else:
+        start_folder(out, dogs, config)
+    report = Report(out, resumed=state is not None)
+    try:
+        announce(report, trainer, dogs, found.where, state is not None)
+        with whole_file(out / "config.json") as part:
+            part.write_text(json.dumps(asdict(config), indent=2))
+        before = state["config"] if state and state["finished"] else {"steps": 0, "hours": 0}
+        if config.steps > before["steps"] or config.hours > before["hours"]:
+            train_within_budget(trainer, clock, report, stop, out)
+        finish(trainer, report, out)
+    finally:
+        report.close()
+    return 130 if stop.stopped else 0
+
+
+def sample_only(options: Options, device: torch.device) -> int:
+    """Write `images.zip` from a checkpoint or from `generator.pt`."""
+    out = Path(options.config.out)
+    paths = (
+        [Path(options.resume)] if options.resume else [out / "checkpoint.pt", out / "generator.pt"]
+    )
+    path = next((p for p in paths if p.exists()), paths[0])
+    state = load_checkpoint(path)
+    refuse_other_recipe(options.config, state["config"], options.named - {"seed"})
+    free = {n: getattr(options.config, n) for n in options.named & {"seed", "images", "average"}}
+    saved = Config(**state["config"])
+    config = replace(saved, **free, out=str(out))
+    G = Generator(config.latent_dim, config.width)
+    if "state_dict" in state:
+        G.load_state_dict(state["state_dict"])
+        G = G.to(device=device, memory_format=torch.channels_last).eval()
+        choice = state["weights"]
+    else:
+        trained = state["trainer"]
+        choice = weights_to_submit(config.average, trained["swa_count"], trained["averages_done"])
+        tensors = trained["tensors"]
+        names = {"none": [f"G.{n}" for n, _ in G.named_parameters()]}.get(choice)
+        names = names or [f"{choice}.{i}" for i, _ in enumerate(G.parameters())]
+        G = averaged_generator(saved, [tensors[n] for n in names], NORM_BATCHES, device)
+    submit(G, config, out)
+    print(f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]} in {path}")
+    return 0
+
+
+def show_plan(config: Config, device: torch.device, started: float) -> int:
+    """`--dry-run`: print what would be done, at what cost, and train nothing that is kept."""
+    found = find_dogs(config.data)
+    print(f"{len(found.photos)} photos of {len({p.breed for p in found.photos})} in {found.where}")
+    print(json.dumps(asdict(config), indent=2))
+    trainer = Trainer(config, random_crops(256), device)
+    for name, network in (("G", trainer.G), ("D", trainer.D)):
+        print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    flops = flops_per_image(config)
+    print(", ".join(f"{name} {n / 1e9:.3f}" for name, n in flops.items()), end="")
+    print(f": {sum(flops.values()) / 1e9:.3f} GFLOP per image-step")
+    reserve = measure_finish(trainer)
+    trainer.capture()
+    seconds = time_steps(trainer, 3)
+    steps = config.steps
+    if math.isfinite(config.hours):
+        steps = min(steps, max(0, int((3600 * config.hours - reserve) / seconds)))
+    print(f"{seconds * 1000:.1f} ms per step here: {steps} steps in the budget,", end=" ")
+    print(f"{reserve:.0f} s of it to finish")
+    print(f"P100-hours: {p100_hours(config, config.steps):.2f}")
+    return 0
+
+
+def random_crops(count: int) -> CropSet:
+    """Noise in the place of dogs, for measuring time and memory."""
+    ones = torch.ones((count, 1), dtype=torch.int64)
+    return CropSet(
+        crops=torch.randint(256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8),
+        first=torch.arange(count)[:, None],
+        count=ones,
+        weights=torch.ones(1),
+        breed=ones[:, 0],
+        breeds=["noise"],
+        skipped=[],
+        key="noise",
+    )
+
+
+def time_steps(trainer: Trainer, steps: int) -> float:
+    """Seconds per step, after one that is not counted."""
+    for count in (1, steps):
+        begin = time.monotonic()
+        for _ in range(count):
+            trainer.step(0.0)
+        trainer.is_finite()  # waits for the device
+    return (time.monotonic() - begin) / steps
+
+
+def batch_that_fits(config: Config, device: torch.device) -> int:
+    """The largest halving of the batch size of which one step fits into the GPU's memory."""
+    batch = config.batch_size // 2
+    while batch > 2:
+        torch.cuda.empty_cache()
+        try:
+            time_steps(Trainer(replace(config, batch_size=batch), random_crops(16), device), 1)
+            return batch
+        except torch.cuda.OutOfMemoryError:
+            batch //= 2
+    return batch
+
+
+# ---------------------------------------------------------------------------------------- 14. Main
+
+
+def main(argv: Sequence[str] = (), started: float | None = None) -> int:
+    """Run with the options of `argv`; returns the exit code, 0, 2 or 130, and never exits.
+
+    `started`: the `time.monotonic()` from which the budget counts; None = now.
+    """
+    started = time.monotonic() if started is None else started
+    options = None
+    try:
+        with Interrupts() as stop:
+            options = parse(argv)
+            return run(options, started, stop)
+    except SystemExit as done:  # argparse's --help
+        return int(done.code or 0)
+    except KeyboardInterrupt:
+        print("train_dogs: interrupted; every file that is there is whole.", file=sys.stderr)
+        return 130
+    except UserError as error:
+        message = str(error)
+    except torch.cuda.OutOfMemoryError:
+        message = ""  # the attempt below must not keep the failed one alive
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        message = (
+            f"{error.strerror} ({error.filename or options.config.out}): make room or give another"
+            " --out, then start the same command again; every file that is there is whole."
+        )
+    if not message:
+        fitting = batch_that_fits(options.config, choose_device(options.config.device))
+        message = f"the GPU's memory is too small for this: --batch-size {fitting} fits."
+    print(f"train_dogs: {message}", file=sys.stderr)
+    return 2
+
+
+def process_age() -> float:
+    """Seconds since this process began, where the system tells (Linux); else its CPU time so far."""
+    try:
+        fields_after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        began = int(fields_after_name[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.process_time()
+
+
+if __name__ == "__main__":
+    if "ipykernel" in sys.modules:  # a notebook's sys.argv is its kernel's, and it must not exit
+        main()
+    else:
+        sys.exit(main(sys.argv[1:], time.monotonic() - process_age()))
