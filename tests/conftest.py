@@ -43,7 +43,7 @@ def sample_dogs() -> Path:
 
 @pytest.fixture(scope="session")
 def real_dogs() -> Path:
-    """Real photographs in the layout of Stanford Dogs: $DOGS_DATA, or a folder beside the project."""
+    """Real photographs in the layout of Stanford Dogs: $DOGS_DATA, or a folder beside this one."""
     given = os.environ.get("DOGS_DATA")
     return existing(Path(given) if given else ROOT.parent / "shared/data/stanford-dogs-small")
 

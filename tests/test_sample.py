@@ -67,7 +67,7 @@ def test_pictures_vary_in_number_of_dogs_shape_and_cut(pairs):
 
 
 def test_boxes_hold_the_dogs(pairs):
-    """Drawn without its dogs, a picture changes inside the boxes, and beyond them in shadow only."""
+    """Without its dogs, a picture changes inside the boxes, and beyond them in shadow only."""
     for k in range(0, draw_sample.PICTURES, 17):
         with_dogs, without = draw_sample.plan(k), draw_sample.plan(k)
         full = np.asarray(draw_sample.drawn(with_dogs), np.float32)
