@@ -25,15 +25,17 @@ import pickle
 import shutil
 import signal
 import sys
+import tarfile
 import threading
 import time
-import warnings
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -112,7 +114,7 @@ RANGES = {  # field: (least, most)
     "margin": (0.01, 1), "smoothing": (0, 0.5), "batch_size": (2, 65536), "g_lr": (0, 1),
     "d_lr": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999), "lr_decay_start": (0, 1),
     "swa_start": (0, 1), "swa_every": (1, 10**9), "ema_beta": (0, 0.9999999), "steps": (1, 10**9),
-    "part_hours": (0, 1e6), "seed": (0, 2**32 - 1), "images": (1, 99_999),
+    "hours": (0, 1e6), "part_hours": (0, 1e6), "seed": (0, 2**32 - 1), "images": (1, 99_999),
     "checkpoint_seconds": (0, 1e9),
 }  # fmt: skip
 
@@ -124,8 +126,6 @@ def check_config(config: Config) -> Config:
         if not least <= value <= most:  # also catches nan
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {value} is out of range: give {least} to {most}.")
-    if not config.hours > 0:
-        raise UserError(f"a budget of {config.hours} hours is none: give more than 0.")
     if config.average not in ("swa", "ema", "none"):
         raise UserError(f"--average {config.average} is unknown: give swa, ema or none.")
     parse_crops(config.crops)
@@ -163,7 +163,7 @@ def parse(argv: Sequence[str]) -> Options:
     for f in fields(Config):
         name = f.metadata["group"]
         group = groups.setdefault(name, parser.add_argument_group(name))
-        shown = f.metadata["help"] + (f" ({f.default})" if f.default not in ("", ()) else "")
+        shown = f.metadata["help"] + (f"; default {f.default}" if f.default not in ("", ()) else "")
         group.add_argument(
             "--" + f.name.replace("_", "-"),
             type=str if f.default == () else type(f.default),
@@ -181,8 +181,10 @@ def parse(argv: Sequence[str]) -> Options:
         if "hours" in given:
             raise UserError("--hours and --minutes are the same budget: give one of them.")
         given["hours"] = given.pop("minutes") / 60
-    elif "steps" in given and "hours" not in given:
-        given["hours"] = math.inf
+    if not given.get("hours", 1) > 0:
+        raise UserError(f"a budget of {given['hours']:g} hours is none: give more than 0.")
+    if "steps" in given and "hours" not in given:
+        given["hours"] = 0.0  # no limit
     if acts["preset"] not in PRESETS:
         raise UserError(f"--preset {acts['preset']} is unknown: give one of {', '.join(PRESETS)}.")
     if "data" in given:
@@ -329,195 +331,147 @@ def read_entry(entry: Entry) -> bytes:
         raise BadItem("file larger than 64 MB")
     try:
         return entry.read()
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise BadItem("unreadable file") from error
 
 
 def list_files(place: Path) -> list[Entry]:
-    """All visible files of a folder (links followed, 6 levels), zip or uncompressed tar, sorted."""
-    if place.is_dir():
-        entries = list(_folder_entries(place, "", 6))
-    elif zipfile.is_zipfile(place):
-        entries = _zip_entries(place)
-    elif place.is_file():
-        entries = _tar_entries(place)
-    else:
-        raise UserError(f"{place} does not exist: give the folder or archive that holds the dogs.")
-    hidden = (".", "__MACOSX")
-    kept = (e for e in entries if not any(p.startswith(hidden) for p in e.path.split("/")))
-    return sorted(kept, key=lambda e: e.path)
-
-
-def _folder_entries(folder: Path, prefix: str, levels: int) -> Iterator[Entry]:
+    """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked."""
     try:
-        with os.scandir(folder) as scan:
-            for item in scan:
-                if item.is_dir() and levels > 0:
-                    yield from _folder_entries(Path(item.path), f"{prefix}{item.name}/", levels - 1)
-                elif item.is_file():
-                    status = item.stat()
-                    read = Path(item.path).read_bytes
-                    yield Entry(prefix + item.name, status.st_size, status.st_mtime_ns, read)
+        if place.is_dir():
+            entries = _folder_entries(place)
+        elif zipfile.is_zipfile(place):
+            entries = _zip_entries(place)
+        else:
+            entries = _tar_entries(place)
+    except FileNotFoundError as error:
+        raise UserError(f"{place} does not exist: give the folder or archive of dogs.") from error
     except PermissionError as error:
-        raise UserError(f"{folder} may not be read: give yourself permission to it.") from error
+        raise UserError(f"{error.filename} may not be read: give yourself permission.") from error
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise UserError(f"{place} is damaged, or no zip and no uncompressed tar.") from error
+    shown = (e for e in entries if not any(p[0] in "._" for p in e.path.split("/")[1:] if p))
+    return sorted(shown, key=lambda e: e.path)
 
 
-def _zip_entries(place: Path) -> list[Entry]:
-    try:
-        archive = zipfile.ZipFile(place)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{place} is a damaged zip: fetch it again.") from error
-    stamp = place.stat().st_mtime_ns
-    return [
-        Entry(i.filename, i.file_size, stamp, lambda i=i: archive.read(i))
-        for i in archive.infolist()
-        if not i.is_dir()
-    ]
+def _folder_entries(place: Path) -> Iterator[Entry]:
+    def stop(error: OSError) -> None:
+        raise error
+
+    for folder, inner, names in os.walk(place, followlinks=True, onerror=stop):
+        below = Path(place.name, Path(folder).relative_to(place))
+        if len(below.parts) > 6:  # a link may lead back up
+            inner.clear()
+        for name in names:
+            file = Path(folder, name)
+            if file.is_file():
+                status = file.stat()
+                path = (below / name).as_posix()
+                yield Entry(path, status.st_size, status.st_mtime_ns, file.read_bytes)
 
 
-def _tar_entries(place: Path) -> list[Entry]:
-    import tarfile  # only here: most runs never meet a tar
+def _zip_entries(place: Path) -> Iterator[Entry]:
+    archive, stamp = zipfile.ZipFile(place), place.stat().st_mtime_ns
+    for info in archive.infolist():
+        if not info.is_dir():
+            path = f"{place.stem}/{info.filename}"
+            yield Entry(path, info.file_size, stamp, lambda i=info: archive.read(i))
 
-    def read_slice(offset: int, size: int) -> bytes:
-        with open(place, "rb") as file:  # a file of its own: threads do not share a position
+
+def _tar_entries(place: Path) -> Iterator[Entry]:
+    def read(offset: int, size: int) -> bytes:
+        with place.open("rb") as file:  # a file of its own: threads do not share a position
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise OSError("archive ends early")
+            raise EOFError
         return data
 
-    try:
-        with tarfile.open(place, "r:") as archive:
-            members = [m for m in archive if m.isreg()]
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{place} is no zip and no uncompressed tar, or is damaged.") from error
     stamp = place.stat().st_mtime_ns
-    return [
-        Entry(
-            m.name.removeprefix("./"),
-            m.size,
-            stamp,
-            lambda m=m: read_slice(m.offset_data, m.size),
-        )
-        for m in members
-    ]
+    with tarfile.open(place, "r:") as archive:
+        for info in archive:
+            if info.isreg():
+                path = f"{place.stem}/{info.name}"
+                yield Entry(path, info.size, stamp, partial(read, info.offset_data, info.size))
 
 
-def _places(folder: Path) -> tuple[Path, Path] | None:
-    """Pictures and annotations of a set right below `folder`, or None."""
-    pictures = next((folder / p for p in PICTURE_PLACES if (folder / p).exists()), None)
-    annotations = next((folder / p for p in ANNOTATION_PLACES if (folder / p).exists()), None)
-    return (pictures, annotations) if pictures and annotations else None
-
-
-def _places_below(folder: Path, levels: int) -> tuple[Path, Path] | None:
-    """The first set in a breadth-first walk down to `levels` below `folder`."""
+def places_below(folder: Path, levels: int) -> list[Path]:
+    """Pictures and annotations of the first set in a breadth-first walk; [] where there is none."""
     level = [folder]
     for _ in range(levels + 1):
         for candidate in level:
-            if places := _places(candidate):
-                return places
-        level = sorted(
-            Path(item.path)
-            for candidate in level
-            for item in _scan(candidate)
-            if item.is_dir() and not item.name.startswith(".")
-        )
-    return None
-
-
-def _scan(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as scan:
-            return list(scan)
-    except OSError:
-        return []
+            pictures = [candidate / p for p in PICTURE_PLACES if (candidate / p).exists()]
+            annotations = [candidate / p for p in ANNOTATION_PLACES if (candidate / p).exists()]
+            if pictures and annotations:
+                return [pictures[0], annotations[0]]
+        inner = (p for c in level if os.access(c, os.R_OK) and c.is_dir() for p in c.iterdir())
+        level = sorted(p for p in inner if p.is_dir() and not p.name.startswith("."))
+    return []
 
 
 def find_dogs(paths: Sequence[str | Path] = ()) -> DogSet:
     """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
 
     A path may be a folder that holds the set in any of its published forms (folders, Kaggle's flat
-    form, two zips, the two official tars; not unpacked), or a folder or archive of pictures without
-    annotations, which then are one class. Raises `UserError` where there are no dogs.
+    form, two zips, the two official tars), an archive, or a folder of pictures. Where there is no
+    annotation at all, the pictures are one class. Raises `UserError` where there are no dogs.
     """
+    places = [p for path in map(Path, paths) for p in places_below(path, 4) or [path]]
     if not paths:
-        places = _places_below(Path("/kaggle/input"), 4) or _places(Path("data"))
-        if places is None and "__file__" in globals():
-            places = _places(Path(__file__).resolve().parent / "data")
-        if places is None:
-            raise UserError(
-                "no dogs found: fetch them with `python data/download.py`, give --data PATH, or try"
-                " the drawn ones with --data data/sample."
-            )
-        sets = [match_photos(*places)]
-    else:
-        sets = []
-        for path in map(Path, paths):
-            places = _places_below(path, 4) if path.is_dir() else None
-            sets.append(match_photos(*places) if places else plain_photos(path))
-    if len({s.annotated for s in sets}) > 1:
-        raise UserError("some --data have annotations and some have none: give sets of one kind.")
-    photos: dict[str, Photo] = {}
-    skipped = [item for s in sets for item in s.skipped]
-    for photo in (p for s in sets for p in s.photos):
-        if photo.name in photos:
-            skipped.append((photo.name, "duplicate name"))
-        else:
-            photos[photo.name] = photo
+        own = [Path(__file__).resolve().parent / "data"] if "__file__" in globals() else []
+        searches = ((Path("/kaggle/input"), 4), (Path("data"), 0), *((p, 0) for p in own))
+        places = next(filter(None, (places_below(*search) for search in searches)), [])
+    if not places:
+        raise UserError(
+            "no dogs found: fetch them with `python data/download.py`, give --data PATH, or try the"
+            " drawn ones with --data data/sample."
+        )
+    pictures, annotations = [], {}
+    for entry in (e for place in places for e in list_files(place)):
+        folder, _, name = entry.path.rpartition("/")
+        if Path(name).suffix.lower() in PICTURE_SUFFIXES:
+            pictures.append(entry)
+        elif {"annotation", "annotations"} & set(folder.lower().split("/")):
+            annotations.setdefault(name.removesuffix(".xml"), []).append(entry)
+    photos, skipped = match_photos(pictures, annotations)
+    where = " and ".join(map(str, places)) + ("" if annotations else ", without annotations")
     if not photos:
-        raise UserError(f"no pictures in {', '.join(s.where for s in sets)}: give another --data.")
-    return DogSet(
-        ", ".join(s.where for s in sets), list(photos.values()), skipped, sets[0].annotated
-    )
+        raise UserError(f"no pictures of dogs in {where}: give another --data.")
+    return DogSet(where, photos, skipped, annotated=bool(annotations))
 
 
-def match_photos(pictures: Path, annotations: Path) -> DogSet:
-    """Pair each picture with the annotation of its name, by folder and name or by name alone."""
-    by_name: dict[str, list[Entry]] = {}
-    for entry in list_files(annotations):
-        stem = entry.path.rsplit("/", 1)[-1].removesuffix(".xml")
-        by_name.setdefault(stem, []).append(entry)
-    photos, skipped, used = [], [], set()
-    for entry in list_files(pictures):
-        folder, _, file_name = entry.path.rpartition("/")
-        stem, dot, suffix = file_name.rpartition(".")
-        if dot + suffix.lower() not in PICTURE_SUFFIXES:
-            continue
-        same = by_name.get(stem, [])
-        here = [a for a in same if _folder_name(a) == folder.rsplit("/", 1)[-1]] or same
-        if len(here) != 1:
-            reason = "several annotations" if here else "picture without annotation"
-            skipped.append((entry.path, reason))
-            continue
-        breed = _folder_name(here[0])
-        used.add(here[0].path)
-        photos.append(Photo(f"{breed}/{file_name}", breed, entry, here[0]))
-    for group in by_name.values():
-        for entry in group:
-            if entry.path not in used:
-                skipped.append((entry.path, "annotation without picture"))
-    return DogSet(f"{pictures} + {annotations.name}", photos, skipped, annotated=True)
+def match_photos(
+    pictures: list[Entry], annotations: dict[str, list[Entry]]
+) -> tuple[list[Photo], list[tuple[str, str]]]:
+    """Pair pictures with the annotations of their name (by stem), and say what is left over.
 
-
-def _folder_name(entry: Entry) -> str:
-    return entry.path.rpartition("/")[0].rsplit("/", 1)[-1]
-
-
-def plain_photos(place: Path) -> DogSet:
-    """Every picture of a folder or archive without annotations, as one class."""
-    photos = [
-        Photo(f"{place.name}/{entry.path}", "dog", entry, None)
-        for entry in list_files(place)
-        if Path(entry.path).suffix.lower() in PICTURE_SUFFIXES
-    ]
-    return DogSet(f"{place} (no annotations)", photos, [], annotated=False)
+    Of several annotations of that name the one in a folder named like the picture's counts. The breed
+    is the annotation's folder, since Kaggle's flat form has no other. A name counts once.
+    """
+    photos: dict[str, Photo] = {}
+    skipped, used = [], set()
+    for picture in pictures:
+        path = Path(picture.path)
+        named = annotations.get(path.stem, [])
+        same = [a for a in named if Path(a.path).parent.name == path.parent.name] or named
+        breed = Path(same[0].path).parent.name if same else "dog"
+        name = f"{breed}/{path.name}" if same else picture.path
+        used.update(a.path for a in same)
+        if annotations and len(same) != 1:
+            skipped.append((name, "several annotations" if same else "picture without annotation"))
+        elif name in photos:
+            skipped.append((name, "duplicate name"))
+        else:
+            photos[name] = Photo(name, breed, picture, same[0] if same else None)
+    left = (a.path for group in annotations.values() for a in group if a.path not in used)
+    skipped += [(path, "annotation without picture") for path in left]
+    return list(photos.values()), skipped
 
 
 # -------------------------------------------------------------------------- 4. Data: reading a dog
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
-LARGEST_PICTURE = 100_000_000  # pixels
+LARGEST_PICTURE = 80_000_000  # pixels; Pillow warns from 89 million on
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -577,10 +531,8 @@ def open_picture(data: bytes) -> Image.Image:
     if not data:
         raise BadItem("empty file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadItem("absurd pixel count") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise BadItem("not a picture") from error
@@ -803,14 +755,14 @@ def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
     scratch = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        index = crop_into(scratch, dogs, sorted(weights), show)
+        crop_into(scratch, dogs, sorted(weights), show)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         try:
             scratch.rename(folder)
         except OSError:  # another run has just put the same there
             pass
         if (made := load_crops(folder, weights, digest(content))) is None:
-            raise UserError(f"the crops in {folder} cannot be read back: check that disk. {index}")
+            raise OSError(errno.EIO, "they cannot be read back")
         return made
     except OSError as error:
         raise UserError(
@@ -819,6 +771,12 @@ def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def is_live() -> bool:
+    """Whether somebody watches: a terminal or a notebook, not a log file as in a Kaggle commit."""
+    live = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return live and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch"
 
 
 def digest(value: object) -> str:
@@ -837,9 +795,10 @@ def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
 
     first, count, breed, skipped, views = [], [], [], list(dogs.skipped), 0
     breeds = sorted({p.breed for p in dogs.photos})
+    bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
     with open(folder / "crops.bin", "wb") as file:
         results = in_threads(attempt, dogs.photos)
-        progress = tqdm(results, "cropping", len(dogs.photos), unit=" photos", disable=not show)
+        progress = tqdm(results, "cropping", len(dogs.photos), **bar)
         for photo, (found, reasons) in zip(dogs.photos, progress):
             skipped += [(photo.name, reason) for reason in reasons]
             for dog in found:
@@ -1064,6 +1023,7 @@ class Trainer:
         self.cursor = torch.zeros((), dtype=torch.int64, device=device)
         self.sums = torch.zeros(len(self.STATS), device=device)
         self.steps_done = self.averages_done = self.swa_count = self.rollbacks = self.summed = 0
+        self._means = dict.fromkeys(self.STATS, 0.0)
         self._replay: Callable[[], None] | None = None
         self._in_flight: deque[torch.cuda.Event] = deque()
 
@@ -1161,11 +1121,12 @@ class Trainer:
         return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
 
     def read_stats(self) -> dict[str, float]:
-        """The means of `STATS` since the last call; waits for the device."""
-        means = (self.sums / max(1, self.summed)).tolist()
-        self.sums.zero_()
-        self.summed = 0
-        return dict(zip(self.STATS, means))
+        """The means of `STATS` over the steps since the last call (if any); waits for the device."""
+        if self.summed:
+            self._means = dict(zip(self.STATS, (self.sums / self.summed).tolist()))
+            self.sums.zero_()
+            self.summed = 0
+        return self._means
 
     def submitted(self) -> str:
         """Which weights would be submitted now."""
@@ -1402,7 +1363,7 @@ class Clock:
         """`started`: `time.monotonic()` when this part began; `used_before`: seconds of others."""
         self.steps, self.started = config.steps, started
         self.origin = started - used_before
-        self.deadline = self.origin + 3600 * config.hours
+        self.deadline = self.origin + 3600 * config.hours if config.hours else math.inf
         self.part_deadline = started + 3600 * config.part_hours if config.part_hours else math.inf
         self.reserve = 0.0  # seconds that finishing takes, once measured
 
@@ -1421,41 +1382,42 @@ class Clock:
 
 
 class Interrupts:
-    """SIGINT and SIGTERM: once `armed`, the first sets `stopped`; any other raises at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    """What SIGINT and SIGTERM do: once `armed`, the first sets `stopped`; any other raises."""
 
     def __init__(self) -> None:
         self.armed = self.stopped = False
 
-    def __enter__(self) -> Interrupts:
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, *_: object) -> None:
+    def handle(self, *_: object) -> None:
+        """The handler of both signals."""
         if self.stopped or not self.armed:
             raise KeyboardInterrupt
         self.stopped = True
-        print(
-            "stopping: saving and writing images.zip; once more to leave at once", file=sys.stderr
-        )
+        print("saving, then writing images.zip; once more to leave at once", file=sys.stderr)
+
+
+@contextmanager
+def interrupts() -> Iterator[Interrupts]:
+    """Handle SIGINT and SIGTERM inside the block, and put the old handlers back behind it."""
+    state, previous = Interrupts(), {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, state.handle)
+    try:
+        yield state
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Report:
     """`log.jsonl`, and what a person sees: a bar on a terminal or in a notebook, else lines."""
 
     def __init__(self, out: Path, resumed: bool) -> None:
-        self.file = open(out / "log.jsonl", "a" if resumed else "w", encoding="utf-8")
-        live = sys.stderr.isatty() or "ipykernel" in sys.modules
-        live = live and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch"
+        self.path = out / "log.jsonl"
+        if not resumed:
+            self.path.unlink(missing_ok=True)
         form = "{percentage:3.0f}%|{bar}| {postfix}"
-        self.bar = tqdm(total=1.0, bar_format=form) if live else None
+        self.bar = tqdm(total=1.0, bar_format=form) if is_live() else None
         self.shown = self.logged = self.printed = -math.inf
         self.last_steps = self.last_time = None
 
@@ -1468,8 +1430,8 @@ class Report:
         if text:
             tqdm.write(text) if self.bar is not None else print(text, flush=True)
             values = {"text": text} | values
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
     def progress(self, trainer: Trainer, clock: Clock, last: bool = False) -> dict[str, float]:
         """Show and, every 10 s, log where training stands. Returns the mean losses since then."""
@@ -1492,7 +1454,7 @@ class Report:
             print(f"{share:4.0%} {line}", flush=True)
             self.printed = now
         if last or now >= self.logged + 10:
-            values = {k: round(v, 5) for k, v in stats.items()}
+            values = {k: round(v, 5) if math.isfinite(v) else None for k, v in stats.items()}
             self.event(
                 step=steps, images=steps * batch, progress=round(share, 5),
                 seconds=round(clock.used(), 2), images_per_second=round(rate * batch, 2), **values,
@@ -1502,10 +1464,9 @@ class Report:
         return stats
 
     def close(self) -> None:
-        """End the bar and the log."""
+        """End the bar."""
         if self.bar is not None:
             self.bar.close()
-        self.file.close()
 
 
 def save_checkpoint(out: Path, trainer: Trainer, clock: Clock, finished: bool) -> None:
@@ -1792,13 +1753,18 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
         announce(report, trainer, dogs, found.where, state is not None)
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(asdict(config), indent=2))
-        before = state["config"] if state and state["finished"] else {"steps": 0, "hours": 0}
-        if config.steps > before["steps"] or config.hours > before["hours"]:
+        if not (state and state["finished"]) or asks_for_more(config, state["config"]):
             train_within_budget(trainer, clock, report, stop, out)
         finish(trainer, report, out)
     finally:
         report.close()
     return 130 if stop.stopped else 0
+
+
+def asks_for_more(config: Config, saved: dict[str, object]) -> bool:
+    """Whether a finished run is to go on: more steps, or more hours (0 = no limit)."""
+    hours, before = config.hours or math.inf, saved["hours"] or math.inf
+    return config.steps > saved["steps"] or hours > before
 
 
 def sample_only(options: Options, device: torch.device) -> int:
@@ -1845,7 +1811,7 @@ def show_plan(config: Config, device: torch.device, started: float) -> int:
     trainer.capture()
     seconds = time_steps(trainer, 3)
     steps = config.steps
-    if math.isfinite(config.hours):
+    if config.hours:
         steps = min(steps, max(0, int((3600 * config.hours - reserve) / seconds)))
     print(f"{seconds * 1000:.1f} ms per step here: {steps} steps in the budget,", end=" ")
     print(f"{reserve:.0f} s of it to finish")
@@ -1902,7 +1868,7 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     started = time.monotonic() if started is None else started
     options = None
     try:
-        with Interrupts() as stop:
+        with interrupts() as stop:
             options = parse(argv)
             return run(options, started, stop)
     except SystemExit as done:  # argparse's --help
