@@ -165,8 +165,6 @@ def fetch(archive: Archive, folder: Path, base_url: str, tries: int, wait: float
     """Brings one archive into the folder, whole and checked. Raises Refused."""
     url = base_url.rstrip("/") + "/" + archive.name
     part = Part(folder / (archive.name + ".part"))
-    if part.size > archive.size:
-        part.restart()  # longer than the archive: not a beginning of it
     resumed = part.size > 0
     told = f"resuming after {part.size:,} of" if resumed else "fetching"
     print(f"{archive.name}: {told} {archive.size:,} bytes from {url}", flush=True)
@@ -194,7 +192,7 @@ def fetch(archive: Archive, folder: Path, base_url: str, tries: int, wait: float
                 f"The server's {archive.name} has the right length and the wrong SHA-256 "
                 f"({wrong}): name another server with --base-url."
             )
-        # The beginning that an earlier call left may have been the wrong one: once more, from 0.
+        # What an earlier call left was not a beginning of this archive: once more, from 0.
         resumed, trouble = False, "the resumed file has the wrong SHA-256"
     raise Refused(
         f"Gave up on {archive.name} after {tries} tries ({trouble}); {part.size:,} bytes are kept: "

@@ -54,11 +54,12 @@ class Handler(BaseHTTPRequestHandler):
             body = body[:-1000]
         if behaviour == "longer":
             body = body + b"more"
+        if behaviour == "other-range":
+            start += 1
         rest = body[start:]
         self.send_response(206 if start else 200)
         if start:
-            shift = 1 if behaviour == "other-range" else 0
-            self.send_header("Content-Range", f"bytes {start + shift}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         if behaviour == "no-length-longer":
             rest = rest + b"more"
         else:
