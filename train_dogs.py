@@ -1,15 +1,16 @@
 """Train a DCGAN on Stanford Dogs within a time budget and write `images.zip`: 10,000 new dogs.
 
 One file, from JPEGs and boxes to the zip that Kaggle's *Generative Dog Images* would accept. Split
-batch norm in the discriminator, a margin loss, and an averaged generator (SWA or EMA) whose batch-norm
-statistics are re-estimated. Runs on one CUDA GPU from compute capability 6.0 on, or on a CPU; as a
-script, as a Kaggle kernel, or pasted into one notebook cell (options there: `main(["--minutes", "30"])`).
+batch norm in the discriminator, a margin loss, and an averaged generator (SWA or EMA) whose batch
+norm statistics are re-estimated. Runs on a CUDA GPU from compute capability 6.0 on, or on a CPU; as
+a script, as a Kaggle kernel, or pasted into a notebook cell (there with options by
+`main(["--minutes", "30"])`).
 
-    python train_dogs.py --data PATH/TO/stanford-dogs          # 8.5 hours, everything in output/
-    python train_dogs.py --data data/sample --width 16 --minutes 3   # drawn dogs, no GPU needed
+    python train_dogs.py --data PATH/TO/stanford-dogs     # 8.5 hours, everything in output/
+    python train_dogs.py --data data/sample --width 16 --minutes 3     # drawn dogs, no GPU needed
 
-A reader who goes from top to bottom follows one photo from its JPEG to the networks, and one latent from
-the networks to its PNG.
+Read from top to bottom, it follows one photo from its JPEG to the networks, and one latent from the
+networks to its PNG.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import errno
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import pickle
 import shutil
 import signal
+import struct
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
@@ -44,7 +48,7 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -68,7 +72,7 @@ def option(default: object, group: str, text: str, fixed: bool = True) -> object
 
 @dataclass(frozen=True)
 class Config:
-    """The only source of options: each field is a flag, and goes into the checkpoint and the log."""
+    """The only source of options: each field is a flag and goes into the checkpoint and log."""
 
     data: tuple[str, ...] = option((), "files", "folder, zip or tar of dogs; repeatable", False)
     out: str = option("", "files", "folder for results (/kaggle/working or output)", False)
@@ -97,7 +101,7 @@ class Config:
     swa_every: int = option(20, "averaging", "steps between updates of the averages")
     ema_beta: float = option(0.9995, "averaging", "EMA's decay per step")
 
-    steps: int = option(360_000, "length", "steps of the whole recipe", False)
+    steps: int = option(397_000, "length", "steps of the whole recipe", False)
     hours: float = option(8.5, "length", "wall-clock budget of all parts, zip included", False)
     part_hours: float = option(0.0, "length", "end this part after so long, to be resumed", False)
 
@@ -221,8 +225,8 @@ def architecture_is_built(capability: tuple[int, int], built: Sequence[str]) -> 
 def choose_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a real kernel has run.
 
-    Raises `UserError` where there is no such GPU, or the installed torch has no kernels for it (a P100
-    under a CUDA 12.8+ build reports itself as available, and its first kernel dies).
+    Raises `UserError` where there is no such GPU, or the installed torch has no kernels for it (a
+    P100 under a CUDA 12.8+ build reports itself as available, and its first kernel dies).
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -242,12 +246,13 @@ def choose_device(name: str) -> torch.device:
         )
     capability = torch.cuda.get_device_capability(device)
     remedy = (
-        "choose a T4 or L4 instead, or pin the notebook to its original 2025 environment, or install a"
-        " CUDA 12.6 build of torch 2.14 or older (pip install --no-index --find-links=FOLDER torch)."
+        "choose a T4 or L4 instead, or pin the notebook to its original 2025 environment, or install"
+        " a CUDA 12.6 build of torch 2.14 or older (pip install --no-index --find-links=FOLDER"
+        " torch)."
     )
     if not architecture_is_built(capability, torch.cuda.get_arch_list()):
         raise UserError(
-            f"this GPU is of architecture sm_{capability[0]}{capability[1]}, for which the installed"
+            f"this GPU's architecture is sm_{capability[0]}{capability[1]}, for which the installed"
             f" torch {torch.__version__} has no kernels: {remedy}"
         )
     try:
@@ -331,7 +336,15 @@ def read_entry(entry: Entry) -> bytes:
         raise BadItem("file larger than 64 MB")
     try:
         return entry.read()
-    except (OSError, RuntimeError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        zlib.error,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+    ) as error:
         raise BadItem("unreadable file") from error
 
 
@@ -358,16 +371,25 @@ def _folder_entries(place: Path) -> Iterator[Entry]:
     def stop(error: OSError) -> None:
         raise error
 
+    seen = set()
     for folder, inner, names in os.walk(place, followlinks=True, onerror=stop):
-        below = Path(place.name, Path(folder).relative_to(place))
-        if len(below.parts) > 6:  # a link may lead back up
+        if (real := os.path.realpath(folder)) in seen:  # a link back
             inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = [name for name in inner if not is_drawn(Path(folder, name))]
+        below = Path(place.name, Path(folder).relative_to(place))
         for name in names:
             file = Path(folder, name)
             if file.is_file():
                 status = file.stat()
                 path = (below / name).as_posix()
                 yield Entry(path, status.st_size, status.st_mtime_ns, file.read_bytes)
+
+
+def is_drawn(folder: Path) -> bool:
+    """Whether a folder below a named one is `data/sample`, whose dogs count only when named."""
+    return folder.name == "sample" and (folder / "Annotation").is_dir()
 
 
 def _zip_entries(place: Path) -> Iterator[Entry]:
@@ -405,7 +427,7 @@ def places_below(folder: Path, levels: int) -> list[Path]:
             if pictures and annotations:
                 return [pictures[0], annotations[0]]
         inner = (p for c in level if os.access(c, os.R_OK) and c.is_dir() for p in c.iterdir())
-        level = sorted(p for p in inner if p.is_dir() and not p.name.startswith("."))
+        level = sorted(p for p in inner if p.is_dir() and p.name[0] != "." and not is_drawn(p))
     return []
 
 
@@ -445,8 +467,8 @@ def match_photos(
 ) -> tuple[list[Photo], list[tuple[str, str]]]:
     """Pair pictures with the annotations of their name (by stem), and say what is left over.
 
-    Of several annotations of that name the one in a folder named like the picture's counts. The breed
-    is the annotation's folder, since Kaggle's flat form has no other. A name counts once.
+    Of several annotations of that name the one in a folder named like the picture's counts. The
+    breed is the annotation's folder, since Kaggle's flat form has no other. A name counts once.
     """
     photos: dict[str, Photo] = {}
     skipped, used = [], set()
@@ -459,9 +481,10 @@ def match_photos(
         used.update(a.path for a in same)
         if annotations and len(same) != 1:
             skipped.append((name, "several annotations" if same else "picture without annotation"))
-        elif name in photos:
+        elif name in photos and annotations:
             skipped.append((name, "duplicate name"))
-        else:
+        else:  # without annotations, equal paths come from different --data
+            name += f" ({len(photos)})" if name in photos else ""
             photos[name] = Photo(name, breed, picture, same[0] if same else None)
     left = (a.path for group in annotations.values() for a in group if a.path not in used)
     skipped += [(path, "annotation without picture") for path in left]
@@ -472,7 +495,11 @@ def match_photos(
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 80_000_000  # pixels; Pillow warns from 89 million on
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+DAMAGE = (  # what Pillow raises for damaged pictures
+    OSError, ValueError, SyntaxError, TypeError, EOFError, LookupError, ArithmeticError,
+    struct.error,
+)  # fmt: skip
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -483,8 +510,8 @@ class _NoDoctype(ElementTree.TreeBuilder):
 def parse_annotation(xml: bytes) -> tuple[tuple[int, int], list[Box]]:
     """The picture's size as the annotation states it, (0, 0) if it does not, and its boxes.
 
-    Raises `BadItem` for XML that is broken, hostile, or has no box. A box whose corners are no numbers
-    is kept as nan, for `clip_box` to refuse.
+    Raises `BadItem` for XML that is broken, hostile, or has no box. A corner that is no number is
+    kept as nan, for `clip_box` to refuse.
     """
     try:
         root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=_NoDoctype()))
@@ -503,7 +530,8 @@ def parse_annotation(xml: bytes) -> tuple[tuple[int, int], list[Box]]:
         raise BadItem("annotation without boxes")
     size = root.find("size")
     width, height = (0.0, 0.0) if size is None else (number(size, "width"), number(size, "height"))
-    return (int(width) if width > 0 else 0, int(height) if height > 0 else 0), boxes
+    stated = tuple(int(n) if 0 < n < math.inf else 0 for n in (width, height))
+    return stated, boxes
 
 
 def parse_boxes(xml: bytes) -> list[Box]:
@@ -534,7 +562,7 @@ def open_picture(data: bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadItem("absurd pixel count") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except DAMAGE as error:
         raise BadItem("not a picture") from error
     if picture.width * picture.height > LARGEST_PICTURE:
         raise BadItem("absurd pixel count")
@@ -542,7 +570,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 
 def decode_picture(picture: Image.Image, shrink: int = 1) -> Image.Image:
-    """Decode to upright RGB, a JPEG at 1/`shrink` of its size (1, 2, 4 or 8; by its own DCT scaling).
+    """Decode to upright RGB, a JPEG at 1/`shrink` (1, 2, 4, 8) of its size by its DCT scaling.
 
     EXIF rotation is applied, transparency is laid on white. Raises `BadItem` where it is truncated.
     """
@@ -550,13 +578,16 @@ def decode_picture(picture: Image.Image, shrink: int = 1) -> Image.Image:
         if shrink > 1:  # a no-op for anything but a JPEG
             picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
+        turn = turn_of(picture)[0]
+        picture = picture if turn is None else picture.transpose(turn)
+        if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture)
         return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, IndexError, ZeroDivisionError) as error:
+    except DAMAGE as error:
         raise BadItem("truncated or damaged picture") from error
 
 
@@ -565,22 +596,43 @@ def decode_photo(data: bytes) -> Image.Image:
     return decode_picture(open_picture(data))
 
 
-def upright_boxes(picture: Image.Image, stated: tuple[int, int], boxes: list[Box]) -> list[Box]:
-    """Boxes in the upright picture, where the annotation's stated size is that of the stored one.
+# EXIF orientation: how pixels are turned upright; the same for boxes (mirror x, mirror y, swap).
+TURNS = {
+    1: (None, False, False, False),
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False, False),
+    3: (Image.Transpose.ROTATE_180, True, True, False),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True, False),
+    5: (Image.Transpose.TRANSPOSE, False, False, True),
+    6: (Image.Transpose.ROTATE_270, False, True, True),
+    7: (Image.Transpose.TRANSVERSE, True, True, True),
+    8: (Image.Transpose.ROTATE_90, True, False, True),
+}
 
-    Boxes of Stanford Dogs were drawn on pictures shown as stored; EXIF orientations 5 to 8 turn them.
+
+def turn_of(picture: Image.Image) -> tuple[Image.Transpose | None, bool, bool, bool]:
+    """The row of `TURNS` of a picture; damaged EXIF turns nothing."""
+    try:
+        return TURNS.get(picture.getexif().get(0x0112, 1), TURNS[1])
+    except DAMAGE:
+        return TURNS[1]
+
+
+def upright_boxes(picture: Image.Image, stated: tuple[int, int], boxes: list[Box]) -> list[Box]:
+    """Boxes in the upright picture, turned where the annotation states the size as it is stored.
+
+    Boxes of Stanford Dogs were drawn in browsers that showed pictures as they are stored.
     """
-    orientation = picture.getexif().get(0x0112, 1)
     width, height = picture.size
-    if orientation not in (5, 6, 7, 8) or stated != (width, height) or width == height:
+    _, mirror_x, mirror_y, swap = turn_of(picture)
+    if stated != (width, height):
         return boxes
     turned = []
     for left, top, right, bottom in boxes:
-        if orientation in (6, 7):  # the stored bottom comes to the left
-            top, bottom = height - bottom, height - top
-        if orientation in (7, 8):  # the stored right comes to the top
+        if mirror_x:
             left, right = width - right, width - left
-        turned.append((top, left, bottom, right))
+        if mirror_y:
+            top, bottom = height - bottom, height - top
+        turned.append((top, left, bottom, right) if swap else (left, top, right, bottom))
     return turned
 
 
@@ -646,8 +698,8 @@ def parse_crops(text: str) -> dict[str, float]:
             value = math.nan
         if kind not in CROPS or kind in weights or not 0 < value < math.inf:
             raise UserError(
-                f"--crops {text}: give kinds out of {', '.join(CROPS)}, once each, with weights above 0"
-                " if any, as in square:3,context:1."
+                f"--crops {text}: give kinds out of {', '.join(CROPS)}, once each, with weights"
+                " above 0 if any, as in square:3,context:1."
             )
         weights[kind] = value
     return {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
@@ -657,14 +709,14 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     """The crops of every dog in a photo, and the reasons for the boxes left out.
 
     Returns, for each dog and each kind, uint8 of shape (views, 64, 64, 3). JPEGs are decoded at the
-    smallest DCT scale that leaves every crop at least 128 px: twice the resolution it ends with, which
-    keeps the median PSNR against full decoding above 45 dB (`tests/bench_data.py`).
+    smallest DCT scale that leaves every crop at least 128 px: twice the resolution it ends with,
+    which keeps the median PSNR against full decoding above 45 dB (`tests/bench_data.py`).
     Raises `BadItem` where the photo gives no dog.
     """
     picture = open_picture(photo.read())
     xml = photo.read_annotation()
     frame = picture.size
-    if picture.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+    if turn_of(picture)[3]:
         frame = frame[::-1]
     if xml is None:
         boxes: list[Box] = [(0, 0, *frame)]
@@ -682,19 +734,13 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
     shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
     upright = decode_picture(picture, shrink)
-    sx, sy = upright.width / frame[0], upright.height / frame[1]
+    scale = 1 / shrink if upright.width < frame[0] else 1.0  # only JPEGs have shrunk
 
     def resize(crop: Box) -> np.ndarray:
-        scaled = (crop[0] * sx, crop[1] * sy, crop[2] * sx, crop[3] * sy)
-        inside = (
-            max(scaled[0], 0.0),
-            max(scaled[1], 0.0),
-            min(scaled[2], upright.width),
-            min(scaled[3], upright.height),
-        )
-        return np.asarray(
-            upright.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS, box=inside)
-        )
+        left, top, right, bottom = (edge * scale for edge in crop)
+        inside = (max(left, 0), max(top, 0), min(right, upright.width), min(bottom, upright.height))
+        size = (IMAGE_SIZE, IMAGE_SIZE)
+        return np.asarray(upright.resize(size, Image.Resampling.LANCZOS, box=inside))
 
     return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs], reasons
 
@@ -704,7 +750,7 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
 
 @dataclass(frozen=True)
 class CropSet:
-    """All crops of all dogs: `crops[first[i, k] : first[i, k] + count[i, k]]` shows dog i as kind k."""
+    """All crops: `crops[first[i, k] : first[i, k] + count[i, k]]` shows dog i as kind k."""
 
     crops: Tensor  # uint8 (views, 64, 64, 3)
     first: Tensor  # int64 (dogs, kinds)
@@ -722,7 +768,7 @@ class CropSet:
 
 
 def in_threads(function: Callable, items: Iterable) -> Iterator:
-    """`map` over a pool with a thread for each core, in order; an interrupt drops what is waiting."""
+    """`map` in order by a thread for each core; an interrupt drops what is still waiting."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         yield from pool.map(function, items)
@@ -745,32 +791,32 @@ def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
     Raises `UserError` above 5 % bad items, or with fewer than 16 dogs.
     """
     weights = parse_crops(crops if dogs.annotated else "whole")
-    entries = [e for p in dogs.photos for e in (p.picture, p.annotation) if e is not None]
-    identity = [sorted(weights), [(p.name, p.breed) for p in dogs.photos]]
-    content = identity + [[(e.path, e.size) for e in entries]]
-    exact = content + [[e.stamp for e in entries], PIL.__version__, "crops 1", dogs.skipped]
-    folder = cache_folder() / digest(exact)
-    if (cached := load_crops(folder, weights, digest(content))) is not None:
-        return cached
-    scratch = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    pairs = [[e for e in (p.picture, p.annotation) if e] for p in dogs.photos]
+    names = [
+        sorted(weights),
+        [(p.name, [e.size for e in pair]) for p, pair in zip(dogs.photos, pairs)],
+    ]
+    stamps = [[e.stamp for e in pair] for pair in pairs]
+    folder = cache_folder() / digest([names, stamps, dogs.skipped, PIL.__version__, "version 1"])
+    if found := load_crops(folder, weights, digest(names)):
+        return found
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        crop_into(scratch, dogs, sorted(weights), show)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        try:
-            scratch.rename(folder)
-        except OSError:  # another run has just put the same there
-            pass
-        if (made := load_crops(folder, weights, digest(content))) is None:
-            raise OSError(errno.EIO, "they cannot be read back")
-        return made
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+            made = Path(scratch, "crops")
+            made.mkdir()
+            crop_into(made, dogs, sorted(weights), show)
+            if load_crops(folder, weights, digest(names)) is None:  # no other run was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
+        if found := load_crops(folder, weights, digest(names)):
+            return found
+        raise OSError(errno.EIO, "what was written cannot be read back")
     except OSError as error:
         raise UserError(
-            f"the crops cannot be kept in {folder.parent} ({error.strerror}): set XDG_CACHE_HOME to a"
-            " folder with about 1 GB free for each kind of crop."
+            f"the crops cannot be kept in {folder.parent} ({error.strerror}): set XDG_CACHE_HOME to"
+            " a folder with 1 GB free for each kind of crop."
         ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def is_live() -> bool:
@@ -812,8 +858,8 @@ def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
     reasons = ", ".join(f"{n} {r}" for r, n in Counter(r for _, r in skipped).most_common())
     if len(skipped) > 0.05 * (len(skipped) + len(first)):
         raise UserError(
-            f"{len(skipped)} of {len(skipped) + len(first)} items in {dogs.where} are bad ({reasons}):"
-            " repair the set or give another --data; at most 5 % may be."
+            f"{len(skipped)} of {len(skipped) + len(first)} items in {dogs.where} are bad"
+            f" ({reasons}): repair the set or give another --data; at most 5 % may be."
         )
     if len(first) < 16:
         raise UserError(f"{dogs.where} holds {len(first)} dogs: at least 16 are needed to train.")
@@ -846,7 +892,7 @@ def load_crops(folder: Path, weights: dict[str, float], key: str) -> CropSet | N
 def draw_reals(dogs: CropSet, rows: Tensor, generator: torch.Generator | None) -> Tensor:
     """One view of each dog in `rows`, its kind drawn anew, half of them mirrored.
 
-    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], in channels-last layout.
+    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], channels last in memory.
     """
     device = rows.device
     chance = torch.rand((3, len(rows)), generator=generator, device=device)
@@ -894,9 +940,9 @@ class Generator(nn.Module):
 class SplitBatchNorm2d(nn.Module):
     """Batch norm that gives reals and fakes in one batch their own statistics, but one affine pair.
 
-    Equal to two separate forwards through an ordinary batch norm in training mode, in one forward of
-    everything around it. Keeps no running statistics: D is never evaluated. Statistics of their own
-    for a second distribution: Xie et al. 2020 (AdvProp, arXiv 1911.09665).
+    Equal to two separate forwards through an ordinary batch norm in training mode, in one forward
+    of everything around it. Keeps no running statistics: D is never evaluated. Statistics of their
+    own for a second distribution: Xie et al. 2020 (AdvProp, arXiv 1911.09665).
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
@@ -906,7 +952,7 @@ class SplitBatchNorm2d(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, num_real: int) -> Tensor:
-        """`x`: (N, num_features, H, W), the `num_real` reals first; 0 or N of them make one group."""
+        """`x`: (N, num_features, H, W), the `num_real` reals first; 0 or N make one group."""
         if not 0 <= num_real <= len(x):
             raise ValueError(f"num_real is {num_real}, but the batch holds {len(x)}")
         groups = [g for g in x.split([num_real, len(x) - num_real]) if len(g)]
@@ -918,7 +964,7 @@ class SplitBatchNorm2d(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """The generator's mirror: strided convolutions, a 3x3 one at 16x16 and 8x8, split batch norm."""
+    """G's mirror: strided convolutions, 3x3 ones at 16x16 and 8x8, and split batch norm."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -953,7 +999,7 @@ class Discriminator(nn.Module):
 
 
 def build_networks(config: Config, device: torch.device) -> tuple[Generator, Discriminator]:
-    """G and D with weights from `config.seed`, the same on any device, in channels-last layout."""
+    """G and D with weights from `config.seed`, the same on any device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         G = Generator(config.latent_dim, config.width)
@@ -964,8 +1010,14 @@ def build_networks(config: Config, device: torch.device) -> tuple[Generator, Dis
                     nn.init.normal_(module.weight, 0.0, config.init_std)
                 elif isinstance(module, (nn.BatchNorm2d, SplitBatchNorm2d)):
                     nn.init.normal_(module.weight, 1.0, config.init_std)
-    layout = {"device": device, "memory_format": torch.channels_last}
-    return G.to(**layout), D.to(**layout)
+    layout = memory_layout(device)
+    return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
+
+
+def memory_layout(device: torch.device) -> torch.memory_format:
+    """Channels last on a CPU and where float32 convolutions use tensor cores; else contiguous."""
+    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.contiguous_format if old_gpu else torch.channels_last
 
 
 # -------------------------------------------------------------------------------------- 8. Losses
@@ -980,8 +1032,8 @@ def discriminator_loss(
     fake: softplus(l)
 
     The constant makes the floor 0; below the margin the gradient is the logistic loss's own. The
-    margin keeps D from over-fitting reals it already knows. With smoothing s > 0 a real past the margin
-    is still pushed down by the second term, so that the two work against each other.
+    margin keeps D from over-fitting reals it already knows. With smoothing s > 0 a real past the
+    margin is still pushed down by the second term, so that the two work against each other.
     """
     floor = -math.log(margin)  # softplus(-logit(m)) = -log m
     real = (F.softplus(-real_logits) - floor).relu().mean()
@@ -1002,8 +1054,8 @@ class Trainer:
     """G, D, their optimisers and averages, and all random state: one run, on one device.
 
     `step()` does one update of D and one of G. On CUDA it is captured once as a graph and replayed;
-    elsewhere, or where capture fails, the same code runs eagerly. Everything that a replay touches is
-    a tensor that stays where it is: rollback and resume copy into it.
+    elsewhere the same code runs eagerly. Everything that a replay touches is a tensor that stays
+    where it is: rollback and resume copy into it.
     """
 
     STATS = ("d_loss", "g_loss", "d_real", "d_fake", "past_margin")
@@ -1011,6 +1063,7 @@ class Trainer:
     def __init__(self, config: Config, dogs: CropSet, device: torch.device) -> None:
         self.config, self.device, self.dogs = config, device, dogs.to(device)
         self.G, self.D = build_networks(config, device)
+        self.layout = memory_layout(device)
         on_gpu = device.type == "cuda"
         # A captured graph knows the default CUDA generator; on a CPU the run has one of its own.
         self.rng = torch.cuda.default_generators[device.index] if on_gpu else torch.Generator()
@@ -1047,7 +1100,7 @@ class Trainer:
         config, batch = self.config, self.config.batch_size
         rows = self.order[(self.cursor + torch.arange(batch, device=self.device)) % len(self.order)]
         self.cursor += batch
-        reals = draw_reals(self.dogs, rows, self.rng)
+        reals = draw_reals(self.dogs, rows, self.rng).contiguous(memory_format=self.layout)
         z = torch.randn(batch, config.latent_dim, generator=self.rng, device=self.device)
         fakes = self.G(z)  # one forward serves both steps
         logits = self.D(torch.cat([reals, fakes.detach()]), num_real=batch)
@@ -1087,7 +1140,7 @@ class Trainer:
                 group["lr"] = lr * share
 
     def capture(self) -> None:
-        """Capture `_one_step` as a CUDA graph; warm-up leaves weights and random state untouched."""
+        """Capture `_one_step` as a CUDA graph; weights and random state stay as they were."""
         if self.device.type != "cuda":
             return
         before = self.state_dict()
@@ -1121,7 +1174,7 @@ class Trainer:
         return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
 
     def read_stats(self) -> dict[str, float]:
-        """The means of `STATS` over the steps since the last call (if any); waits for the device."""
+        """The means of `STATS` over the steps since the last call; waits for the device."""
         if self.summed:
             self._means = dict(zip(self.STATS, (self.sums / self.summed).tolist()))
             self.sums.zero_()
@@ -1172,7 +1225,7 @@ def logit(probability: float) -> float:
 
 
 def update(adam: torch.optim.Adam, loss: Tensor) -> None:
-    """One Adam step on `loss`. `autograd.grad` computes no gradient for the other network's weights."""
+    """One Adam step on `loss`; `autograd.grad` leaves the other network's weights alone."""
     parameters = adam.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
         parameter.grad = gradient
@@ -1225,7 +1278,7 @@ def p100_hours(config: Config, steps: int) -> float:
 
 
 def draw_latents(count: int, latent_dim: int, seed: int) -> Tensor:
-    """float32 (count, latent_dim), standard normal; row k is the same whatever `count` and device."""
+    """float32 (count, latent_dim), standard normal; row k is the same whatever `count` is."""
     generator = torch.Generator().manual_seed(seed)
     blocks = [
         torch.randn(SAMPLE_BATCH, latent_dim, generator=generator)
@@ -1244,7 +1297,7 @@ def averaged_generator(
 ) -> Generator:
     """A G with `weights`, in the order of its parameters, norms re-estimated, in eval mode."""
     G = Generator(config.latent_dim, config.width)
-    G = G.to(device=device, memory_format=torch.channels_last)
+    G = G.to(device, memory_format=memory_layout(device))
     with torch.no_grad():
         for target, source in zip(G.parameters(), weights, strict=True):
             target.copy_(source)
@@ -1282,8 +1335,8 @@ def full_precision() -> Iterator[None]:
 def sample_images(G: Generator, latents: Tensor) -> Iterator[np.ndarray]:
     """uint8 (n, 64, 64, 3) batches of images, in the order of `latents`.
 
-    Every forward has 128 latents, the last one filled up, and G must be in eval mode: an image depends
-    on its own latent alone.
+    Every forward has 128 latents, the last one filled up, and G must be in eval mode: an image
+    depends on its own latent alone.
     """
     device = next(G.parameters()).device
     with full_precision(), torch.no_grad():
@@ -1326,7 +1379,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def write_submission(path: Path, batches: Iterable[np.ndarray]) -> int:
-    """Write `00000.png`... at the root of a zip, encoded in threads, deterministic; returns how many.
+    """Write `00000.png`... at the root of a zip, encoded in threads; returns how many.
 
     `batches`: uint8 (n, 64, 64, 3) arrays. Stored, not deflated: PNGs do not shrink again.
     """
@@ -1522,8 +1575,9 @@ def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterabl
         if f.name in names and f.metadata["fixed"] and getattr(config, f.name) != saved[f.name]:
             flag = "--" + f.name.replace("_", "-")
             raise UserError(
-                f"the checkpoint was made with {flag} {saved[f.name]}, not {getattr(config, f.name)}:"
-                f" give {flag} {saved[f.name]}, or start anew with --fresh or another --out."
+                f"the checkpoint was made with {flag} {saved[f.name]}, not"
+                f" {getattr(config, f.name)}: give {flag} {saved[f.name]}, or start anew with --fresh"
+                " or another --out."
             )
 
 
@@ -1587,7 +1641,7 @@ def sheet_path(out: Path, step: int) -> Path:
     return out / "samples" / f"step_{step:07d}.png"
 
 
-# --------------------------------------------------------------------------------- 13. The whole run
+# -------------------------------------------------------------------------------- 13. The whole run
 
 
 def measure_finish(trainer: Trainer) -> float:
@@ -1614,15 +1668,15 @@ def roll_back(trainer: Trainer, report: Report, out: Path) -> bool:
     trainer.rollbacks = rollbacks
     trainer.rng.manual_seed(stream(trainer.config.seed, "training") + rollbacks)
     report.event(
-        f"losses or weights were not finite at step {sick_step}: back to step {trainer.steps_done}, "
-        + ("with fresh randomness" if rollbacks <= 3 else "finishing from there"),
+        f"losses or weights were not finite at step {sick_step}: back to step {trainer.steps_done},"
+        f" {'with fresh randomness' if rollbacks <= 3 else 'finishing from there'}",
         rollbacks=rollbacks,
     )
     return rollbacks <= 3
 
 
 def train(trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out: Path) -> bool:
-    """Train until progress is 1, this part's time is over, or a signal. Returns whether it is done."""
+    """Train to progress 1 (returns True), or until this part's time is over or a signal came."""
     config, saved, looking = trainer.config, time.monotonic(), 0.0
     sheets = [s for s in SHEETS if s > clock.progress(trainer.steps_done)]
     while (progress := clock.progress(trainer.steps_done)) < 1:
@@ -1729,6 +1783,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     """Find, crop, train, submit. Returns the exit code."""
     config, out = options.config, Path(options.config.out)
     device = choose_device(config.device)
+    torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN choose by measurement
     print(describe_device(device), flush=True)
     if options.dry_run:
         return show_plan(config, device, started)
@@ -1782,7 +1837,7 @@ def sample_only(options: Options, device: torch.device) -> int:
     G = Generator(config.latent_dim, config.width)
     if "state_dict" in state:
         G.load_state_dict(state["state_dict"])
-        G = G.to(device=device, memory_format=torch.channels_last).eval()
+        G = G.to(device, memory_format=memory_layout(device)).eval()
         choice = state["weights"]
     else:
         trained = state["trainer"]
@@ -1895,7 +1950,7 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
 
 
 def process_age() -> float:
-    """Seconds since this process began, where the system tells (Linux); else its CPU time so far."""
+    """Seconds since this process began, where the system tells; else its CPU time so far."""
     try:
         fields_after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         began = int(fields_after_name[19]) / os.sysconf("SC_CLK_TCK")
