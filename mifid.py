@@ -46,7 +46,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,43 +84,30 @@ class UserError(ValueError):
 
 
 class BadImage(Exception):
-    """One picture that cannot be used: `name` says which, the text says why."""
+    """One picture that cannot be used; the text says why."""
 
 
 # ---------------------------------------------------------------- finding and reading the images
 
 
+class Picture(NamedTuple):
+    """One picture, still encoded. Both functions are thread-safe and raise BadImage."""
+
+    name: str
+    read: Callable[[], bytes]
+    crops: Callable[[bytes], list[np.ndarray]]  # uint8 64x64x3; several only under rule `box`
+
+
 @dataclass
 class ImageSet:
-    """Pictures in a fixed order, still encoded.
-
-    `names[i]` is what the user knows picture i as, `read(i)` gives its encoded bytes, `crops(i,
-    data)` its 64x64 crops (uint8, one unless the rule is `box`); both are thread-safe and raise
-    BadImage. `strict` sets refuse a bad picture by name, others skip it and count the reason.
-    """
+    """Pictures in a fixed order. A `strict` set refuses a bad picture by name; otherwise it is
+    skipped and its reason counted."""
 
     where: str
-    names: list[str]
-    read: Callable[[int], bytes]
-    crops: Callable[[int, bytes], list[np.ndarray]]
+    pictures: list[Picture]
     strict: bool
     rule: str = "whole"
     notes: list[str] = field(default_factory=list)
-
-    def limited(self, limit: int | None) -> ImageSet:
-        """The first `limit` pictures after a shuffle with a fixed seed; all of them for None."""
-        if limit is None or limit >= len(self.names):
-            return self
-        order = np.random.default_rng(0).permutation(len(self.names))[:limit].tolist()
-        return ImageSet(
-            self.where,
-            [self.names[i] for i in order],
-            lambda i: self.read(order[i]),
-            lambda i, data: self.crops(order[i], data),
-            self.strict,
-            self.rule,
-            self.notes,
-        )
 
 
 Listing = list[tuple[str, Callable[[], bytes]]]  # (name, how to read it)
@@ -168,7 +155,7 @@ def list_zip(path: Path) -> Listing:
 
 def list_tar(path: Path) -> Listing:
     try:
-        plain = tarfile.open(path, "r:")
+        plain = tarfile.open(path, "r:")  # noqa: SIM115 (the name says what it is: uncompressed)
     except tarfile.ReadError:  # compressed: it can only be read from front to back, so once, now
         listing: Listing = []
         with tarfile.open(path, "r|*") as archive:
@@ -244,27 +231,20 @@ def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
         else:
             raise UserError(
                 f"{path} is not a readable zip, tar, folder or .npz of features (a damaged or "
-                "half-copied archive looks so too: copy it again)"
+                "half-copied archive looks so too: copy it again)."
             )
     except BadImage as error:
-        raise UserError(f"{path} holds a member that {error}: remove it") from error
+        raise UserError(f"{path} holds a member that {error}: remove it.") from error
     except UNREADABLE as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is damaged ({error}): make or copy it again") from error
+        raise UserError(f"{path} is damaged ({error}): make or copy it again.") from error
     listing = sorted((item for item in listing if not is_litter(item[0])), key=lambda item: item[0])
-    names = [name for name, _ in listing]
     notes = []
-    if not path.is_dir() and any("/" in name.removeprefix("./") for name in names):
+    if not path.is_dir() and any("/" in name.removeprefix("./") for name, _ in listing):
         notes.append(f"{path.name} holds folders; the competition wants its PNGs at the root")
-    return ImageSet(
-        where=str(path),
-        names=names,
-        read=lambda i: listing[i][1](),
-        crops=lambda i, data: [decode(data, exact)],
-        strict=strict,
-        notes=notes,
-    )
+    pictures = [Picture(name, read, lambda data: [decode(data, exact)]) for name, read in listing]
+    return ImageSet(str(path), pictures, strict, notes=notes)
 
 
 def open_dogs(path: Path, rule: str) -> ImageSet:
@@ -274,74 +254,76 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
     except ModuleNotFoundError as error:
         raise UserError(
             f"{path} needs train_dogs.py beside mifid.py to be read as a Stanford Dogs set: put it "
-            "there, or give a zip, tar, folder or .npz of 64x64 images"
+            "there, or give a zip, tar, folder or .npz of 64x64 images."
         ) from error
+
+    def checked(function: Callable, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except train_dogs.BadItem as error:
+            raise BadImage(str(error)) from error
+
+    def box_crops(photo: Any, picture: Image.Image) -> list[np.ndarray]:
+        annotation = checked(photo.read_annotation)
+        if annotation is None:
+            raise BadImage("no annotation")
+        crops, reason = [], BadImage("no box")
+        for box in checked(train_dogs.parse_boxes, annotation):
+            try:
+                left, top, right, bottom = map(round, checked(clip_box, box, *picture.size))
+            except BadImage as error:
+                reason = error
+            else:
+                crops.append(np.asarray(squash(picture.crop((left, top, right, bottom)))))
+        if not crops:
+            raise reason
+        return crops
+
+    def crops(photo: Any, data: bytes) -> list[np.ndarray]:
+        picture = checked(train_dogs.decode_photo, data)
+        return [np.asarray(squash(picture))] if rule == "whole" else box_crops(photo, picture)
+
+    clip_box = train_dogs.clip_box
     try:
         dogs = train_dogs.find_dogs([path])
     except train_dogs.UserError as error:
         raise UserError(str(error)) from error
-
-    def read(i: int) -> bytes:
-        return dogs.photos[i].read()
-
-    def crops(i: int, data: bytes) -> list[np.ndarray]:
-        try:
-            photo = train_dogs.decode_photo(data)
-            if rule == "whole":
-                return [np.asarray(squash(photo))]
-            annotation = dogs.photos[i].read_annotation()
-            if annotation is None:
-                raise BadImage("has no annotation")
-            boxes = train_dogs.parse_boxes(annotation)
-        except train_dogs.BadItem as error:
-            raise BadImage(str(error)) from error
-        found = (train_dogs.clip_box(box, *photo.size) for box in boxes)
-        inside = [tuple(map(round, box)) for box in found if box is not None]
-        inside = [box for box in inside if box[2] > box[0] and box[3] > box[1]]
-        if not inside:
-            raise BadImage("has no box inside the picture")
-        return [np.asarray(squash(photo.crop(box))) for box in inside]
-
-    names = [photo.name for photo in dogs.photos]
-    return ImageSet(dogs.where, names, read, crops, strict=False, rule=rule)
+    pictures = [Picture(p.name, partial(checked, p.read), partial(crops, p)) for p in dogs.photos]
+    return ImageSet(dogs.where, pictures, strict=False, rule=rule)
 
 
-def map_ahead(function: Callable, count: int, ahead: int = 256) -> Iterator:
-    """function(0), ..., function(count - 1) in order, computed by threads up to `ahead` early."""
+def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator:
+    """function(item) for each item, in order, computed by threads up to `ahead` early."""
     with ThreadPoolExecutor(WORKERS) as pool:
         waiting: deque = deque()
-        for i in range(count):
-            waiting.append(pool.submit(function, i))
+        for item in items:
+            waiting.append(pool.submit(function, item))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def read_picture(images: ImageSet, i: int) -> bytes:
-    """The encoded bytes of picture i; every way in which reading can fail becomes BadImage."""
+def read_picture(picture: Picture) -> bytes:
+    """The encoded bytes of a picture; every way in which reading can fail becomes BadImage."""
     try:
-        return images.read(i)
+        return picture.read()
     except UNREADABLE as error:
         raise BadImage(f"cannot be read ({error})") from error
 
 
 def content_of(images: ImageSet) -> tuple[str, int]:
-    """(key over the encoded pictures in their order, how many are byte-for-byte repetitions)."""
+    """(key over the encoded pictures in their order, how many repeat another byte for byte)."""
 
-    def digest(i: int) -> bytes:
+    def digest(picture: Picture) -> bytes:
         try:
-            data = read_picture(images, i)
-        except BadImage as error:
-            if images.strict:
-                raise UserError(f"{images.names[i]} in {images.where} {error}.") from error
+            return hashlib.blake2b(read_picture(picture), digest_size=20).digest()
+        except BadImage:  # told, or skipped and counted, when it is decoded
             return b"unreadable"
-        return hashlib.blake2b(data, digest_size=20).digest()
 
-    digests = list(map_ahead(digest, len(images.names)))
-    return hashlib.blake2b(b"".join(digests), digest_size=20).hexdigest(), (
-        len(digests) - len(set(digests))
-    )
+    digests = list(map_ahead(digest, images.pictures))
+    repeated = len(digests) - len(set(digests))
+    return hashlib.blake2b(b"".join(digests), digest_size=20).hexdigest(), repeated
 
 
 # ---------------------------------------------------------------- the network and its weights
@@ -428,7 +410,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
-        raise ValueError("not a state dict")
+        raise TypeError("not a state dict")
     return loaded
 
 
@@ -527,7 +509,10 @@ class Mixed(nn.Module):
         super().__init__()
         # "a b_1>b_2 c_1>c_2a|c_2b": branches by spaces, steps by >, forks by |
         chains = [chain.split(">") for chain in branches.split()]
-        conv = lambda *names, **kw: Convolution(folded, *(f"{block}.{n}" for n in names), **kw)  # noqa: E731
+
+        def conv(*names: str, relu: bool = True) -> Convolution:
+            return Convolution(folded, *(f"{block}.{name}" for name in names), relu=relu)
+
         heads = [chain[0] for chain in chains] + ["branch_pool"] * (pool == "average")
         self.heads = conv(*heads, relu=False)
         self.tails = nn.ModuleList()
@@ -738,7 +723,8 @@ class Features:
         if not isinstance(self.images, ImageSet):
             return self.images[row]
         owner = int(self.owners[row])
-        crops = self.images.crops(owner, self.images.read(owner))
+        picture = self.images.pictures[owner]
+        crops = picture.crops(picture.read())
         return crops[row - int(np.searchsorted(self.owners, owner))]
 
 
@@ -749,22 +735,22 @@ def compute_features(
     owners: list[int] = []
     bad: Counter[str] = Counter()
 
-    def crops_of(i: int) -> list[np.ndarray] | BadImage:
+    def crops_of(picture: Picture) -> list[np.ndarray] | BadImage:
         try:
-            return images.crops(i, read_picture(images, i))
+            return picture.crops(read_picture(picture))
         except BadImage as error:
             return error
 
     def batches() -> Iterator[np.ndarray]:
         size = batch_size or default_batch_size(model.layers[0].weight.device)
         batch: list[np.ndarray] = []
-        bar = tqdm(total=len(images.names), unit="img", disable=not progress, desc="features")
+        bar = tqdm(total=len(images.pictures), unit="img", disable=not progress, desc="features")
         with bar:
-            for i, crops in enumerate(map_ahead(crops_of, len(images.names))):
+            for i, crops in enumerate(map_ahead(crops_of, images.pictures)):
                 bar.update()
                 if isinstance(crops, BadImage):
                     if images.strict:
-                        raise UserError(f"{images.names[i]} in {images.where} {crops}.")
+                        raise UserError(f"{images.pictures[i].name} in {images.where} {crops}.")
                     bad[str(crops)] += 1
                     continue
                 owners.extend([i] * len(crops))
@@ -777,9 +763,9 @@ def compute_features(
 
     values = run_network(model, batches())
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
-    if bad.total() > MAX_BAD_SHARE * len(images.names):
+    if bad.total() > MAX_BAD_SHARE * len(images.pictures):
         raise UserError(
-            f"{bad.total():,} of the {len(images.names):,} pictures in {images.where} cannot be "
+            f"{bad.total():,} of the {len(images.pictures):,} pictures in {images.where} cannot be "
             f"used ({reasons}): is this the right data set?"
         )
     notes = [f"{bad.total()} pictures of {images.where} were skipped ({reasons})"] if bad else []
@@ -799,7 +785,7 @@ def cached_features(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """`compute_features` through the cache. Two processes may share it: an entry appears whole,
     by renaming, and one that cannot be read is made again."""
-    key = "\n".join(("1", content, images.rule, model.fingerprint, model.precision))
+    key = f"1 {content} {images.rule} {model.fingerprint} {model.precision}"
     entry = cache_folder() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
     try:
         with np.load(entry, allow_pickle=False) as saved:
@@ -1166,9 +1152,11 @@ def score(
             images = open_dogs(path, crop or "whole")
         else:
             images = open_images(path, not is_reference, not is_reference and not resize)
-        if not images.names:
+        if not images.pictures:
             raise UserError(f"{path} holds no images.")
-        images = images.limited(limit)
+        if limit is not None:
+            order = np.random.default_rng(0).permutation(len(images.pictures))[:limit]
+            images.pictures = [images.pictures[i] for i in order]
         content, repeated = content_of(images)
         if is_reference and cache:
             made = cached_features(images, content, model(), batch_size, progress)

@@ -246,9 +246,9 @@ def choose_device(name: str) -> torch.device:
         )
     capability = torch.cuda.get_device_capability(device)
     remedy = (
-        "choose a T4 or L4 instead, or pin the notebook to its original 2025 environment, or install"
-        " a CUDA 12.6 build of torch 2.14 or older (pip install --no-index --find-links=FOLDER"
-        " torch)."
+        "choose a T4 or L4 instead, or pin the notebook to its original 2025 environment, or"
+        " install a CUDA 12.6 build of torch 2.14 or older (pip install --no-index"
+        " --find-links=FOLDER torch)."
     )
     if not architecture_is_built(capability, torch.cuda.get_arch_list()):
         raise UserError(
@@ -1576,8 +1576,8 @@ def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterabl
             flag = "--" + f.name.replace("_", "-")
             raise UserError(
                 f"the checkpoint was made with {flag} {saved[f.name]}, not"
-                f" {getattr(config, f.name)}: give {flag} {saved[f.name]}, or start anew with --fresh"
-                " or another --out."
+                f" {getattr(config, f.name)}: give {flag} {saved[f.name]}, or start anew with"
+                " --fresh or another --out."
             )
 
 
