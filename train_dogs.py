@@ -173,11 +173,11 @@ def parse(argv: Sequence[str]) -> Options:
             type=str if f.default == () else type(f.default),
             action="append" if f.default == () else "store",
             default=argparse.SUPPRESS,
-            metavar=type(f.default).__name__.upper() if f.default != () else "PATH",
+            metavar={int: "N", float: "X", str: "TEXT", tuple: "PATH"}[type(f.default)],
             help=shown.replace("%", "%%"),
         )
     groups["length"].add_argument(
-        "--minutes", type=float, default=argparse.SUPPRESS, help="the same budget in minutes"
+        "--minutes", type=float, default=argparse.SUPPRESS, metavar="X", help="--hours, in minutes"
     )
     given = vars(parser.parse_args(list(argv)))
     acts = {k: given.pop(k) for k in ("preset", "dry_run", "fresh", "resume", "sample_only")}
@@ -350,21 +350,22 @@ def read_entry(entry: Entry) -> bytes:
 
 def list_files(place: Path) -> list[Entry]:
     """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked."""
+    reader = _folder_entries if place.is_dir() else _tar_entries
     try:
-        if place.is_dir():
-            entries = _folder_entries(place)
-        elif zipfile.is_zipfile(place):
-            entries = _zip_entries(place)
-        else:
-            entries = _tar_entries(place)
+        if place.is_file() and zipfile.is_zipfile(place):
+            reader = _zip_entries
+        return sorted((e for e in reader(place) if is_shown(e.path)), key=lambda e: e.path)
     except FileNotFoundError as error:
         raise UserError(f"{place} does not exist: give the folder or archive of dogs.") from error
     except PermissionError as error:
         raise UserError(f"{error.filename} may not be read: give yourself permission.") from error
-    except (zipfile.BadZipFile, tarfile.TarError) as error:
+    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{place} is damaged, or no zip and no uncompressed tar.") from error
-    shown = (e for e in entries if not any(p[0] in "._" for p in e.path.split("/")[1:] if p))
-    return sorted(shown, key=lambda e: e.path)
+
+
+def is_shown(path: str) -> bool:
+    """Whether a file is the user's own, not the system's: no dot-file, no `__MACOSX`."""
+    return not any(part.startswith((".", "__MACOSX")) for part in path.split("/")[1:])
 
 
 def _folder_entries(place: Path) -> Iterator[Entry]:
@@ -396,7 +397,7 @@ def _zip_entries(place: Path) -> Iterator[Entry]:
     archive, stamp = zipfile.ZipFile(place), place.stat().st_mtime_ns
     for info in archive.infolist():
         if not info.is_dir():
-            path = f"{place.stem}/{info.filename}"
+            path = f"{place.stem}/{info.filename.removeprefix('./')}"
             yield Entry(path, info.file_size, stamp, lambda i=info: archive.read(i))
 
 
@@ -413,7 +414,7 @@ def _tar_entries(place: Path) -> Iterator[Entry]:
     with tarfile.open(place, "r:") as archive:
         for info in archive:
             if info.isreg():
-                path = f"{place.stem}/{info.name}"
+                path = f"{place.stem}/{info.name.removeprefix('./')}"
                 yield Entry(path, info.size, stamp, partial(read, info.offset_data, info.size))
 
 
@@ -454,40 +455,45 @@ def find_dogs(paths: Sequence[str | Path] = ()) -> DogSet:
         if Path(name).suffix.lower() in PICTURE_SUFFIXES:
             pictures.append(entry)
         elif {"annotation", "annotations"} & set(folder.lower().split("/")):
-            annotations.setdefault(name.removesuffix(".xml"), []).append(entry)
+            same_name = annotations.setdefault(name.removesuffix(".xml"), {})
+            same_name.setdefault(Path(folder).name, entry)  # a set given twice counts once
     photos, skipped = match_photos(pictures, annotations)
-    where = " and ".join(map(str, places)) + ("" if annotations else ", without annotations")
+    where = " and ".join(map(str, places)) + (
+        "" if annotations else " (no annotations: whole pictures, one class)"
+    )
     if not photos:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
     return DogSet(where, photos, skipped, annotated=bool(annotations))
 
 
 def match_photos(
-    pictures: list[Entry], annotations: dict[str, list[Entry]]
+    pictures: list[Entry], annotations: dict[str, dict[str, Entry]]
 ) -> tuple[list[Photo], list[tuple[str, str]]]:
     """Pair pictures with the annotations of their name (by stem), and say what is left over.
 
-    Of several annotations of that name the one in a folder named like the picture's counts. The
-    breed is the annotation's folder, since Kaggle's flat form has no other. A name counts once.
+    `annotations`: by stem and folder. Of several of a stem the one whose folder is named like the
+    picture's counts. The breed is that folder, since Kaggle's flat form has no other. A name counts
+    once.
     """
     photos: dict[str, Photo] = {}
     skipped, used = [], set()
     for picture in pictures:
         path = Path(picture.path)
-        named = annotations.get(path.stem, [])
-        same = [a for a in named if Path(a.path).parent.name == path.parent.name] or named
-        breed = Path(same[0].path).parent.name if same else "dog"
-        name = f"{breed}/{path.name}" if same else picture.path
-        used.update(a.path for a in same)
-        if annotations and len(same) != 1:
-            skipped.append((name, "several annotations" if same else "picture without annotation"))
+        named = annotations.get(path.stem, {})
+        fitting = [path.parent.name] if path.parent.name in named else list(named)
+        used.update((path.stem, folder) for folder in fitting)
+        breed = fitting[0] if fitting else "dog"
+        name = f"{breed}/{path.name}" if fitting else picture.path
+        if annotations and len(fitting) != 1:
+            reason = "several annotations" if fitting else "picture without annotation"
+            skipped.append((name, reason))
         elif name in photos and annotations:
             skipped.append((name, "duplicate name"))
         else:  # without annotations, equal paths come from different --data
             name += f" ({len(photos)})" if name in photos else ""
-            photos[name] = Photo(name, breed, picture, same[0] if same else None)
-    left = (a.path for group in annotations.values() for a in group if a.path not in used)
-    skipped += [(path, "annotation without picture") for path in left]
+            photos[name] = Photo(name, breed, picture, named.get(breed))
+    left = ((s, f) for s, folders in annotations.items() for f in folders if (s, f) not in used)
+    skipped += [(f"{folder}/{stem}", "annotation without picture") for stem, folder in left]
     return list(photos.values()), skipped
 
 
@@ -806,9 +812,12 @@ def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
             made = Path(scratch, "crops")
             made.mkdir()
             crop_into(made, dogs, sorted(weights), show)
-            if load_crops(folder, weights, digest(names)) is None:  # no other run was faster
-                shutil.rmtree(folder, ignore_errors=True)
+            try:
                 made.rename(folder)
+            except OSError:  # something is there: another run's, or damaged
+                if load_crops(folder, weights, digest(names)) is None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    made.rename(folder)
         if found := load_crops(folder, weights, digest(names)):
             return found
         raise OSError(errno.EIO, "what was written cannot be read back")
@@ -1472,7 +1481,11 @@ class Report:
         form = "{percentage:3.0f}%|{bar}| {postfix}"
         self.bar = tqdm(total=1.0, bar_format=form) if is_live() else None
         self.shown = self.logged = self.printed = -math.inf
-        self.last_steps = self.last_time = None
+        self.last_steps, self.last_time = 0, time.monotonic()
+
+    def start(self, trainer: Trainer) -> None:
+        """Count images per second from here."""
+        self.last_steps, self.last_time = trainer.steps_done, time.monotonic()
 
     def is_due(self) -> bool:
         """Once a second: reading the losses waits for the device."""
@@ -1490,8 +1503,6 @@ class Report:
         """Show and, every 10 s, log where training stands. Returns the mean losses since then."""
         stats, now = trainer.read_stats(), time.monotonic()
         steps, batch = trainer.steps_done, trainer.config.batch_size
-        if self.last_steps is None:
-            self.last_steps, self.last_time = steps - 1, now - 1
         rate = (steps - self.last_steps) / max(1e-9, now - self.last_time)
         left = min(clock.training_left(), (clock.steps - steps) / max(rate, 1e-9))
         share = clock.progress(steps)
@@ -1522,8 +1533,8 @@ class Report:
             self.bar.close()
 
 
-def save_checkpoint(out: Path, trainer: Trainer, clock: Clock, finished: bool) -> None:
-    """Write `checkpoint.pt`; the one before becomes `checkpoint.previous.pt`."""
+def write_checkpoint(out: Path, trainer: Trainer, clock: Clock, finished: bool) -> Path:
+    """Write everything that a continuation needs to `checkpoint.new.pt`; returns its path."""
     state = {
         "format": 1,
         "config": asdict(trainer.config),
@@ -1533,11 +1544,16 @@ def save_checkpoint(out: Path, trainer: Trainer, clock: Clock, finished: bool) -
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
     }
-    path = out / "checkpoint.pt"
-    save(out / "checkpoint.new.pt", state)  # whole before the old ones move
-    if path.exists():
-        os.replace(path, out / "checkpoint.previous.pt")
-    os.replace(out / "checkpoint.new.pt", path)
+    save(out / "checkpoint.new.pt", state)
+    return out / "checkpoint.new.pt"
+
+
+def keep_checkpoint(new: Path) -> None:
+    """Make a whole `checkpoint.new.pt` the `checkpoint.pt`, and that one the previous one."""
+    current = new.with_name("checkpoint.pt")
+    if current.exists():
+        os.replace(current, new.with_name("checkpoint.previous.pt"))
+    os.replace(new, current)
 
 
 def load_checkpoint(path: Path) -> dict[str, object]:
@@ -1695,7 +1711,7 @@ def train(trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out:
         if report.is_due():
             report.progress(trainer, clock)
         if saving:
-            save_checkpoint(out, trainer, clock, finished=False)
+            keep_checkpoint(write_checkpoint(out, trainer, clock, finished=False))
             saved = time.monotonic()
         if sheets and progress >= sheets[0]:
             sheets = [s for s in sheets if s > progress]
@@ -1711,23 +1727,27 @@ def train_within_budget(
 ) -> None:
     """Reserve the time to finish, train, and save. Raises `UserError` for too small a budget."""
     begin = time.monotonic()
-    save_checkpoint(out, trainer, clock, finished=False)  # so that there is one to roll back to
+    checkpoint = write_checkpoint(out, trainer, clock, finished=False)
     saving = time.monotonic() - begin
-    clock.reserve = 1.4 * measure_finish(trainer) + 2 * saving + 3
+    clock.reserve = 1.8 * measure_finish(trainer) + 3 * saving + 3  # other programs may come
     if clock.training_left() <= 0:
+        checkpoint.unlink()
         part = clock.part_deadline < clock.deadline
-        least = (time.monotonic() - clock.started if part else clock.used()) + 1.2 * clock.reserve
+        used = time.monotonic() - clock.started if part else clock.used()
+        minutes = math.ceil((used + 1.3 * clock.reserve) / 6) / 10
+        least = f"--part-hours {minutes / 60 + 0.0005:.3f}" if part else f"--minutes {minutes}"
         raise UserError(
             f"the budget cannot hold the sampling of {trainer.config.images} images on this device:"
-            f" give {'--part-hours' if part else '--hours'} {math.ceil(least / 3.6) / 1000} or more"
-            f" ({math.ceil(least / 6) / 10} minutes), or fewer --images."
+            f" give {least} or more, or fewer --images."
         )
+    keep_checkpoint(checkpoint)  # so that there is one to roll back to
     trainer.capture()
+    report.start(trainer)
     done = train(trainer, clock, report, stop, out)
     if not trainer.is_finite():
         roll_back(trainer, report, out)
     report.progress(trainer, clock, last=True)
-    save_checkpoint(out, trainer, clock, finished=done)
+    keep_checkpoint(write_checkpoint(out, trainer, clock, finished=done))
 
 
 def finish(trainer: Trainer, report: Report, out: Path) -> None:
@@ -1765,7 +1785,9 @@ def start_folder(out: Path, dogs: CropSet, config: Config) -> None:
     save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
 
 
-def announce(report: Report, trainer: Trainer, dogs: CropSet, where: str, resumed: bool) -> None:
+def announce(
+    report: Report, trainer: Trainer, dogs: CropSet, where: str, state: dict[str, object] | None
+) -> None:
     """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
     config = trainer.config
     report.event(device=describe_device(trainer.device), config=asdict(config))
@@ -1775,8 +1797,10 @@ def announce(report: Report, trainer: Trainer, dogs: CropSet, where: str, resume
         f"{len(dogs.first)} dogs of {len(dogs.breeds)} breeds in {where}; left out: {left_out}",
         skipped=dogs.skipped,
     )
-    if resumed:
+    if state:
         report.event(f"resumed at step {trainer.steps_done}", resumed_at_step=trainer.steps_done)
+        if (state["torch"], state["threads"]) != (torch.__version__, torch.get_num_threads()):
+            report.event("under another torch or thread count: not bit-equal to an unbroken run")
 
 
 def run(options: Options, started: float, stop: Interrupts) -> int:
@@ -1805,7 +1829,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
         start_folder(out, dogs, config)
     report = Report(out, resumed=state is not None)
     try:
-        announce(report, trainer, dogs, found.where, state is not None)
+        announce(report, trainer, dogs, found.where, state)
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(asdict(config), indent=2))
         if not (state and state["finished"]) or asks_for_more(config, state["config"]):
@@ -1854,7 +1878,8 @@ def sample_only(options: Options, device: torch.device) -> int:
 def show_plan(config: Config, device: torch.device, started: float) -> int:
     """`--dry-run`: print what would be done, at what cost, and train nothing that is kept."""
     found = find_dogs(config.data)
-    print(f"{len(found.photos)} photos of {len({p.breed for p in found.photos})} in {found.where}")
+    breeds = len({photo.breed for photo in found.photos})
+    print(f"{len(found.photos)} photos of {breeds} breeds in {found.where}")
     print(json.dumps(asdict(config), indent=2))
     trainer = Trainer(config, random_crops(256), device)
     for name, network in (("G", trainer.G), ("D", trainer.D)):
