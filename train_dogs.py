@@ -428,7 +428,9 @@ def places_below(folder: Path, levels: int) -> list[Path]:
             if pictures and annotations:
                 return [pictures[0], annotations[0]]
         inner = (p for c in level if os.access(c, os.R_OK) and c.is_dir() for p in c.iterdir())
-        level = sorted(p for p in inner if p.is_dir() and p.name[0] != "." and not is_drawn(p))
+        level = sorted(
+            p for p in inner if p.is_dir() and is_shown(f"/{p.name}") and not is_drawn(p)
+        )
     return []
 
 
