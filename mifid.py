@@ -842,39 +842,58 @@ def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, scatter / (len(features) - 1)
 
 
-def half_of(sigma: torch.Tensor) -> torch.Tensor:
+def half_of(sigma: np.ndarray) -> np.ndarray:
     """H with H H^T = sigma: Cholesky's, or by eigenvectors where sigma is singular, then only
     as many columns as its rank, so that no square root of rounding noise enters the trace."""
-    half, failed = torch.linalg.cholesky_ex(sigma)
+    half, failed = torch.linalg.cholesky_ex(torch.from_numpy(sigma))
     if not failed:
-        return half
-    values, vectors = torch.linalg.eigh(sigma)
-    keep = values > len(sigma) * torch.finfo(sigma.dtype).eps * values[-1].clamp_min(0)
-    return vectors[:, keep] * values[keep].sqrt()
+        return half.numpy()
+    values, vectors = np.linalg.eigh(sigma)
+    keep = values > len(sigma) * np.finfo(np.float64).eps * max(values[-1], 0)
+    return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def distance_by_half(
+    mu1: np.ndarray, mu2: np.ndarray, half1: np.ndarray, sigma2: np.ndarray
+) -> float:
+    """The Fréchet distance, where half1 half1^T is the first covariance.
+
+    The product of the covariances has the eigenvalues of the symmetric half1^T sigma2 half1, whose
+    roots sum to the last trace. Tiny negative ones are 0, and so is a negative result.
+    """
+    product = torch.from_numpy(half1.T @ sigma2 @ half1)
+    roots = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum().item()
+    total = ((mu1 - mu2) ** 2).sum() + (half1**2).sum() + np.trace(sigma2) - 2 * roots
+    return max(0.0, float(total))
 
 
 def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2) of two Gaussians, in float64.
 
-    With sigma1 = H H^T the product has the eigenvalues of the symmetric H^T sigma2 H, whose roots
-    sum to the last trace; tiny negative ones are 0, and so is a negative result. mu: D, sigma:
-    D x D, numpy or torch. Raises ValueError for shapes that do not fit and for non-finite values.
+    mu: D, sigma: D x D, numpy or torch. Raises ValueError for shapes that do not fit and for
+    non-finite values. Source: Dowson and Landau 1982; Heusel et al. 2017.
     """
-    mu1, mu2 = (torch.as_tensor(m).double().cpu().reshape(-1) for m in (mu1, mu2))
-    size = len(mu1)
-    sigmas = [torch.as_tensor(s).double().cpu() for s in (sigma1, sigma2)]
-    if len(mu2) != size or any(s.numel() != size * size for s in sigmas):
+    mu1, mu2 = (np.asarray(m, np.float64).reshape(-1) for m in (mu1, mu2))
+    sigmas = [np.atleast_2d(np.asarray(s, np.float64)) for s in (sigma1, sigma2)]
+    if len(mu2) != len(mu1) or any(s.shape != (len(mu1), len(mu1)) for s in sigmas):
         raise ValueError("the two Gaussians differ in dimension")
-    sigmas = [s.reshape(size, size) for s in sigmas]
-    if not all(torch.isfinite(t).all() for t in (mu1, mu2, *sigmas)):
+    if not all(np.isfinite(values).all() for values in (mu1, mu2, *sigmas)):
         raise ValueError("a mean or covariance is not finite")
     sigmas = [(s + s.T) / 2 for s in sigmas]
     halves = [half_of(s) for s in sigmas]
     narrow = int(halves[1].shape[1] < halves[0].shape[1])  # the one of the lower rank
-    half, other = halves[narrow], sigmas[1 - narrow]
-    roots = torch.linalg.eigvalsh(half.T @ other @ half).clamp_min(0).sqrt().sum()
-    total = (mu1 - mu2).square().sum() + sigmas[0].trace() + sigmas[1].trace() - 2 * roots
-    return max(0.0, float(total))
+    return distance_by_half(mu1, mu2, halves[narrow], sigmas[1 - narrow])
+
+
+def fid_of_features(x: np.ndarray, y: np.ndarray) -> float:
+    """The FID of two N x D arrays of features, quickly also where N is small."""
+    few, many = sorted((x, y), key=len)
+    if len(few) > few.shape[1]:
+        return frechet_distance(*mean_and_covariance(x), *mean_and_covariance(y))
+    mean = few.mean(0, dtype=np.float64)
+    mean_many, sigma = mean_and_covariance(many)
+    half = (few - mean).T / np.sqrt(len(few) - 1)  # D x N: half half^T is the covariance
+    return distance_by_half(mean, mean_many, half, sigma)
 
 
 def nearest_references(
@@ -1192,7 +1211,7 @@ def score(
             f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
             "so compare it only with scores at the same counts"
         )
-    fid = frechet_distance(*mean_and_covariance(made.values), *mean_and_covariance(real.values))
+    fid = fid_of_features(made.values, real.values)
     distance_of, index = nearest_references(made.values, real.values, place)
     distance = float(np.nanmean(distance_of))
     unseen = unseen_distance(real.values, place)

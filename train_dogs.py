@@ -156,7 +156,12 @@ def parse(argv: Sequence[str]) -> Options:
     """The command line, made from `Config`; `--steps` alone lifts the time limit."""
     parser = _Parser(prog="train_dogs.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     actions = parser.add_argument_group("actions")
-    actions.add_argument("--preset", default="dogs", help="recipe: " + ", ".join(PRESETS))
+    actions.add_argument(
+        "--preset",
+        default="dogs",
+        metavar="NAME",
+        help=f"recipe, of {', '.join(PRESETS)}; default dogs",
+    )
     actions.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     actions.add_argument("--fresh", action="store_true", help="ignore the checkpoint in --out")
     actions.add_argument("--resume", default="", metavar="FILE", help="start from this checkpoint")
@@ -1535,13 +1540,18 @@ class Report:
             self.bar.close()
 
 
-def write_checkpoint(out: Path, trainer: Trainer, clock: Clock, finished: bool) -> Path:
-    """Write everything that a continuation needs to `checkpoint.new.pt`; returns its path."""
+def write_checkpoint(
+    out: Path, trainer: Trainer, clock: Clock, finished: bool = False, finishing: float = 0.0
+) -> Path:
+    """Write everything that a continuation needs to `checkpoint.new.pt`; returns its path.
+
+    `finishing`: seconds that this part will still use, to be counted as used.
+    """
     state = {
         "format": 1,
         "config": asdict(trainer.config),
         "trainer": trainer.state_dict(),
-        "seconds_used": clock.used(),
+        "seconds_used": clock.used() + finishing,
         "finished": finished,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
@@ -1558,33 +1568,40 @@ def keep_checkpoint(new: Path) -> None:
     os.replace(new, current)
 
 
-def load_checkpoint(path: Path) -> dict[str, object]:
-    """A checkpoint or `generator.pt`. Raises `UserError` where it is damaged or something else."""
+def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
+    """A checkpoint or `generator.pt` that has one of `parts`. Raises `UserError` where it has not."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] == 1:
+        if state["format"] == 1 and any(part in state for part in parts):
             return state
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: give a checkpoint.pt of train_dogs.") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
+    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
         pass
-    raise UserError(f"{path} is damaged, or no checkpoint of this version of train_dogs.")
+    raise UserError(f"{path} is damaged, or no checkpoint of this version: give another file.")
 
 
-def find_checkpoint(options: Options) -> dict[str, object] | None:
-    """The state to go on from: `--resume`, else the newest whole one in `--out`, else None."""
-    if options.resume:
-        return load_checkpoint(Path(options.resume))
-    for name in () if options.fresh else ("checkpoint.pt", "checkpoint.previous.pt"):
-        path = Path(options.config.out, name)
+def first_whole(out: Path, names: Sequence[str], *parts: str) -> dict[str, object] | None:
+    """The first of the files in `out` that can be loaded; damaged ones are set aside."""
+    for path in (out / name for name in names):
         if path.exists():
             try:
-                return load_checkpoint(path)
+                return load_checkpoint(path, *parts)
             except UserError:
                 aside = path.with_suffix(".damaged.pt")
                 os.replace(path, aside)
                 print(f"{path} is damaged: set aside as {aside.name}.", file=sys.stderr)
     return None
+
+
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
+
+
+def find_checkpoint(options: Options) -> dict[str, object] | None:
+    """The state to go on from: `--resume`, else the newest whole one in `--out`, else None."""
+    if options.resume:
+        return load_checkpoint(Path(options.resume), "trainer")
+    return None if options.fresh else first_whole(Path(options.config.out), CHECKPOINTS, "trainer")
 
 
 def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterable[str]) -> None:
@@ -1663,26 +1680,26 @@ def sheet_path(out: Path, step: int) -> Path:
 
 
 def measure_finish(trainer: Trainer) -> float:
-    """Seconds that re-estimation, sampling and the zip take here, from two batches of each."""
+    """Seconds that re-estimation, sampling and the zip take here, from one batch of each."""
     G = trainer.averaged_generator("none", 1)  # the first forward is slower
-    latents, images = draw_latents(2 * SAMPLE_BATCH, G.latent_dim, 0), []
+    latents, images = draw_latents(SAMPLE_BATCH, G.latent_dim, 0), []
     sampling = math.ceil(trainer.config.images / SAMPLE_BATCH)
     total = 0.0
     for batches, work in (
-        (NORM_BATCHES, lambda: trainer.averaged_generator("none", 2)),
+        (NORM_BATCHES, lambda: trainer.averaged_generator("none", 1)),
         (sampling, lambda: images.extend(sample_images(G, latents))),
         (sampling, lambda: list(in_threads(encode_png, np.concatenate(images)))),
     ):
         begin = time.monotonic()
         work()
-        total += (time.monotonic() - begin) / 2 * batches
+        total += (time.monotonic() - begin) * batches
     return total
 
 
 def roll_back(trainer: Trainer, report: Report, out: Path) -> bool:
     """Back to the last checkpoint with fresh randomness. Returns False once three were in vain."""
     sick_step, rollbacks = trainer.steps_done, trainer.rollbacks + 1
-    trainer.load_state_dict(load_checkpoint(out / "checkpoint.pt")["trainer"])
+    trainer.load_state_dict(load_checkpoint(out / "checkpoint.pt", "trainer")["trainer"])
     trainer.rollbacks = rollbacks
     trainer.rng.manual_seed(stream(trainer.config.seed, "training") + rollbacks)
     report.event(
@@ -1713,7 +1730,7 @@ def train(trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out:
         if report.is_due():
             report.progress(trainer, clock)
         if saving:
-            keep_checkpoint(write_checkpoint(out, trainer, clock, finished=False))
+            keep_checkpoint(write_checkpoint(out, trainer, clock))
             saved = time.monotonic()
         if sheets and progress >= sheets[0]:
             sheets = [s for s in sheets if s > progress]
@@ -1729,9 +1746,10 @@ def train_within_budget(
 ) -> None:
     """Reserve the time to finish, train, and save. Raises `UserError` for too small a budget."""
     begin = time.monotonic()
-    checkpoint = write_checkpoint(out, trainer, clock, finished=False)
+    checkpoint = write_checkpoint(out, trainer, clock)
     saving = time.monotonic() - begin
-    clock.reserve = 1.8 * measure_finish(trainer) + 3 * saving + 3  # other programs may come
+    finishing = measure_finish(trainer)
+    clock.reserve = 1.8 * finishing + 3 * saving + 3  # other programs may slow it down
     if clock.training_left() <= 0:
         checkpoint.unlink()
         part = clock.part_deadline < clock.deadline
@@ -1749,7 +1767,7 @@ def train_within_budget(
     if not trainer.is_finite():
         roll_back(trainer, report, out)
     report.progress(trainer, clock, last=True)
-    keep_checkpoint(write_checkpoint(out, trainer, clock, finished=done))
+    keep_checkpoint(write_checkpoint(out, trainer, clock, done, finishing))
 
 
 def finish(trainer: Trainer, report: Report, out: Path) -> None:
@@ -1780,9 +1798,9 @@ def submit(G: Generator, config: Config, out: Path) -> None:
     write_submission(out / "images.zip", sample_images(G, latents))
 
 
-def start_folder(out: Path, dogs: CropSet, config: Config) -> None:
-    """Clear the sheets of an earlier run and draw that of the real crops."""
-    for old in (out / "samples").glob("step_*.png"):
+def start_samples(out: Path, dogs: CropSet, config: Config, fresh: bool) -> None:
+    """Draw the sheet of real crops; a fresh run clears the sheets of an earlier one."""
+    for old in (out / "samples").glob("step_*.png") if fresh else ():
         old.unlink()
     save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
 
@@ -1792,7 +1810,8 @@ def announce(
 ) -> None:
     """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
     config = trainer.config
-    report.event(device=describe_device(trainer.device), config=asdict(config))
+    flops = flops_per_image(config)
+    report.event(device=describe_device(trainer.device), config=asdict(config), flops=flops)
     reasons = Counter(reason for _, reason in dogs.skipped).most_common()
     left_out = ", ".join(f"{n} {reason}" for reason, n in reasons) or "nothing"
     report.event(
@@ -1813,7 +1832,10 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     print(describe_device(device), flush=True)
     if options.dry_run:
         return show_plan(config, device, started)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): give another.") from error
     if options.sample_only:
         return sample_only(options, device)
     state = find_checkpoint(options)
@@ -1827,8 +1849,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     clock = Clock(config, started, state["seconds_used"] if state else 0.0)
     if state:
         trainer.load_state_dict(state["trainer"])
-    else:
-        start_folder(out, dogs, config)
+    start_samples(out, dogs, config, fresh=state is None)
     report = Report(out, resumed=state is not None)
     try:
         announce(report, trainer, dogs, found.where, state)
@@ -1850,12 +1871,13 @@ def asks_for_more(config: Config, saved: dict[str, object]) -> bool:
 
 def sample_only(options: Options, device: torch.device) -> int:
     """Write `images.zip` from a checkpoint or from `generator.pt`."""
-    out = Path(options.config.out)
-    paths = (
-        [Path(options.resume)] if options.resume else [out / "checkpoint.pt", out / "generator.pt"]
-    )
-    path = next((p for p in paths if p.exists()), paths[0])
-    state = load_checkpoint(path)
+    out, parts = Path(options.config.out), ("trainer", "state_dict")
+    if options.resume:
+        state = load_checkpoint(Path(options.resume), *parts)
+    else:
+        state = first_whole(out, (*CHECKPOINTS, "generator.pt"), *parts)
+    if state is None:
+        raise UserError(f"{out} holds no checkpoint.pt and no generator.pt: give another --out.")
     refuse_other_recipe(options.config, state["config"], options.named - {"seed"})
     free = {n: getattr(options.config, n) for n in options.named & {"seed", "images", "average"}}
     saved = Config(**state["config"])
@@ -1873,7 +1895,7 @@ def sample_only(options: Options, device: torch.device) -> int:
         names = names or [f"{choice}.{i}" for i, _ in enumerate(G.parameters())]
         G = averaged_generator(saved, [tensors[n] for n in names], NORM_BATCHES, device)
     submit(G, config, out)
-    print(f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]} in {path}")
+    print(f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}")
     return 0
 
 
@@ -1891,7 +1913,7 @@ def show_plan(config: Config, device: torch.device, started: float) -> int:
     print(f": {sum(flops.values()) / 1e9:.3f} GFLOP per image-step")
     reserve = measure_finish(trainer)
     trainer.capture()
-    seconds = time_steps(trainer, 3)
+    seconds = time_steps(trainer, 2)
     steps = config.steps
     if config.hours:
         steps = min(steps, max(0, int((3600 * config.hours - reserve) / seconds)))

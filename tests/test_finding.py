@@ -14,9 +14,10 @@ from pathlib import Path
 import dog_sets
 import numpy as np
 import pytest
-import train_dogs
 from dog_sets import Dog, as_flat, as_folders, make_dog, make_dogs, tar_folder, zip_folder
 from PIL import Image
+
+import train_dogs
 from train_dogs import UserError, find_dogs, prepare_crops
 
 
