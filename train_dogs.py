@@ -1569,7 +1569,7 @@ def keep_checkpoint(new: Path) -> None:
 
 
 def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
-    """A checkpoint or `generator.pt` that has one of `parts`. Raises `UserError` where it has not."""
+    """A checkpoint or `generator.pt` with one of `parts` in it. Raises `UserError` without."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] == 1 and any(part in state for part in parts):
