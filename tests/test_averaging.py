@@ -1,5 +1,7 @@
 """The submitted generator: SWA, EMA, re-estimated norms, and images that depend on z alone."""
 
+# ruff: noqa: F811 (fixtures that are imported from runs)
+
 from __future__ import annotations
 
 import shutil
@@ -101,7 +103,7 @@ def test_the_submitted_weights_are_the_average_and_not_the_last_generator(record
 
 
 @pytest.mark.parametrize("average", ["ema", "none"])
-def test_average_chooses_which_weights_are_submitted(average, finished_run, tmp_path):  # noqa: F811
+def test_average_chooses_which_weights_are_submitted(average, finished_run, tmp_path):
     out = Path(shutil.copytree(finished_run, tmp_path / "out"))
     assert run_here(out, steps=STEPS, average=average) == 0  # finished: only submitted anew
     tensors = load(out / "checkpoint.pt")["trainer"]["tensors"]
@@ -168,7 +170,7 @@ def statistics(G: Generator, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def submitted(finished_run) -> Generator:  # noqa: F811
+def submitted(finished_run) -> Generator:
     """The generator that a whole run left, as anyone would load it."""
     state = load(finished_run / "generator.pt")
     G = Generator(**state["shape"])
@@ -192,7 +194,7 @@ def test_generator_pt_holds_the_statistics_of_its_own_averaged_weights(submitted
         assert ((norm.running_var / variance).log().abs() <= 0.2).all()
 
 
-def test_without_re_estimation_the_images_would_be_others(submitted, finished_run):  # noqa: F811
+def test_without_re_estimation_the_images_would_be_others(submitted, finished_run):
     """The trap: averaged weights with the statistics of the last G, or with none, draw badly."""
     torch.manual_seed(6)
     z = torch.randn(512, 16)
@@ -258,7 +260,7 @@ def test_sampling_is_in_eval_mode_float32_and_in_batches_of_one_size(submitted):
     assert calls[0][1:] == (False, torch.float32, None)
 
 
-def test_the_zip_of_3_images_holds_the_first_3_of_the_zip_of_200(finished_run, tmp_path):  # noqa: F811
+def test_the_zip_of_3_images_holds_the_first_3_of_the_zip_of_200(finished_run, tmp_path):
     for count in (3, 200):
         out = tmp_path / str(count)
         out.mkdir()

@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,10 +54,10 @@ def model(script_file: Path) -> mifid.Inception:
 
 @pytest.fixture(scope="session")
 def pictures(sample_dogs: Path) -> np.ndarray:
-    """48 drawn dogs and 16 of noise, uint8 64 x 64 x 64 x 3."""
-    files = sorted(sample_dogs.rglob("*.jpg"))[:48]
+    """20 drawn dogs and 12 of noise, uint8 32 x 64 x 64 x 3."""
+    files = sorted(sample_dogs.rglob("*.jpg"))[:20]
     dogs = [mifid.decode(file.read_bytes(), exact=False) for file in files]
-    noise = np.random.default_rng(0).integers(0, 256, (64 - len(dogs), 64, 64, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (32 - len(dogs), 64, 64, 3), np.uint8)
     return np.concatenate([np.stack(dogs), noise])
 
 
@@ -78,9 +79,10 @@ def test_the_torchscript_network_itself_gives_the_same_features(
     script_file: Path, pictures: np.ndarray, features: np.ndarray
 ) -> None:
     planes = (resized_by_torch_fidelity(pictures[::4]) - 128) / 128
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
         theirs = torch.jit.load(str(script_file), map_location="cpu")(planes).flatten(1).numpy()
-    assert features.shape == (64, 2048) and features.dtype == np.float32
+    assert features.shape == (32, 2048) and features.dtype == np.float32
     assert np.abs(features[::4] - theirs).max() < 1e-4
 
 
@@ -95,9 +97,9 @@ def test_torch_fidelitys_network_gives_the_same_features_and_fid(
     with torch.inference_mode():
         (expected,) = network(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     assert np.abs(features - expected.numpy()).max() < 1e-4
-    moments = [metric_fid.fid_features_to_statistics(part) for part in expected.double().split(32)]
+    moments = [metric_fid.fid_features_to_statistics(part) for part in expected.double().split(16)]
     fid = metric_fid.fid_statistics_to_metric(*moments, verbose=False)
-    ours = mifid.score(features[:32], features[32:])["fid"]
+    ours = mifid.score(features[:16], features[16:])["fid"]
     assert ours == pytest.approx(fid["frechet_inception_distance"], rel=1e-4)
 
 
@@ -112,8 +114,8 @@ def test_the_resize_is_tensorflows(shape: tuple[int, int]) -> None:
 def test_features_depend_neither_on_the_batch_nor_on_the_layout(
     model: mifid.Inception, pictures: np.ndarray, features: np.ndarray
 ) -> None:
-    order = np.random.default_rng(2).permutation(20)
-    shuffled = mifid.extract_features(model, pictures[order], batch_size=7)
+    order = np.random.default_rng(2).permutation(12)
+    shuffled = mifid.extract_features(model, pictures[order], batch_size=5)
     np.testing.assert_allclose(shuffled, features[order], atol=2e-5)
     planes = torch.from_numpy(pictures[:4]).permute(0, 3, 1, 2)
     channels_first = mifid.extract_features(model, planes, batch_size=3)
@@ -134,9 +136,9 @@ def test_fast_features_stay_near_the_exact_ones_and_say_so(
     monkeypatch.setattr(mifid, "has_bfloat16", lambda: True)
     model = mifid.load_inception(script_file, "cpu", fast=True)
     assert model.precision == "bfloat16"
-    fast = mifid.extract_features(model, pictures[:16])
+    fast = mifid.extract_features(model, pictures[:8])
     assert fast.dtype == np.float32
-    distance = mifid.nearest_references(fast, features[:16])[0]
+    distance = mifid.nearest_references(fast, features[:8])[0]
     assert 0 < distance.max() < 5e-3
     monkeypatch.setattr(mifid, "has_bfloat16", lambda: False)
     assert mifid.load_inception(script_file, "cpu", fast=True).precision == "float32"

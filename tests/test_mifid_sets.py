@@ -40,7 +40,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def call(*arguments: object) -> tuple[int, str, str]:
         code = mifid.main([str(a) for a in arguments] + ["--offline"])
         out, err = capsys.readouterr()
-        lines = [line for line in err.replace("\r", "\n").split("\n") if "img/s" not in line]
+        lines = [
+            line for line in err.replace("\r", "\n").split("\n") if not line.startswith("features:")
+        ]
         return code, out, "\n".join(line for line in lines if line.strip())
 
     return call
@@ -340,7 +342,7 @@ BAD = {
     "text": (b"hello", "not an image"),
     "empty": (b"", "not an image"),
     "truncated": (png(NOISE)[:6000], "truncated"),
-    "bomb": (bomb(), "60000x60000"),
+    "bomb": (bomb(), "pixels"),
 }
 
 
@@ -455,4 +457,5 @@ def test_features_of_other_weights_or_another_rule_are_not_mixed(
 def test_options_out_of_range_are_refused(
     options: tuple[str, str], run: Run, generated: Path, reference: Path
 ) -> None:
-    assert options[0] in refusal(run, generated, reference, *options) or options[1] in options
+    sentence = refusal(run, generated, reference, *options)
+    assert options[0].strip("-") in sentence and options[1] in sentence

@@ -1,5 +1,7 @@
 """The command line: flags, presets, help, the dry run, exit codes, and what a run leaves behind."""
 
+# ruff: noqa: F811 (fixtures that are imported from runs)
+
 from __future__ import annotations
 
 import contextlib
@@ -298,7 +300,7 @@ def test_a_dry_run_without_dogs_is_refused(tmp_path, capsys):
 # ------------------------------------------------------------------------------ what a run leaves
 
 
-def test_a_run_leaves_every_file_of_the_contract(finished_run):  # noqa: F811
+def test_a_run_leaves_every_file_of_the_contract(finished_run):
     names = {
         "images.zip", "generator.pt", "checkpoint.pt", "config.json", "log.jsonl", "samples",
         "progress.webp",
@@ -307,7 +309,7 @@ def test_a_run_leaves_every_file_of_the_contract(finished_run):  # noqa: F811
     assert pixels(finished_run / "images.zip").shape == (40, 64, 64, 3)
 
 
-def test_config_json_the_log_and_the_checkpoint_carry_the_configuration(finished_run):  # noqa: F811
+def test_config_json_the_log_and_the_checkpoint_carry_the_configuration(finished_run):
     config = parse(arguments(finished_run, steps=STEPS)).config
     expected = json.loads(json.dumps(dataclasses.asdict(config)))
     written = json.loads((finished_run / "config.json").read_text())
@@ -317,7 +319,7 @@ def test_config_json_the_log_and_the_checkpoint_carry_the_configuration(finished
     assert any("device" in line for line in log_of(finished_run))
 
 
-def test_generator_pt_is_loaded_in_four_lines_and_draws_the_images_of_the_zip(finished_run):  # noqa: F811
+def test_generator_pt_is_loaded_in_four_lines_and_draws_the_images_of_the_zip(finished_run):
     state = torch.load(finished_run / "generator.pt", map_location="cpu", weights_only=True)
     G = Generator(**state["shape"])
     G.load_state_dict(state["state_dict"])
@@ -331,7 +333,7 @@ def test_generator_pt_is_loaded_in_four_lines_and_draws_the_images_of_the_zip(fi
     assert state["config"]["width"] == 1
 
 
-def test_the_first_sheet_shows_real_crops_and_the_animation_shows_all_sheets(finished_run):  # noqa: F811
+def test_the_first_sheet_shows_real_crops_and_the_animation_shows_all_sheets(finished_run):
     sheets = sorted((finished_run / "samples").glob("*.png"))
     assert sheets[0].name.startswith("real")
     assert len(sheets) >= 2 and sheets[-1].name.endswith(f"{STEPS}.png")
@@ -347,7 +349,7 @@ def test_the_first_sheet_shows_real_crops_and_the_animation_shows_all_sheets(fin
         assert np.abs(shown - real.numpy()).max() < 12
 
 
-def test_the_log_says_how_training_goes(finished_run):  # noqa: F811
+def test_the_log_says_how_training_goes(finished_run):
     lines = [line for line in log_of(finished_run) if "d_loss" in line]
     last = lines[-1]
     assert last["step"] == STEPS and last["images"] == 8 * STEPS and last["progress"] == 1
@@ -383,7 +385,7 @@ def test_on_a_terminal_progress_is_a_bar_with_images_per_second_losses_and_time_
     assert bar and re.search(r"D -?[\d.]+.*G -?[\d.]+.*left", bar[-1])
 
 
-def test_main_leaves_no_trace_of_a_finished_run_in_the_data_folder(finished_run):  # noqa: F811
+def test_main_leaves_no_trace_of_a_finished_run_in_the_data_folder(finished_run):
     names = {p.suffix for p in SAMPLE.rglob("*") if p.is_file()}
     assert names <= {".jpg", ".xml", "", ".md", ".txt"}
 
