@@ -1,0 +1,374 @@
+"""A step, the schedule, determinism, sickness and collapse."""
+
+# ruff: noqa: F811 (fixtures that are imported from runs)
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import (
+    SAMPLE,
+    STEPS,
+    all_finite,
+    finished_run,  # noqa: F401
+    load,
+    log_of,
+    one_thread,  # noqa: F401
+    pixels,
+    run_here,
+    sha,
+)
+from test_networks import PlainDiscriminator, in_order
+
+import train_dogs
+from train_dogs import Clock, Config, CropSet, Trainer, find_dogs, prepare_crops
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dogs(own_cache: Path) -> CropSet:
+    """The drawn sample, cropped."""
+    return prepare_crops(find_dogs([SAMPLE]), "square", show=False)
+
+
+def small(**changes: object) -> Config:
+    """A configuration that trains in milliseconds."""
+    return Config(**({"width": 2, "latent_dim": 12, "batch_size": 6} | changes))
+
+
+# -------------------------------------------------------------------------------------- one step
+
+
+def plain_adam(
+    weight: torch.Tensor, gradient: torch.Tensor, state: dict, lr: float, beta1: float, beta2: float
+) -> torch.Tensor:
+    """Adam as its paper writes it, in float64; `state` carries the moments and the step count."""
+    g = gradient.double()
+    state["t"] = state.get("t", 0) + 1
+    state["m"] = beta1 * state.get("m", 0) + (1 - beta1) * g
+    state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * g * g
+    m, v = state["m"] / (1 - beta1 ** state["t"]), state["v"] / (1 - beta2 ** state["t"])
+    return weight.double() - lr * m / (v.sqrt() + 1e-8)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Everything in float64: no ReLU can flip between two ways to compute the same."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    "changes", [{}, {"margin": 1.0, "smoothing": 0.1}, {"d_width": 3, "init_std": 0.02}]
+)
+def test_a_step_is_a_plain_dcgan_step_with_plain_adam(dogs, changes):
+    """Four steps against: ordinary batch norms in forwards apart, BCE by hand, Adam by hand."""
+    config = small(g_lr=3e-3, d_lr=1e-3, beta1=0.4, beta2=0.99, **changes)
+    trainer = Trainer(config, dogs, CPU)
+    g_states = [{} for _ in trainer.G.parameters()]
+    d_states = [{} for _ in trainer.D.parameters()]
+
+    def check(
+        gradients: Sequence[torch.Tensor], before: list, after: list, states: list, lr: float
+    ):
+        for g, w0, w1, state in zip(gradients, before, after, states, strict=True):
+            torch.testing.assert_close(w1.grad, g, rtol=1e-6, atol=1e-6 * float(g.abs().max()))
+            expected = plain_adam(w0, w1.grad, state, lr, 0.4, 0.99)
+            torch.testing.assert_close(w1.detach(), expected, rtol=1e-9, atol=1e-9)
+
+    for step in range(4):
+        # What the step will draw, by a copy of its generator.
+        chance = torch.Generator()
+        chance.set_state(trainer.rng.get_state())
+        if step == 0:
+            order = torch.randperm(len(dogs.first), generator=chance)
+        reals = train_dogs.draw_reals(dogs, order[6 * step : 6 * step + 6], chance).double()
+        z = torch.randn(6, 12, generator=chance)
+
+        G = train_dogs.Generator(12, 2)
+        G.load_state_dict(trainer.G.state_dict())
+        D = PlainDiscriminator(trainer.D, config.d_width or 2)
+        before_d = [w.detach().clone() for w in in_order(trainer.D)]
+        before_g = [w.detach().clone() for w in trainer.G.parameters()]
+        trainer.step(0.0)
+
+        # D's step: -log D(x) down to the margin, -log(1 - D(G(z))).
+        fakes = G(z)
+        p, s = torch.sigmoid(D(reals)), config.smoothing
+        real_loss = (-p.log()).clamp_min(-math.log(config.margin)) + math.log(config.margin)
+        d_loss = ((1 - s) * real_loss - s * (1 - p).log()).mean()
+        d_loss = d_loss - (1 - torch.sigmoid(D(fakes.detach()))).log().mean()
+        gradients = torch.autograd.grad(d_loss, in_order(D))
+        check(gradients, before_d, in_order(trainer.D), d_states, 1e-3)
+        # G's step: -log D(G(z)) of the same fakes, by the D that has just been improved.
+        D = PlainDiscriminator(trainer.D, config.d_width or 2)
+        gradients = torch.autograd.grad(-F.logsigmoid(D(fakes)).mean(), list(G.parameters()))
+        check(gradients, before_g, list(trainer.G.parameters()), g_states, 3e-3)
+    stats = trainer.read_stats()
+    assert set(stats) == {"d_loss", "g_loss", "d_real", "d_fake", "past_margin"}
+    assert trainer.steps_done == 4
+
+
+def test_the_statistics_are_means_over_the_steps_since_they_were_read(dogs):
+    trainer, single = Trainer(small(), dogs, CPU), Trainer(small(), dogs, CPU)
+    each = []
+    for _ in range(3):
+        single.step(0.0)
+        each.append(dict(single.read_stats()))
+        trainer.step(0.0)
+    means = trainer.read_stats()
+    for name, value in means.items():
+        assert value == pytest.approx(np.mean([e[name] for e in each]), abs=1e-5)
+
+
+def test_every_dog_is_drawn_once_before_any_is_drawn_twice(dogs, monkeypatch):
+    drawn: list[int] = []
+    draw = train_dogs.draw_reals
+
+    def spy(crops: CropSet, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        drawn.extend(rows.tolist())
+        return draw(crops, rows, generator)
+
+    monkeypatch.setattr(train_dogs, "draw_reals", spy)
+    trainer = Trainer(small(batch_size=9), dogs, CPU)  # 135 dogs: 15 batches without a rest
+    for _ in range(30):
+        trainer.step(0.0)
+    assert sorted(drawn[:135]) == sorted(drawn[135:]) == list(range(135))
+    assert drawn[:135] != drawn[135:]  # in another order
+
+
+@pytest.mark.parametrize(
+    ("start", "progress", "share"),
+    [(1.0, 0.0, 1), (1.0, 1.0, 1), (0.5, 0.4, 1), (0.5, 0.75, 0.5), (0.0, 0.25, 0.75), (0.5, 1, 0)],
+)
+def test_the_learning_rate_follows_progress(dogs, start, progress, share):
+    trainer = Trainer(small(lr_decay_start=start, g_lr=0.002, d_lr=0.001), dogs, CPU)
+    trainer.step(progress)
+    rates = [float(adam.param_groups[0]["lr"]) for adam in (trainer.opt_g, trainer.opt_d)]
+    assert rates == pytest.approx([0.002 * share, 0.001 * share])
+
+
+# ---------------------------------------------------------------------------------- the schedule
+
+
+def clock(used: float, **changes: object) -> Clock:
+    """A clock of which `used` seconds have gone by."""
+    return Clock(Config(**changes), time.monotonic() - used, 0.0)
+
+
+@given(st.floats(0, 5000), st.integers(0, 2000))
+def test_progress_is_the_larger_of_steps_and_time(used, steps):
+    got = clock(used, steps=1000, hours=1.0).progress(steps)
+    assert got == pytest.approx(min(1, max(steps / 1000, used / 3600)), abs=1e-3)
+
+
+@given(st.floats(0, 1e7), st.integers(0, 1000))
+def test_without_a_budget_progress_is_the_steps_alone_and_time_never_ends_a_run(used, steps):
+    options = train_dogs.parse(["--steps", "1000"])
+    endless = Clock(options.config, time.monotonic() - used, 0.0)
+    assert endless.progress(steps) == steps / 1000
+    assert endless.training_left() == math.inf
+
+
+def test_the_clock_counts_all_parts_and_keeps_the_reserve():
+    now = time.monotonic()
+    parts = Clock(Config(hours=1.0, part_hours=0.25), now - 100, used_before=600)
+    parts.reserve = 50
+    assert parts.used() == pytest.approx(700, abs=0.5)
+    assert parts.training_left() == pytest.approx(900 - 100 - 50, abs=0.5)  # this part's end
+    assert parts.progress(0) == pytest.approx(700 / 3550, abs=1e-3)
+    whole = Clock(Config(hours=1.0), now - 100, used_before=600)
+    assert whole.training_left() == pytest.approx(3600 - 700, abs=0.5)
+
+
+# ------------------------------------------------------------------------------------ determinism
+
+
+def test_the_same_seed_writes_the_same_zip_whatever_is_saved_and_shown(
+    finished_run,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr(train_dogs, "SHEETS", ())  # none but the first and the last
+    assert run_here(tmp_path / "a", steps=STEPS, checkpoint_seconds=0.1) == 0
+    assert sha(tmp_path / "a" / "images.zip") == sha(finished_run / "images.zip")
+    ours, theirs = (load(f / "generator.pt")["state_dict"] for f in (tmp_path / "a", finished_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_another_seed_writes_other_images(finished_run, tmp_path):
+    assert run_here(tmp_path / "a", steps=20, seed=1, images=5) == 0
+    other, ours = pixels(tmp_path / "a" / "images.zip"), pixels(finished_run / "images.zip")
+    assert all(not np.array_equal(a, b) for a, b in zip(other, ours))
+
+
+# --------------------------------------------------------------------------------------- sickness
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one sheet and few latents for the norms: these runs are judged by other things."""
+    monkeypatch.setattr(train_dogs, "SHEETS", ())
+    monkeypatch.setattr(train_dogs, "NORM_BATCHES", 2)
+
+
+def sick_from(
+    monkeypatch: pytest.MonkeyPatch, name: str, first: int, last: float, value: float = math.nan
+) -> list[int]:
+    """Let a loss be `value` in its calls `first` to `last`, from 1; returns the list of its calls."""
+    calls: list[int] = []
+    loss = getattr(train_dogs, name)
+
+    def sick(*args: object) -> torch.Tensor:
+        calls.append(len(calls) + 1)
+        healthy = loss(*args)
+        return healthy * value if first <= len(calls) <= last else healthy
+
+    monkeypatch.setattr(train_dogs, name, sick)
+    return calls
+
+
+def assert_healthy(out: Path) -> None:
+    """Nothing that is not finite has reached a file of the run."""
+    checkpoints = [p for p in out.glob("checkpoint*.pt")]
+    assert checkpoints
+    assert all(all_finite(path) for path in (*checkpoints, out / "generator.pt"))
+    images = pixels(out / "images.zip")
+    assert images.std() > 1
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("name", "value"), [("generator_loss", math.nan), ("discriminator_loss", math.inf)]
+)
+def test_a_sick_step_is_taken_back_and_said_aloud(name, value, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    calls = sick_from(monkeypatch, name, 15, 15, value)
+    assert run_here(out, steps=30, images=4, checkpoint_seconds=0.02) == 0
+    assert len(calls) > 30  # some steps were done again
+    assert "not finite" in capsys.readouterr().out
+    backs = [line for line in log_of(out) if line.get("rollbacks")]
+    assert [line["rollbacks"] for line in backs] == [1]
+    assert log_of(out)[-1]["step"] == 30
+    assert_healthy(out)
+
+
+@pytest.mark.usefixtures("quick")
+def test_after_three_rollbacks_it_finishes_from_the_average(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    sick_from(monkeypatch, "generator_loss", 31, math.inf)
+    assert run_here(out, steps=60, images=4, checkpoint_seconds=0.02, swa_start=0.1) == 0
+    backs = [line for line in log_of(out) if line.get("rollbacks")]
+    assert [line["rollbacks"] for line in backs][:3] == [1, 2, 3]
+    text = capsys.readouterr().out
+    assert text.count("fresh randomness") == 3 and "finishing" in text
+    last = log_of(out)[-1]
+    assert last["submitted"] in ("swa", "ema") and 10 <= last["step"] <= 30
+    assert_healthy(out)
+
+
+@pytest.mark.usefixtures("quick")
+def test_sick_from_the_first_step_on_it_still_ends_with_whole_files(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    sick_from(monkeypatch, "discriminator_loss", 1, math.inf)
+    assert run_here(out, steps=30, images=4) == 0
+    assert_healthy(out)
+    assert log_of(out)[-1]["step"] == 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_sickness_in_the_very_last_step_is_found_too(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    sick_from(monkeypatch, "generator_loss", 21, 21)  # not a step of the averages
+    assert run_here(out, steps=21, images=4, checkpoint_seconds=0.02) == 0
+    assert_healthy(out)
+
+
+@pytest.mark.usefixtures("quick")
+def test_after_a_rollback_the_randomness_is_fresh(dogs, tmp_path, monkeypatch):
+    states: list[bytes] = []
+    step = Trainer.step
+
+    def spy(trainer: Trainer, progress: float) -> None:
+        states.append(bytes(trainer.rng.get_state().tolist()))
+        step(trainer, progress)
+
+    monkeypatch.setattr(Trainer, "step", spy)
+    calls = sick_from(monkeypatch, "generator_loss", 4, 12)
+    assert run_here(tmp_path / "out", steps=6, images=2, swa_every=1) == 0
+    assert len(calls) > 6
+    assert len(set(states)) == len(states)  # no state of the generator was used twice
+
+
+# --------------------------------------------------------------------------------------- collapse
+
+
+@pytest.fixture
+def deaf_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A G that draws one image whatever z is."""
+    build = train_dogs.build_networks
+
+    def without_input(*args: object) -> tuple:
+        G, D = build(*args)
+        with torch.no_grad():
+            next(G.parameters()).zero_()
+        return G, D
+
+    monkeypatch.setattr(train_dogs, "build_networks", without_input)
+
+
+@pytest.mark.usefixtures("deaf_generator")
+def test_a_collapsed_generator_and_a_d_that_has_won_are_warned_of(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(train_dogs, "SHEETS", (0.98,))  # a look at it when D has won
+    assert run_here(out, steps=200, images=2, g_lr=0, d_lr=0.01, margin=0.5) == 0
+    said = capsys.readouterr().out
+    warnings = [line["text"] for line in log_of(out) if line.get("text", "").startswith("warn")]
+    assert any("collapsed" in text and text in said for text in warnings)
+    assert any("certainty" in text and text in said for text in warnings)
+    assert [line["variety"] for line in log_of(out) if "variety" in line] == [0]
+
+
+def test_collapse_is_watched_by_margin_d_outputs_and_variety(finished_run):
+    lines = log_of(finished_run)
+    names = {name for line in lines for name in line}
+    assert {"past_margin", "d_real", "d_fake", "variety"} <= names
+
+
+def test_variety_is_the_mean_distance_of_all_pairs():
+    images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    pairs = [
+        math.sqrt(np.mean((images[i].astype(float) - images[j]) ** 2))
+        for i in range(5)
+        for j in range(i)
+    ]
+    assert train_dogs.pairwise_distance(images) == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert train_dogs.pairwise_distance(np.repeat(images[:1], 4, 0)) == 0
+
+
+def test_a_finished_run_writes_the_same_zip_again_and_more_steps_continue_it(
+    finished_run,
+    tmp_path,
+):
+    out = Path(shutil.copytree(finished_run, tmp_path / "out"))
+    (out / "images.zip").unlink()
+    assert run_here(out, steps=STEPS) == 0
+    assert sha(out / "images.zip") == sha(finished_run / "images.zip")
+    assert load(out / "checkpoint.pt")["trainer"]["steps_done"] == STEPS
+    assert run_here(out, steps=STEPS + 20) == 0
+    assert load(out / "checkpoint.pt")["trainer"]["steps_done"] == STEPS + 20
+    assert sha(out / "images.zip") != sha(finished_run / "images.zip")
+    assert {"resumed_at_step"} <= {name for line in log_of(out) for name in line}
