@@ -1,0 +1,113 @@
+"""How much faster `write_submission` is than saving each PNG to a folder and archiving that.
+
+    python tests/bench_zip.py [--images 10000] [--repeats 3]
+
+Both write the same pictures: crops of the drawn sample with smooth noise over them, which compress
+about as generated dogs do. Then the choice of the PNG encoder's level, on one thread: size and time.
+"""
+
+import argparse
+import io
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from train_dogs import find_dogs, prepare_crops, to_bytes, write_submission
+
+
+def pictures(count: int) -> np.ndarray:
+    """uint8 (count, 64, 64, 3): a dog's crop, mirrored or not, under coarse and fine noise."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        dogs = prepare_crops(find_dogs([ROOT / "data" / "sample"]), "square", show=False)
+        crops = dogs.crops.permute(0, 3, 1, 2).float() / 127.5 - 1
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for block in torch.arange(count).split(500):
+        image = crops[block % len(crops)]
+        for side, strength in ((4, 0.35), (16, 0.12), (64, 0.01)):
+            noise = torch.randn(len(block), 3, side, side, generator=generator)
+            image = image + strength * F.interpolate(noise, 64, mode="bicubic")
+        made.append(to_bytes(image))
+    return np.concatenate(made)
+
+
+def plainly(images: np.ndarray, folder: Path) -> None:
+    """The usual way: a folder of PNGs, then the folder as a zip."""
+    loose = folder / "images"
+    loose.mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(loose / f"{k:05d}.png")
+    shutil.make_archive(str(folder / "plain"), "zip", loose)
+    shutil.rmtree(loose)
+
+
+def same_pixels(one: Path, other: Path) -> bool:
+    """Whether two zips hold the same pictures under the same names."""
+    with zipfile.ZipFile(one) as a, zipfile.ZipFile(other) as b:
+        names = sorted(n for n in a.namelist() if n.endswith(".png"))
+        if names != sorted(n for n in b.namelist() if n.endswith(".png")):
+            return False
+        pairs = ([Image.open(io.BytesIO(z.read(n))) for z in (a, b)] for n in names[::97])
+        return all((np.asarray(x) == np.asarray(y)).all() for x, y in pairs)
+
+
+def levels(images: np.ndarray) -> None:
+    """Print what each compression level costs."""
+    for level in (0, 1, 3, 6):
+        times = []
+        for _ in range(3):
+            begin, size = time.perf_counter(), 0
+            for image in images:
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, "PNG", compress_level=level)
+                size += buffer.tell()
+            times.append(time.perf_counter() - begin)
+        each = 1e6 * min(times) / len(images)
+        print(f"compress_level {level}: {each:.0f} us and {size / len(images):.0f} bytes each")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    images, ratios = pictures(options.images), []
+    for _ in range(options.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            begin = time.perf_counter()
+            plainly(images, Path(folder))
+            between = time.perf_counter()
+            written = Path(folder, "images.zip")
+            write_submission(written, (images[k : k + 128] for k in range(0, len(images), 128)))
+            end = time.perf_counter()
+            assert same_pixels(written, Path(folder, "plain.zip"))
+            sizes = [p.stat().st_size / 1e6 for p in (written, Path(folder, "plain.zip"))]
+        ratios.append((between - begin) / (end - between))
+        print(
+            f"plain {between - begin:.2f} s ({sizes[1]:.1f} MB), write_submission"
+            f" {end - between:.2f} s ({sizes[0]:.1f} MB): {ratios[-1]:.2f} x"
+        )
+    levels(images[:2000])
+    print(
+        f"bench_zip: write_submission is {statistics.median(ratios):.2f} x as fast as save-then-archive"
+        f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} repeats, {len(images)} images,"
+        f" {os.cpu_count()} cores)"
+    )
+
+
+if __name__ == "__main__":
+    main()
