@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,7 @@ TINY = {
     "swa-every": 2, "swa-start": 0.5,
 }  # fmt: skip
 STEPS = 60
+NORM_BATCHES = train_dogs.NORM_BATCHES  # in processes; runs in this one use fewer, see `light`
 
 
 def arguments(out: Path, *flags: str, **changes: object) -> list[str]:
@@ -68,7 +70,7 @@ def run_script(*argv: object, **options: object) -> tuple[int, str, str]:
     return process.returncode, stdout, stderr
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Poll `condition` until it holds; fail after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
@@ -146,28 +148,38 @@ def assert_one_sentence(stderr: str, *parts: str) -> None:
         assert part in lines[0], (part, stderr)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread for torch in this process, as in the processes that `start` makes."""
-    before = torch.get_num_threads()
+@contextmanager
+def light_runs(sheets: tuple[float, ...] = ()) -> Iterator[None]:
+    """Runs in this process use one thread, few latents for the norms, and draw few sheets."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dogs, "NORM_BATCHES", 8)
+        patch.setattr(train_dogs, "SHEETS", sheets)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def light() -> Iterator[None]:
+    """Every test of a file that imports this one makes light runs."""
+    with light_runs():
+        yield
 
 
 @cache
 def _finished_run(base: Path) -> Path:
     out = base / "finished_run"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    said = base / "finished_run.txt"
+    with light_runs(train_dogs.SHEETS), said.open("w") as file, redirect_stdout(file):
         assert run_here(out, steps=STEPS) == 0
-    finally:
-        torch.set_num_threads(before)
     return out
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Path:
-    """The folder of a run of `STEPS` steps, made once for all files; copy it to change it."""
+    """The folder of a run of `STEPS` steps, made once for all files; copy it to change it.
+
+    What it said lies beside it in `finished_run.txt`.
+    """
     return _finished_run(tmp_path_factory.getbasetemp())

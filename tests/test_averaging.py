@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from runs import (
     STEPS,
     finished_run,  # noqa: F401
+    light,  # noqa: F401
+    light_runs,
     load,
-    one_thread,  # noqa: F401
     pixels,
     pngs,
     run_here,
@@ -42,12 +43,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, list
         average(trainer, progress)
 
     out = tmp_path_factory.mktemp("recorded")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with light_runs(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "average", spy)
         assert run_here(out, steps=50, swa_every=2, swa_start=0.4, images=3, ema_beta=0.98) == 0
-    torch.set_num_threads(before)
     return load(out / "checkpoint.pt"), load(out / "generator.pt"), snapshots
 
 
@@ -187,7 +185,7 @@ def clone(G: Generator) -> Generator:
 
 def test_generator_pt_holds_the_statistics_of_its_own_averaged_weights(submitted):
     torch.manual_seed(5)
-    own = statistics(clone(submitted), torch.randn(2048, 16))
+    own = statistics(clone(submitted), torch.randn(1024, 16))
     for norm, (mean, variance) in zip(norms(submitted), own):
         spread = variance.sqrt()
         assert ((norm.running_mean - mean).abs() <= 0.15 * spread + 1e-4).all()

@@ -13,6 +13,8 @@ import os
 import re
 import shutil
 import struct
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +30,12 @@ from runs import (
     arguments,
     assert_one_sentence,
     finished_run,  # noqa: F401
+    light,  # noqa: F401
     load,
     log_of,
-    one_thread,  # noqa: F401
     pixels,
     run_here,
     run_script,
-    start,
 )
 
 import train_dogs
@@ -270,7 +271,7 @@ def test_flops_are_those_of_one_d_step_and_one_g_step(width, d_width, latent_dim
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["--data", SAMPLE, "--out", out, "--width", 2, "--latent-dim", 16, "--images", 64]
+    words = ["--data", SAMPLE, "--out", out, "--width", 1, "--latent-dim", 16, "--images", 64]
     assert main([*map(str, words), "--minutes", "2", "--device", "cpu", "--dry-run"]) == 0
     captured = capsys.readouterr()
     text = captured.out
@@ -280,7 +281,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     assert "120" in text and "sample" in text  # data found
     for name in FIELDS:  # the configuration
         assert re.search(rf"\b{name}\b", text), name
-    for network in (Generator(16, 2), train_dogs.Discriminator(2)):  # parameters
+    for network in (Generator(16, 1), train_dogs.Discriminator(1)):  # parameters
         count = sum(p.numel() for p in network.parameters())
         assert str(count) in text.replace(",", "")
     flops = sum(train_dogs.flops_per_image(config).values())
@@ -358,29 +359,34 @@ def test_the_log_says_how_training_goes(finished_run):
     assert 0 <= last["past_margin"] <= 1
 
 
-def test_in_a_log_file_progress_is_a_line_now_and_then_and_no_bar(tmp_path):
-    code, stdout, stderr = run_script(*arguments(tmp_path / "out", steps=STEPS))
-    assert code == 0
-    assert "\r" not in stdout + stderr and "\x1b" not in stdout + stderr
-    lines = [line for line in stdout.splitlines() if "images/s" in line]
+def test_in_a_log_file_progress_is_a_line_now_and_then_and_no_bar(finished_run):
+    said = finished_run.with_suffix(".txt").read_text()
+    assert "\r" not in said and "\x1b" not in said
+    lines = [line for line in said.splitlines() if "images/s" in line]
     assert 1 <= len(lines) <= 3  # the first, the last; a minute lies between two
     assert re.search(r"D -?[\d.]+.*G -?[\d.]+.*left", lines[-1])
 
 
-def test_on_a_terminal_progress_is_a_bar_with_images_per_second_losses_and_time_left(tmp_path):
+def test_on_a_terminal_progress_is_a_bar_with_images_per_second_losses_and_time_left(
+    tmp_path, monkeypatch
+):
     fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 160, 0, 0))
-    process = start(*arguments(tmp_path / "out", steps=STEPS), stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    try:
-        while chunk := os.read(ours, 65536):
-            shown += chunk
-    except OSError:  # how Linux says that the other end is closed
-        pass
+    shown = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while chunk := os.read(ours, 65536):
+                shown.extend(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        assert run_here(tmp_path / "out", steps=30) == 0
+    reader.join(10)
     os.close(ours)
-    assert process.wait(60) == 0
     bar = [part for part in shown.decode().split("\r") if "images/s" in part and "|" in part]
     assert bar and re.search(r"D -?[\d.]+.*G -?[\d.]+.*left", bar[-1])
 

@@ -21,9 +21,9 @@ from runs import (
     STEPS,
     all_finite,
     finished_run,  # noqa: F401
+    light,  # noqa: F401
     load,
     log_of,
-    one_thread,  # noqa: F401
     pixels,
     run_here,
     sha,
@@ -218,13 +218,6 @@ def test_another_seed_writes_other_images(finished_run, tmp_path):
 # --------------------------------------------------------------------------------------- sickness
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only one sheet and few latents for the norms: these runs are judged by other things."""
-    monkeypatch.setattr(train_dogs, "SHEETS", ())
-    monkeypatch.setattr(train_dogs, "NORM_BATCHES", 2)
-
-
 def sick_from(
     monkeypatch: pytest.MonkeyPatch, name: str, first: int, last: float, value: float = math.nan
 ) -> list[int]:
@@ -250,7 +243,6 @@ def assert_healthy(out: Path) -> None:
     assert images.std() > 1
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("name", "value"), [("generator_loss", math.nan), ("discriminator_loss", math.inf)]
 )
@@ -266,7 +258,6 @@ def test_a_sick_step_is_taken_back_and_said_aloud(name, value, tmp_path, monkeyp
     assert_healthy(out)
 
 
-@pytest.mark.usefixtures("quick")
 def test_after_three_rollbacks_it_finishes_from_the_average(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     sick_from(monkeypatch, "generator_loss", 31, math.inf)
@@ -280,7 +271,6 @@ def test_after_three_rollbacks_it_finishes_from_the_average(tmp_path, monkeypatc
     assert_healthy(out)
 
 
-@pytest.mark.usefixtures("quick")
 def test_sick_from_the_first_step_on_it_still_ends_with_whole_files(tmp_path, monkeypatch):
     out = tmp_path / "out"
     sick_from(monkeypatch, "discriminator_loss", 1, math.inf)
@@ -289,7 +279,6 @@ def test_sick_from_the_first_step_on_it_still_ends_with_whole_files(tmp_path, mo
     assert log_of(out)[-1]["step"] == 0
 
 
-@pytest.mark.usefixtures("quick")
 def test_sickness_in_the_very_last_step_is_found_too(tmp_path, monkeypatch):
     out = tmp_path / "out"
     sick_from(monkeypatch, "generator_loss", 21, 21)  # not a step of the averages
@@ -297,7 +286,6 @@ def test_sickness_in_the_very_last_step_is_found_too(tmp_path, monkeypatch):
     assert_healthy(out)
 
 
-@pytest.mark.usefixtures("quick")
 def test_after_a_rollback_the_randomness_is_fresh(dogs, tmp_path, monkeypatch):
     states: list[bytes] = []
     step = Trainer.step
