@@ -32,6 +32,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -1576,8 +1577,10 @@ def keep_checkpoint(new: Path) -> None:
 def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
     """A checkpoint or `generator.pt` with one of `parts` in it. Raises `UserError` without."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] == 1 and any(part in state for part in parts):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own about strange files; ours follows
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and state.get("format") == 1 and {*parts} & {*state}:
             return state
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
@@ -1763,7 +1766,7 @@ def train_within_budget(
         least = f"--part-hours {minutes / 60 + 0.0005:.3f}" if part else f"--minutes {minutes}"
         raise UserError(
             f"the budget cannot hold the sampling of {trainer.config.images} images on this device:"
-            f" give {least} or more, or fewer --images."
+            f" give {least} or more, or fewer --images; or --sample-only after an earlier run."
         )
     keep_checkpoint(checkpoint)  # so that there is one to roll back to
     trainer.capture()
