@@ -1,0 +1,145 @@
+"""The whole file pasted into a cell of a real Jupyter kernel: defaults, options, interrupts."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runs import (
+    SAMPLE,
+    SCRIPT,
+    arguments,
+    environment,
+    left_over,
+    load,
+    log_of,
+    pixels,
+)
+
+pytest.importorskip("ipykernel")
+manager = pytest.importorskip("jupyter_client.manager")
+
+
+class Notebook:
+    """A kernel, started in `folder`, and what its cells say."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kernel, self.client = manager.start_new_kernel(
+            startup_timeout=120, cwd=str(folder), env=environment()
+        )
+
+    def run(
+        self, cell: str, interrupt_when: Callable[[str], bool] | None = None, seconds: float = 120
+    ) -> tuple[str, str]:
+        """Run a cell; returns its reply's status and all it said.
+
+        The kernel is interrupted, as by the stop button, once `interrupt_when` holds of what was said.
+        """
+        message = self.client.execute(cell)
+        said, end = "", time.monotonic() + seconds
+        while True:
+            assert time.monotonic() < end, said[-3000:]
+            try:
+                news = self.client.get_iopub_msg(timeout=0.1)
+            except queue.Empty:
+                news = None
+            if news and news["parent_header"].get("msg_id") == message:
+                content = news["content"]
+                if content.get("execution_state") == "idle":
+                    break
+                said += content.get("text", "") + "".join(content.get("traceback", []))
+                said += str(content.get("data", ""))
+            if interrupt_when and interrupt_when(said):
+                self.kernel.interrupt_kernel()
+                interrupt_when = None
+        while True:
+            reply = self.client.get_shell_msg(timeout=30)
+            if reply["parent_header"].get("msg_id") == message:
+                return reply["content"]["status"], said
+
+    def close(self) -> None:
+        """Stop the kernel."""
+        self.client.stop_channels()
+        self.kernel.shutdown_kernel(now=True)
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Iterator[Notebook]:
+    """A notebook in a folder with the dogs in `data/`, as they lie where the file is a script."""
+    if Path("/kaggle").exists():
+        pytest.skip("on Kaggle the defaults name other folders")
+    folder = tmp_path_factory.mktemp("notebook")
+    shutil.copytree(SAMPLE / "Images", folder / "data" / "Images")
+    shutil.copytree(SAMPLE / "Annotation", folder / "data" / "Annotation")
+    book = Notebook(folder)
+    yield book
+    book.close()
+
+
+@pytest.fixture(scope="module")
+def pasted(notebook: Notebook) -> tuple[str, str]:
+    """What came of the pasted file, stopped before its first step."""
+    return notebook.run(SCRIPT.read_text("utf-8"), lambda said: "breeds" in said)
+
+
+def test_pasted_whole_it_runs_with_its_defaults_and_does_not_parse_the_kernels_argv(
+    pasted, notebook
+):
+    status, said = pasted
+    assert status == "ok", said
+    assert "135 dogs of 6 breeds in data" in said.replace(str(notebook.folder) + "/", "")
+    assert "usage" not in said and "Traceback" not in said and "SystemExit" not in said
+    assert (notebook.folder / "output").is_dir()  # the default of --out
+    _, said = notebook.run("print('__file__' in globals(), Config().width)")
+    assert said.split() == ["False", "48"]
+
+
+def test_interrupted_before_the_first_step_it_says_so_and_leaves_no_zip(pasted, notebook):
+    status, said = pasted
+    assert status == "ok" and "interrupted" in said
+    assert not (notebook.folder / "output" / "images.zip").exists()
+
+
+def test_signal_handlers_and_the_kernels_argv_are_as_they_were(pasted, notebook):
+    cell = """
+import signal, sys
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+      signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "-f" in sys.argv)
+"""
+    assert notebook.run(cell)[1].split() == ["True", "True", "True"]
+
+
+def test_main_takes_options_shows_a_bar_and_returns(pasted, notebook):
+    out = notebook.folder / "run"
+    status, said = notebook.run(f"code = main({arguments(out, steps=20, images=6)})")
+    assert status == "ok", said
+    assert "images/s" in said and "left" in said and "|" in said  # the bar
+    assert notebook.run("print(code)")[1].strip() == "0"
+    assert len(pixels(out / "images.zip")) == 6
+    status, said = notebook.run("codes = main(['--width', '0']), main(['--help'])")
+    assert status == "ok" and "out of range" in said and "Traceback" not in said
+    assert notebook.run("print(*codes)")[1].split() == ["2", "0"]
+
+
+def test_the_stop_button_ends_the_step_saves_and_writes_the_zip(pasted, notebook):
+    out = notebook.folder / "stopped"
+
+    def training(_: str) -> bool:
+        return (out / "log.jsonl").exists() and any("d_loss" in line for line in log_of(out))
+
+    cell = f"code = main({arguments(out, steps=10**6, images=6)})"
+    status, said = notebook.run(cell, training)
+    assert status == "ok" and "Traceback" not in said, said
+    assert notebook.run("print(code)")[1].strip() == "130"
+    done = load(out / "checkpoint.pt")["trainer"]["steps_done"]
+    assert done > 0 and len(pixels(out / "images.zip")) == 6 and left_over(out) == []
+    assert notebook.run("print(6 * 7)")[1].strip() == "42"  # the kernel lives
+    cell = f"code = main({arguments(out, steps=done + 5, images=6)})"
+    status, said = notebook.run(cell)
+    assert status == "ok" and f"resumed at step {done}" in said
+    assert load(out / "checkpoint.pt")["trainer"]["steps_done"] == done + 5
