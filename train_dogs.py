@@ -860,9 +860,8 @@ def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
     breeds = sorted({p.breed for p in dogs.photos})
     bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
     with open(folder / "crops.bin", "wb") as file:
-        results = in_threads(attempt, dogs.photos)
-        progress = tqdm(results, "cropping", len(dogs.photos), **bar)
-        for photo, (found, reasons) in zip(dogs.photos, progress):
+        results = tqdm(in_threads(attempt, dogs.photos), "cropping", len(dogs.photos), **bar)
+        for (found, reasons), photo in zip(results, dogs.photos):
             skipped += [(photo.name, reason) for reason in reasons]
             for dog in found:
                 first.append([])
@@ -1848,7 +1847,12 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
         return sample_only(options, device)
     state = find_checkpoint(options)
     if state:
-        refuse_other_recipe(config, state["config"], state["config"])
+        try:
+            refuse_other_recipe(config, state["config"], state["config"])
+        except UserError:
+            if state["trainer"]["steps_done"]:
+                raise
+            state = None  # nothing was learnt yet that another recipe could spoil
     found = find_dogs(config.data)
     dogs = prepare_crops(found, config.crops)
     if state and state["trainer"]["data_key"] != dogs.key:
