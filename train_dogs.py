@@ -1838,7 +1838,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN choose by measurement
     print(describe_device(device), flush=True)
     if options.dry_run:
-        return show_plan(config, device, started)
+        return show_plan(config, device)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1911,7 +1911,7 @@ def sample_only(options: Options, device: torch.device) -> int:
     return 0
 
 
-def show_plan(config: Config, device: torch.device, started: float) -> int:
+def show_plan(config: Config, device: torch.device) -> int:
     """`--dry-run`: print what would be done, at what cost, and train nothing that is kept."""
     found = find_dogs(config.data)
     breeds = len({photo.breed for photo in found.photos})
