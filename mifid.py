@@ -996,7 +996,8 @@ def unseen_distance(reference: np.ndarray, device: str | torch.device = "cpu") -
 
 
 def verdict(distance: float, unseen: float, threshold: float, count: int) -> str:
-    """One sentence on where the distance stands."""
+    """One sentence on where the distance stands. It can convict and cannot acquit: copies blurred
+    by a Gaussian of one pixel lie as far away as unseen dogs do (0.162 against 0.155)."""
     line = f"unseen pictures of the reference's kind lie at {unseen:.3f} against these {count:,}"
     if distance < COPY_DISTANCE:
         return f"The generated set is a copy of the reference (distance {distance:.1e}): no score."
@@ -1007,8 +1008,8 @@ def verdict(distance: float, unseen: float, threshold: float, count: int) -> str
     if distance < 0.9 * unseen:
         return f"Nearer to the reference than unseen pictures are: look at --sheet ({line})."
     if distance < 1.1 * unseen:
-        return f"As near to the reference as unseen pictures are ({line}): no sign of copying."
-    return f"Farther from the reference than unseen pictures are ({line}): no sign of copying."
+        return f"As near to the reference as unseen pictures are ({line}); no copying shows here."
+    return f"Farther from the reference than unseen pictures are ({line}); no copying shows."
 
 
 # ---------------------------------------------------------------- more numbers (--all)
