@@ -836,9 +836,15 @@ def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
         ) from error
 
 
+def in_notebook() -> bool:
+    """Whether this runs in a Jupyter kernel, not merely beside an imported one."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
 def is_live() -> bool:
     """Whether somebody watches: a terminal or a notebook, not a log file as in a Kaggle commit."""
-    live = sys.stderr.isatty() or "ipykernel" in sys.modules
+    live = sys.stderr.isatty() or in_notebook()
     return live and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch"
 
 
@@ -2021,7 +2027,7 @@ def process_age() -> float:
 
 
 if __name__ == "__main__":
-    if "ipykernel" in sys.modules:  # a notebook's sys.argv is its kernel's, and it must not exit
+    if in_notebook():  # its sys.argv is its kernel's, and it must not exit
         main()
     else:
         sys.exit(main(sys.argv[1:], time.monotonic() - process_age()))
