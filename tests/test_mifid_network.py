@@ -160,7 +160,7 @@ def test_both_forms_with_and_without_classifier_are_the_same_network(
         other = mifid.load_inception(path, "cpu")
         assert other.fingerprint == model.fingerprint and other.sha256 != model.sha256
         again = mifid.extract_features(other, pictures[:4])
-        np.testing.assert_allclose(again, features[:4], atol=1e-6)
+        np.testing.assert_allclose(again, features[:4], atol=2e-5)
 
 
 def test_weights_that_are_not_the_network_are_refused_by_name(
