@@ -950,7 +950,7 @@ def nearest_references(
         raise ValueError("every row of the features is zero")
 
     def unit(x: torch.Tensor) -> torch.Tensor:
-        """Rows of length 1: float32, but divided in float64, so that no square over- or underflows."""
+        """Rows of length 1: float32, but divided in float64, so no square overflows."""
         x = x.double()
         return (x / x.norm(dim=1, keepdim=True)).to(device, torch.float32)
 
@@ -1136,7 +1136,7 @@ def choose_device(name: str | None) -> torch.device:
 def open_source(
     source: Any, is_reference: bool, crop: str | None, resize: bool, limit: int | None
 ) -> ImageSet | Features:
-    """One side of the score: pictures still to be read, or features; shuffled and cut to `limit`."""
+    """One side of the score: pictures to be read, or features; shuffled, cut to `limit`."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
         where = "the reference array" if is_reference else "the generated array"

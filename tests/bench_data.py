@@ -2,9 +2,9 @@
 
     python tests/bench_data.py [--data PATH] [--kind square] [--repeats 5]
 
-The plain way is one process and one loop: open, convert to RGB, crop to whole pixels, resize. Both read
-the same photos, alternate, and start warm; the prepared way works on an empty cache each time. Without
---data it takes $DOGS_DATA, full-size originals beside this project, or the drawn sample.
+The plain way is one process and one loop: open, convert to RGB, crop to whole pixels, resize. Both
+read the same photos, alternate, and start warm; the prepared way works on an empty cache each time.
+Without --data it takes $DOGS_DATA, full-size originals beside this project, or the drawn sample.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def default_data() -> Path:
 
 
 def plainly(data: Path, dogs: DogSet, kind: str) -> np.ndarray:
-    """The crops by one loop over the photos, the first view of each dog: uint8 (dogs, 64, 64, 3)."""
+    """The crops by one loop over the photos, the first view of each dog: uint8 (n, 64, 64, 3)."""
     crops = []
     for photo in dogs.photos:
         picture = Image.open(data / "Images" / photo.name).convert("RGB")
@@ -93,7 +93,7 @@ def main() -> None:
     close = psnr(first, plain)
     print(
         f"bench_data: prepare_crops is {statistics.median(ratios):.2f} x as fast as the plain loop"
-        f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} repeats, {os.cpu_count()} cores),"
+        f" ({os.cpu_count()} cores, {len(ratios)} repeats: {min(ratios):.2f} to {max(ratios):.2f}),"
         f" median PSNR {np.median(close):.1f} dB (5 % are below {np.percentile(close, 5):.1f})"
     )
 

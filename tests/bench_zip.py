@@ -110,7 +110,7 @@ def main() -> None:
         )
     settings(images[:2000])
     print(
-        f"bench_zip: write_submission is {statistics.median(ratios):.2f} x as fast as save-then-archive"
+        f"bench_zip: write_submission is {statistics.median(ratios):.2f} x as fast as saving each"
         f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} repeats, {len(images)} images,"
         f" {os.cpu_count()} cores)"
     )

@@ -1,4 +1,4 @@
-"""Small runs of train_dogs.py for the tests of its running half: cheap settings, one finished run."""
+"""Small runs of train_dogs.py for the tests: cheap settings, one finished run."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ Snapshot = tuple[float, int, list[Tensor]]  # progress, steps done, G's paramete
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, list[Snapshot]]:
-    """Checkpoint and `generator.pt` of a whole run, and G's weights at each update of the averages."""
+    """Checkpoint, `generator.pt` and G's weights at each update of the averages of a run."""
     snapshots: list[Snapshot] = []
     average = Trainer.average
 
@@ -45,7 +45,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, list
     out = tmp_path_factory.mktemp("recorded")
     with light_runs(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "average", spy)
-        assert run_here(out, steps=50, swa_every=2, swa_start=0.4, images=3, ema_beta=0.98) == 0
+        assert run_here(out, steps=50, swa_every=2, swa_start=0.4, images=3, ema_beta=0.8) == 0
     return load(out / "checkpoint.pt"), load(out / "generator.pt"), snapshots
 
 
@@ -79,7 +79,7 @@ def test_ema_is_the_plain_recurrence_with_its_warm_start(recorded):
     ema = [torch.zeros_like(w) for w in snapshots[0][2]]
     total = 0.0  # the weights of the snapshots sum to 1 but for what is left of the start
     for n, (_, _, weights) in enumerate(snapshots, start=1):
-        beta = min(0.98**2, (1 + n) / (10 + n))
+        beta = min(0.8**2, (1 + n) / (10 + n))  # the first by swa_every = 2
         ema = [beta * e + (1 - beta) * w for e, w in zip(ema, weights)]
         total = beta * total + (1 - beta)
     assert total > 0.999  # no trace of the initial weights
@@ -125,7 +125,7 @@ def test_which_weights_are_submitted_is_a_rule(average, swa_count, averages_done
     assert train_dogs.weights_to_submit(average, swa_count, averages_done) == submitted
 
 
-# ------------------------------------------------------------------------------ batch-norm statistics
+# --------------------------------------------------------------------------- batch-norm statistics
 
 
 def norms(G: nn.Module) -> list[nn.BatchNorm2d]:

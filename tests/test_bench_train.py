@@ -1,4 +1,4 @@
-"""The bench at a tiny size: its contestants are what they claim to be, and its last line is JSON."""
+"""The bench at a tiny size: its contestants are what they claim; its last line is JSON."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Crops: exact geometry by properties, true pixels, a cache that is used and never trusted blindly."""
+"""Crops: exact geometry by properties, true pixels, a cache used but never trusted blindly."""
 
 import io
 import itertools
@@ -246,7 +246,7 @@ def lanczos(x: float) -> float:
 
 
 def resample_rows(pixels: np.ndarray, start: float, end: float, count: int) -> np.ndarray:
-    """Axis 0 from [start, end) to `count` samples, by a plain loop: Lanczos, widened to antialias."""
+    """Axis 0 from [start, end) to `count` samples, by a plain loop: widened Lanczos."""
     step = (end - start) / count
     reach, rows = max(step, 1.0), []
     for k in range(count):

@@ -1,4 +1,4 @@
-"""Dogs are found in every published layout, in the right order, in place, and nothing is altered."""
+"""Dogs are found in every published layout, in order, in place, and nothing is altered."""
 
 import io
 import os

@@ -38,7 +38,7 @@ class Notebook:
     ) -> tuple[str, str]:
         """Run a cell; returns its reply's status and all it said.
 
-        The kernel is interrupted, as by the stop button, once `interrupt_when` holds of what was said.
+        The kernel is interrupted, as by the stop button, once `interrupt_when` holds of the text.
         """
         message = self.client.execute(cell)
         said, end = "", time.monotonic() + seconds

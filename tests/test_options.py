@@ -189,7 +189,8 @@ def test_help_names_the_unit_of_every_duration_and_share(help_entries):
     entries, _ = help_entries
     units = {
         "hours": "hour", "part_hours": "hour", "minutes": "minute",
-        "checkpoint_seconds": "second", "steps": "step", "swa_every": "step", "swa_start": "progress",
+        "checkpoint_seconds": "second", "steps": "step", "swa_every": "step",
+        "swa_start": "progress",
         "lr_decay_start": "progress", "margin": "probability", "images": "image",
     }  # fmt: skip
     for name, unit in units.items():
@@ -230,7 +231,7 @@ def test_no_dogs_is_exit_code_2_and_names_both_remedies(tmp_path):
 
 
 def macs(width: int, d_width: int, latent_dim: int) -> tuple[list[int], list[int]]:
-    """Multiply-adds per image of each layer of G and of D, by hand from the table of the networks."""
+    """Multiply-adds per image of each layer of G and of D, by hand from the networks' table."""
     w, v = width, d_width
     g = [  # in x out x kernel area x positions of the smaller side
         latent_dim * 32 * w * 16 * 1,

@@ -1,4 +1,4 @@
-"""Every kind of bad input: read right where it can be, else left out, counted by reason and logged."""
+"""Every kind of bad input: read right where it can be, else left out, counted and logged."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The zip that the competition takes: names, format, exact levels, the same bytes, never half of it."""
+"""The zip that the competition takes: names, format, exact levels, same bytes, never half of it."""
 
 import io
 import os
@@ -233,7 +233,7 @@ def test_every_level_comes_back_from_its_own_value():
 
 
 def test_levels_are_the_nearest_to_127_5_x_plus_127_5():
-    """Against Python's own arithmetic, away from the exact halves, where either neighbour is right."""
+    """Against Python's own arithmetic, away from the halves, where either neighbour is right."""
     values = np.random.default_rng(0).uniform(-1, 1, 5000).astype(np.float32)
     exact = [float(x) * 127.5 + 127.5 for x in values]
     for level, value in zip(to_bytes(as_images(values))[0, 0, :, 1].tolist(), exact):

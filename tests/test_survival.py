@@ -1,4 +1,4 @@
-"""Kills, signals, damage, full disks and budgets: what a run survives, and what it leaves behind."""
+"""Kills, signals, damage, full disks and budgets: what a run survives and leaves behind."""
 
 # ruff: noqa: F811 (fixtures that are imported from runs)
 
@@ -48,7 +48,7 @@ from runs import (
 import train_dogs
 from train_dogs import Config, Trainer, UserError, load_checkpoint
 
-HALF = STEPS // 2
+CUT = 3 * STEPS // 4  # where SWA has begun, in the middle of an order of the dogs
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
@@ -66,10 +66,10 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.S
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Path:
-    """The folder of a run of `STEPS` that was interrupted at half of them; copy it to change it."""
+    """The folder of a run of `STEPS` that was interrupted at `CUT`; copy it to change it."""
     out = tmp_path_factory.mktemp("interrupted")
     with light_runs(), pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, HALF)
+        signal_at(patch, CUT)
         assert run_here(out, steps=STEPS, checkpoint_seconds=0.0) == 130
     return out
 
@@ -81,11 +81,12 @@ def stopped(interrupted: Path, tmp_path: Path) -> Path:
 
 
 def assert_same_result(out: Path, reference: Path) -> None:
-    """The same zip, byte for byte, and the same submitted weights; nothing unfinished beside them."""
+    """The same zip, byte for byte, the same weights and state; nothing unfinished beside them."""
     assert sha(out / "images.zip") == sha(reference / "images.zip")
-    ours, theirs = (load(f / "generator.pt")["state_dict"] for f in (out, reference))
-    assert list(ours) == list(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for file, part in (("generator.pt", "state_dict"), ("checkpoint.pt", "trainer")):
+        ours, theirs = (list(tensors_in(load(f / file)[part])) for f in (out, reference))
+        assert len(ours) == len(theirs) > 10
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
     assert left_over(out) == []
 
 
@@ -171,13 +172,13 @@ def test_the_checkpoint_holds_everything_in_plain_types(interrupted):
         return set(map(str, value)).union(*map(keys, value.values()))
 
     names = keys(state)
-    for part in ("opt_g", "opt_d", "ema", "swa", "order", "cursor", "rng", "G.", "D."):
+    for part in ("opt_g.", "opt_d.", "ema.", "swa.", "order", "cursor", "rng", "G.", "D."):
         assert any(name.startswith(part) for name in names), part
     assert state["config"].keys() == asdict(Config()).keys()
     assert state["torch"] == torch.__version__ and state["threads"] == 1
     assert 0 < state["seconds_used"] < 600
     previous = load(interrupted / "checkpoint.previous.pt")
-    assert 0 < previous["trainer"]["steps_done"] <= state["trainer"]["steps_done"] == HALF
+    assert 0 < previous["trainer"]["steps_done"] <= state["trainer"]["steps_done"] == CUT
     assert sum(t.numel() for t in tensors_in(state)) > 10_000
 
 
@@ -267,12 +268,12 @@ def test_a_second_signal_at_a_files_renaming_leaves_the_old_files_whole(
     replace = os.replace
 
     def signalled(source: str, target: str) -> None:
-        if Path(target).name == name and load_steps(stopped) > HALF - 2:
+        if Path(target).name == name and load_steps(stopped) > CUT - 2:
             os.kill(os.getpid(), signal.SIGINT)
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        signal_at(patch, HALF + 3)
+        signal_at(patch, CUT + 3)
         patch.setattr(os, "replace", signalled)
         assert run_here(stopped, steps=STEPS) == 130
     assert "Traceback" not in capsys.readouterr().err
@@ -327,7 +328,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_used(stopped, fi
     assert run_here(stopped, steps=STEPS) == 0
     captured = capsys.readouterr()
     assert "damaged" in captured.err and "Traceback" not in captured.err
-    assert 0 < resumed_steps(stopped)[-1] <= HALF
+    assert 0 < resumed_steps(stopped)[-1] <= CUT
     aside = [p for p in stopped.glob("*damaged*")]
     assert [p.stat().st_size for p in aside] == [size]
     assert_same_result(stopped, finished_run)
@@ -425,8 +426,8 @@ def test_what_does_not_change_the_weights_may_differ(stopped, finished_run, tmp_
     shutil.copytree(SAMPLE, dogs, copy_function=shutil.copyfile)
     out = tmp_path / "other"
     options = MAY_DIFFER | {"data": dogs, "resume": stopped / "checkpoint.pt"}
-    assert run_here(out, steps=HALF + 1, **options) == 0, capsys.readouterr().err
-    assert resumed_steps(out) == [HALF]
+    assert run_here(out, steps=CUT + 1, **options) == 0, capsys.readouterr().err
+    assert resumed_steps(out) == [CUT]
     assert len(pngs(out / "images.zip")) == 6
 
 
@@ -472,7 +473,7 @@ def test_resume_from_a_read_only_folder_goes_on_in_an_empty_one(read_only, finis
 
     before, out = state(), tmp_path / "working"
     assert run_here(out, steps=STEPS, resume=read_only / "checkpoint.pt") == 0
-    assert resumed_steps(out) == [HALF]
+    assert resumed_steps(out) == [CUT]
     assert_same_result(out, finished_run)
     assert state() == before
     names = {"checkpoint.pt", "config.json", "log.jsonl", "progress.webp"}
@@ -598,7 +599,7 @@ def test_a_part_too_short_for_the_sampling_names_one_that_is_not(tmp_path, capsy
 
 
 def test_a_run_in_two_parts_ends_within_its_budget_from_process_start_to_zip(tmp_path):
-    out, budget, part = tmp_path / "out", 25.0, 9.0
+    out, budget, part = tmp_path / "out", 45.0, 18.0
     argv = arguments(out, images=400, minutes=budget / 60, swa_every=1, checkpoint_seconds=4)
     begin = time.time()
     assert train_dogs.main([*argv, "--part-hours", str(part / 3600)]) == 0

@@ -221,7 +221,7 @@ def test_another_seed_writes_other_images(finished_run, tmp_path):
 def sick_from(
     monkeypatch: pytest.MonkeyPatch, name: str, first: int, last: float, value: float = math.nan
 ) -> list[int]:
-    """Let a loss be `value` in its calls `first` to `last`, from 1; returns the list of its calls."""
+    """Let a loss be `value` in its calls `first` to `last`, from 1; returns its calls."""
     calls: list[int] = []
     loss = getattr(train_dogs, name)
 
