@@ -264,12 +264,14 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
         except train_dogs.BadItem as error:
             raise BadImage(str(error)) from error
 
-    def box_crops(photo: Any, picture: Image.Image) -> list[np.ndarray]:
+    def box_crops(photo: Any, data: bytes, picture: Image.Image) -> list[np.ndarray]:
         annotation = checked(photo.read_annotation)
         if annotation is None:
             raise BadImage("no annotation")
+        stated, boxes = checked(train_dogs.parse_annotation, annotation)
+        stored = checked(train_dogs.open_picture, data)  # boxes turn with the photo's EXIF
         crops, reason = [], BadImage("no box")
-        for box in checked(train_dogs.parse_boxes, annotation):
+        for box in train_dogs.upright_boxes(stored, stated, boxes):
             try:
                 left, top, right, bottom = map(round, checked(clip_box, box, *picture.size))
             except BadImage as error:
@@ -282,7 +284,9 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
 
     def crops(photo: Any, data: bytes) -> list[np.ndarray]:
         picture = checked(train_dogs.decode_photo, data)
-        return [np.asarray(squash(picture))] if rule == "whole" else box_crops(photo, picture)
+        if rule == "whole":
+            return [np.asarray(squash(picture))]
+        return box_crops(photo, data, picture)
 
     clip_box = train_dogs.clip_box
     try:

@@ -548,11 +548,6 @@ def parse_annotation(xml: bytes) -> tuple[tuple[int, int], list[Box]]:
     return stated, boxes
 
 
-def parse_boxes(xml: bytes) -> list[Box]:
-    """The boxes of an annotation. Raises `BadItem` as `parse_annotation` does."""
-    return parse_annotation(xml)[1]
-
-
 def clip_box(box: Box, width: int, height: int) -> Box:
     """The part of a box inside a frame. Raises `BadItem` if reversed, empty, or wholly outside."""
     left, top, right, bottom = box
