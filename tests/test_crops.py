@@ -634,6 +634,20 @@ def test_pictures_are_read_in_several_threads_and_kept_in_order(dogs_root, cache
         assert (made.crops[first].numpy() == alone).all()
 
 
+def test_an_error_in_a_thread_drops_what_is_still_waiting():
+    begun = []
+
+    def work(k: int) -> None:
+        begun.append(k)
+        time.sleep(0.01)
+        if k == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(train_dogs.in_threads(work, range(500)))
+    assert len(begun) < 250
+
+
 # ------------------------------------------------------------------------- drawing batches
 
 
