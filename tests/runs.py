@@ -32,7 +32,6 @@ TINY = {
     "swa-every": 2, "swa-start": 0.5,
 }  # fmt: skip
 STEPS = 60
-NORM_BATCHES = train_dogs.NORM_BATCHES  # in processes; runs in this one use fewer, see `light`
 
 
 def arguments(out: Path, *flags: str, **changes: object) -> list[str]:
