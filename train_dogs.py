@@ -1688,19 +1688,21 @@ def sheet_path(out: Path, step: int) -> Path:
 
 
 def measure_finish(trainer: Trainer) -> float:
-    """Seconds that re-estimation, sampling and the zip take here, from one batch of each."""
-    G = trainer.averaged_generator("none", 1)  # the first forward is slower
-    latents, images = draw_latents(SAMPLE_BATCH, G.latent_dim, 0), []
-    sampling = math.ceil(trainer.config.images / SAMPLE_BATCH)
-    total = 0.0
+    """Seconds that re-estimation, sampling and the zip take here: the better of two batches each."""
+    G = trainer.averaged_generator("none", 1)
+    latents = draw_latents(SAMPLE_BATCH, G.latent_dim, 0)
+    images = next(sample_images(G, latents))
+    sampling, total = math.ceil(trainer.config.images / SAMPLE_BATCH), 0.0
     for batches, work in (
-        (NORM_BATCHES, lambda: trainer.averaged_generator("none", 1)),
-        (sampling, lambda: images.extend(sample_images(G, latents))),
-        (sampling, lambda: list(in_threads(encode_png, np.concatenate(images)))),
+        (NORM_BATCHES, lambda: estimate_norms(G, 1, 0)),
+        (sampling, lambda: list(sample_images(G, latents))),
+        (sampling, lambda: list(in_threads(encode_png, images))),
     ):
-        begin = time.monotonic()
-        work()
-        total += (time.monotonic() - begin) * batches
+        times = [time.monotonic()]
+        for _ in range(2):
+            work()
+            times.append(time.monotonic())
+        total += batches * min(times[1] - times[0], times[2] - times[1])
     return total
 
 
@@ -1757,16 +1759,19 @@ def train_within_budget(
     checkpoint = write_checkpoint(out, trainer, clock)
     saving = time.monotonic() - begin
     finishing = measure_finish(trainer)
-    clock.reserve = 1.8 * finishing + 3 * saving + 3  # other programs may slow it down
-    if clock.training_left() <= 0:
+    least = 1.25 * finishing + 2 * saving + 3
+    left = clock.training_left()  # all of it: there is no reserve yet
+    # Other programs may slow the end down: more is reserved, if training keeps a fifth of the time.
+    clock.reserve = max(least, min(1.8 * finishing + 3 * saving + 3, 0.8 * left))
+    if left <= least:
         checkpoint.unlink()
         part = clock.part_deadline < clock.deadline
         used = time.monotonic() - clock.started if part else clock.used()
-        minutes = math.ceil((used + 1.3 * clock.reserve) / 6) / 10
-        least = f"--part-hours {minutes / 60 + 0.0005:.3f}" if part else f"--minutes {minutes}"
+        minutes = math.ceil((used + 1.3 * least) / 6) / 10
+        remedy = f"--part-hours {minutes / 60 + 0.0005:.3f}" if part else f"--minutes {minutes}"
         raise UserError(
             f"the budget cannot hold the sampling of {trainer.config.images} images on this device:"
-            f" give {least} or more, or fewer --images; or --sample-only after an earlier run."
+            f" give {remedy} or more, or fewer --images; or --sample-only after an earlier run."
         )
     keep_checkpoint(checkpoint)  # so that there is one to roll back to
     trainer.capture()
