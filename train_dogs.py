@@ -1688,7 +1688,7 @@ def sheet_path(out: Path, step: int) -> Path:
 
 
 def measure_finish(trainer: Trainer) -> float:
-    """Seconds that re-estimation, sampling and the zip take here: the better of two batches each."""
+    """Seconds that re-estimation, sampling and the zip take here: the better of two batches."""
     G = trainer.averaged_generator("none", 1)
     latents = draw_latents(SAMPLE_BATCH, G.latent_dim, 0)
     images = next(sample_images(G, latents))
