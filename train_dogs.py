@@ -41,6 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -1394,9 +1395,11 @@ def save(path: Path, value: object) -> None:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """uint8 (64, 64, 3) to a PNG; level 1 is 3 times as fast as the default and 6 % larger."""
+    """uint8 (64, 64, 3) to a PNG. Run-length coding (3) at level 1 is 1.4 times as fast as Pillow's
+    default here, and 5 % smaller (`tests/bench_zip.py`: 0.42 against 0.60 ms, 8.3 against 8.8 kB).
+    """
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1, compress_type=3)
     return buffer.getvalue()
 
 
@@ -1406,8 +1409,10 @@ def write_submission(path: Path, batches: Iterable[np.ndarray]) -> int:
     `batches`: uint8 (n, 64, 64, 3) arrays. Stored, not deflated: PNGs do not shrink again.
     """
     count = 0
+    # A task of 32 images keeps the threads out of each other's way; one image is too little work.
+    tasks = (batch[k : k + 32] for batch in batches for k in range(0, len(batch), 32))
     with whole_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-        for png in in_threads(encode_png, (image for batch in batches for image in batch)):
+        for png in chain.from_iterable(in_threads(lambda task: [*map(encode_png, task)], tasks)):
             name = zipfile.ZipInfo(f"{count:05d}.png", date_time=(1980, 1, 1, 0, 0, 0))
             name.external_attr = 0o644 << 16
             archive.writestr(name, png)

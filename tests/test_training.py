@@ -194,6 +194,20 @@ def test_the_clock_counts_all_parts_and_keeps_the_reserve():
     assert whole.training_left() == pytest.approx(3600 - 700, abs=0.5)
 
 
+def test_the_budget_is_tested_at_every_step(tmp_path, monkeypatch):
+    step, left, over = Trainer.step, Clock.training_left, []
+
+    def last(trainer: Trainer, progress: float) -> None:
+        step(trainer, progress)
+        if trainer.steps_done == 7:
+            over.append("the time is up")
+
+    monkeypatch.setattr(Trainer, "step", last)
+    monkeypatch.setattr(Clock, "training_left", lambda clock: -1.0 if over else left(clock))
+    assert run_here(tmp_path / "out", steps=STEPS, minutes=60, images=3) == 0
+    assert load(tmp_path / "out" / "checkpoint.pt")["trainer"]["steps_done"] == 7
+
+
 # ------------------------------------------------------------------------------------ determinism
 
 
