@@ -1856,6 +1856,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
         raise UserError(f"--out {out} cannot be made ({error.strerror}): give another.") from error
     if options.sample_only:
         return sample_only(options, device)
+    found = find_dogs(config.data)
     state = find_checkpoint(options)
     if state:
         try:
@@ -1864,7 +1865,6 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
             if state["trainer"]["steps_done"]:
                 raise
             state = None  # nothing was learnt yet that another recipe could spoil
-    found = find_dogs(config.data)
     dogs = prepare_crops(found, config.crops)
     if state and state["trainer"]["data_key"] != dogs.key:
         raise UserError("the checkpoint was made from other dogs: give its --data, or --fresh.")

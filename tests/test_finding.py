@@ -355,7 +355,8 @@ def test_sets_with_and_without_annotations_do_not_mix(dogs, tmp_path):
 
 
 def test_a_path_that_is_not_there_ends_with_2(tmp_path, capsys):
-    assert train_dogs.main(["--data", str(tmp_path / "nowhere"), "--device", "cpu"]) == 2
+    out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert train_dogs.main(["--data", str(tmp_path / "nowhere"), *out]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
@@ -363,8 +364,9 @@ def test_a_folder_without_pictures_ends_with_2(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no dog")
     (tmp_path / "Images").mkdir()
     (tmp_path / "Annotation").mkdir()
+    out = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     for given in (tmp_path, tmp_path / "Images"):
-        assert train_dogs.main(["--data", str(given), "--device", "cpu"]) == 2
+        assert train_dogs.main(["--data", str(given), *out]) == 2
         assert str(given) in capsys.readouterr().err
 
 
