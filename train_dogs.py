@@ -16,6 +16,7 @@ networks to its PNG.
 from __future__ import annotations
 
 import argparse
+import copy
 import errno
 import hashlib
 import io
@@ -60,7 +61,7 @@ SAMPLE_BATCH = 128  # latents per forward when sampling; fixed, so that an image
 P100_FLOPS = 7.4e12  # sustained FLOP/s of a P100 on a DCGAN: the unit of "P100-hours"
 
 
-# ------------------------------------------------------------------------------- 1. Configuration
+# --------------------------------------------------------------------------------- 1. Configuration
 
 
 class UserError(Exception):
@@ -81,15 +82,26 @@ class Config:
 
     crops: str = option("square", "data", "crop kinds with weights, as in square:3,context:1")
 
+    noise: float = option(
+        0.0, "data", "reals get uniform noise from 0 to this; [-1, 1] is the range"
+    )
+    augment: str = option(
+        "", "data", "differentiable augmentation of reals and fakes: color,translation,cutout"
+    )
+
+    layers: str = option("deep", "networks", "deep, or paper: the DCGAN of 2015")
     latent_dim: int = option(256, "networks", "numbers in a latent z")
     width: int = option(48, "networks", "channels per unit of G's table (and D's)")
     d_width: int = option(0, "networks", "the same for D alone; 0 = width")
     init_std: float = option(0.0, "networks", "std of normal initial weights; 0 = PyTorch's own")
+    condition: str = option("none", "networks", "what G and D are told of a dog: none or breed")
 
     margin: float = option(0.8, "loss", "probability past which a real costs nothing; 1 = never")
     smoothing: float = option(
         0.0, "loss", "one-sided label smoothing: the reals' label is 1 - this"
     )
+    classify: float = option(0.0, "loss", "weight of telling breeds apart, if conditioned on them")
+    r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals")
 
     batch_size: int = option(32, "optimisation", "reals (and fakes) per step")
     g_lr: float = option(5e-4, "optimisation", "Adam's learning rate for G")
@@ -101,7 +113,12 @@ class Config:
     average: str = option("swa", "averaging", "weights to submit: swa, ema or none", False)
     swa_start: float = option(0.5, "averaging", "progress at which SWA begins, 0 to 1")
     swa_every: int = option(20, "averaging", "steps between updates of the averages")
-    ema_beta: float = option(0.9995, "averaging", "EMA's decay per step")
+    ema_beta: float = option(
+        0.9995, "averaging", "EMA's decay per step; 0 = stepped, 0.9 to 0.9999"
+    )
+    truncation: float = option(
+        0.0, "averaging", "latents beyond this are drawn anew; 0 = none", False
+    )
 
     steps: int = option(397_000, "length", "steps of the whole recipe", False)
     hours: float = option(8.5, "length", "wall-clock budget of all parts, zip included", False)
@@ -109,15 +126,45 @@ class Config:
 
     seed: int = option(0, "run", "seed of everything random")
     device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", False)
+    precision: str = option("auto", "run", "of convolutions: auto, fp32, tf32, bf16 or fp16", False)
     images: int = option(10_000, "run", "images in the zip", False)
     checkpoint_seconds: float = option(300.0, "run", "seconds between checkpoints", False)
 
 
-PRESETS: dict[str, dict[str, object]] = {"dogs": {}}
+PRESET_FIELDS = (
+    "layers", "latent_dim", "width", "init_std", "batch_size", "g_lr", "d_lr", "beta1", "margin",
+    "smoothing", "average", "swa_every", "ema_beta", "crops", "steps",
+)  # fmt: skip
+PRESETS = {
+    name: dict(zip(PRESET_FIELDS, row, strict=True))
+    for name, row in {
+        # Ours.
+        "dogs": (
+            "deep", 256, 48, 0.00, 32, 5e-4, 5e-4, 0.3, 0.8,
+            0.00, "swa", 20, 0.9995, "square", 397_000,
+        ),
+        # The notebook that was first in public, with its crops by our nearest kinds; without its
+        # quirks: a margin for G too, rotation that leaves black wedges, samples in training mode.
+        "first-public": (
+            "deep", 256, 48, 0.00, 32, 5e-4, 5e-4, 0.3, 0.8,
+            0.05, "ema", 1, 0.0000, "head:2,square:1,context:1", 397_000,
+        ),
+        # The networks and settings of Radford et al. 2015 (arXiv 1511.06434).
+        "dcgan": (
+            "paper", 100, 128, 0.02, 128, 2e-4, 2e-4, 0.5, 1.0,
+            0.00, "none", 20, 0.9995, "square", 197_000,
+        ),
+    }.items()
+}  # fmt: skip
 
+CHOICES = {
+    "layers": ("deep", "paper"), "condition": ("none", "breed"), "average": ("swa", "ema", "none"),
+    "precision": ("auto", "fp32", "tf32", "bf16", "fp16"),
+}  # fmt: skip
 RANGES = {  # field: (least, most)
-    "latent_dim": (1, 4096), "width": (1, 1024), "d_width": (0, 1024), "init_std": (0, 1),
-    "margin": (0.01, 1), "smoothing": (0, 0.5), "batch_size": (2, 65536), "g_lr": (0, 1),
+    "noise": (0, 1), "latent_dim": (1, 4096), "width": (1, 1024), "d_width": (0, 1024),
+    "init_std": (0, 1), "margin": (0.01, 1), "smoothing": (0, 0.5), "classify": (0, 10),
+    "r1": (0, 1000), "truncation": (0, 100), "batch_size": (2, 65536), "g_lr": (0, 1),
     "d_lr": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999), "lr_decay_start": (0, 1),
     "swa_start": (0, 1), "swa_every": (1, 10**9), "ema_beta": (0, 0.9999999), "steps": (1, 10**9),
     "hours": (0, 1e6), "part_hours": (0, 1e6), "seed": (0, 2**32 - 1), "images": (1, 99_999),
@@ -132,9 +179,15 @@ def check_config(config: Config) -> Config:
         if not least <= value <= most:  # also catches nan
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} {value} is out of range: give {least} to {most}.")
-    if config.average not in ("swa", "ema", "none"):
-        raise UserError(f"--average {config.average} is unknown: give swa, ema or none.")
+    for name, choices in CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise UserError(
+                f"--{name} {getattr(config, name)} is unknown: give one of {', '.join(choices)}."
+            )
+    if config.classify and config.condition != "breed":
+        raise UserError("--classify tells breeds apart: give --condition breed with it.")
     parse_crops(config.crops)
+    parse_augment(config.augment)
     return config
 
 
@@ -147,6 +200,7 @@ class Options(NamedTuple):
     fresh: bool
     resume: str
     sample_only: bool
+    breed: str
 
 
 class _Parser(argparse.ArgumentParser):
@@ -170,6 +224,9 @@ def parse(argv: Sequence[str]) -> Options:
     actions.add_argument(
         "--sample-only", action="store_true", help="write images.zip from what was trained"
     )
+    actions.add_argument(
+        "--breed", default="", metavar="NAME", help="the same, of this breed alone, as in Pug"
+    )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in fields(Config):
         name = f.metadata["group"]
@@ -187,7 +244,9 @@ def parse(argv: Sequence[str]) -> Options:
         "--minutes", type=float, default=argparse.SUPPRESS, metavar="X", help="--hours, in minutes"
     )
     given = vars(parser.parse_args(list(argv)))
-    acts = {k: given.pop(k) for k in ("preset", "dry_run", "fresh", "resume", "sample_only")}
+    acts = {
+        k: given.pop(k) for k in ("preset", "dry_run", "fresh", "resume", "sample_only", "breed")
+    }
     if "minutes" in given:
         if "hours" in given:
             raise UserError("--hours and --minutes are the same budget: give one of them.")
@@ -207,7 +266,7 @@ def parse(argv: Sequence[str]) -> Options:
     return Options(config, frozenset(given), **acts)
 
 
-# -------------------------------------------------------------------------------------- 2. Device
+# ---------------------------------------------------------------------------------------- 2. Device
 
 
 def architecture_is_built(capability: tuple[int, int], built: Sequence[str]) -> bool:
@@ -282,7 +341,7 @@ def describe_device(device: torch.device) -> str:
     return f"{name} (sm_{major}{minor}), torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
-# --------------------------------------------------------------------------- 3. Data: finding dogs
+# ---------------------------------------------------------------------------- 3. Data: finding dogs
 
 
 class BadItem(Exception):
@@ -506,7 +565,7 @@ def match_photos(
     return list(photos.values()), skipped
 
 
-# -------------------------------------------------------------------------- 4. Data: reading a dog
+# --------------------------------------------------------------------------- 4. Data: reading a dog
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 80_000_000  # pixels; Pillow warns from 89 million on
@@ -921,38 +980,145 @@ def draw_reals(dogs: CropSet, rows: Tensor, generator: torch.Generator | None) -
     return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
 
 
-# ------------------------------------------------------------------------------------ 7. Networks
+# ---------------------------------------------------------------------------------- 7. Augmentation
+
+# Differentiable, for reals and fakes alike, in D's step and in G's, drawn anew for every image:
+# Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32 (N, 3, 64, 64) to the same.
+
+
+def augment_color(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Brightness by up to 0.5, saturation times 0 to 2, contrast times 0.5 to 1.5."""
+    shape = (3, len(x), 1, 1, 1)
+    brightness, saturation, contrast = torch.rand(shape, generator=generator, device=x.device)
+    x = x + (brightness - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * (2 * saturation)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (contrast + 0.5)
+
+
+def augment_translation(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A shift by up to 8 pixels each way, mirrored at the border: no black wedges to learn.
+
+    Two products with shift matrices: exact, and with a gradient that is the same in every run,
+    where that of an indexed copy is summed in any order.
+    """
+    side = x.shape[-1]
+    reach = side // 8
+    chance = torch.rand((2, len(x), 1), generator=generator, device=x.device)
+    shift = (chance * (2 * reach + 1)).long() - reach
+    pixel = torch.arange(side, device=x.device)
+    source = (pixel + shift).abs()
+    source = side - 1 - (side - 1 - source).abs()
+    rows, columns = (source[..., None] == pixel).to(x.dtype)[:, :, None]  # each (N, 1, 64, 64)
+    return rows @ x @ columns.mT
+
+
+def augment_cutout(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A grey square of half the side, its centre anywhere."""
+    side = x.shape[-1]
+    chance = torch.rand((2, len(x), 1), generator=generator, device=x.device)
+    centre = (chance * (side + 1)).floor()
+    pixel = torch.arange(side, device=x.device)
+    rows, columns = (pixel >= centre - side // 4) & (pixel < centre + side // 4)
+    hole = rows[:, None, :, None] & columns[:, None, None, :]
+    return x.masked_fill(hole, 0.0)
+
+
+AUGMENTS = {
+    "color": augment_color,
+    "translation": augment_translation,
+    "cutout": augment_cutout,
+}
+
+
+def parse_augment(text: str) -> tuple[str, ...]:
+    """`"color,cutout"` to `("color", "cutout")`, `""` to `()`. Raises `UserError`."""
+    names = tuple(name.strip() for name in text.split(",") if text)
+    if not set(names) <= set(AUGMENTS) or len(set(names)) < len(names):
+        raise UserError(f"--augment {text}: give some of {', '.join(AUGMENTS)}, once each.")
+    return names
+
+
+def augment(x: Tensor, names: Sequence[str], generator: torch.Generator | None) -> Tensor:
+    """`x` through the augmentations `names`, drawn anew for each image."""
+    for name in names:
+        x = AUGMENTS[name](x, generator)
+    return x
+
+
+# -------------------------------------------------------------------------------------- 8. Networks
+
+# From the latent or to the logit: (channels per unit of width, kernel); a 4 doubles or halves the
+# side, a 3 keeps it. "rgb": the kernel of G's last layer. D norms all but its first "plain" layers.
+LAYERS = {
+    "deep": {  # made deeper and wider in the competition's public-first notebook
+        "G": ((32, 4), (16, 4), (8, 4), (8, 3), (4, 4), (4, 3), (2, 4)), "rgb": 3,
+        "D": ((2, 4), (4, 4), (4, 3), (8, 4), (8, 3), (16, 4)), "plain": 2,
+    },
+    "paper": {  # Radford et al. 2015 (arXiv 1511.06434)
+        "G": ((8, 4), (4, 4), (2, 4), (1, 4)), "rgb": 4,
+        "D": ((1, 4), (2, 4), (4, 4), (8, 4)), "plain": 1,
+    },
+}  # fmt: skip
+
+
+class BreedBatchNorm2d(nn.Module):
+    """Batch norm with a gain and a bias for each breed (Dumoulin et al. 2017, arXiv 1610.07629)."""
+
+    def __init__(self, num_features: int, breeds: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.weight = nn.Parameter(torch.ones(breeds, num_features))
+        self.bias = nn.Parameter(torch.zeros(breeds, num_features))
+
+    def forward(self, x: Tensor, breed: Tensor) -> Tensor:
+        """`x`: (N, num_features, H, W), `breed`: int64 (N,)."""
+        weight, bias = (F.embedding(breed, p)[:, :, None, None] for p in (self.weight, self.bias))
+        return torch.addcmul(bias, self.norm(x), weight)
 
 
 class Generator(nn.Module):
-    """DCGAN made deeper: at 16x16 and 32x32 a strided transposed convolution and a 3x3 one.
+    """DCGAN: transposed convolutions, batch norm, ReLU, and tanh at the end."""
 
-    Radford et al. 2015 (arXiv 1511.06434), deepened as in the competition's public-first notebook.
-    """
-
-    def __init__(self, latent_dim: int = 256, width: int = 48) -> None:
+    def __init__(
+        self, latent_dim: int = 256, width: int = 48, layers: str = "deep", breeds: int = 0
+    ) -> None:
+        """`breeds`: how many it is conditioned on; 0 = it draws a dog of any."""
         super().__init__()
-        self.latent_dim = latent_dim
-        w = width
-        table = [  # in, out, kernel, stride, padding
-            (latent_dim, 32 * w, 4, 1, 0),  # 4x4
-            (32 * w, 16 * w, 4, 2, 1),  # 8x8
-            (16 * w, 8 * w, 4, 2, 1),  # 16x16
-            (8 * w, 8 * w, 3, 1, 1),
-            (8 * w, 4 * w, 4, 2, 1),  # 32x32
-            (4 * w, 4 * w, 3, 1, 1),
-            (4 * w, 2 * w, 4, 2, 1),  # 64x64
-        ]
-        layers: list[nn.Module] = []
-        for source, target, kernel, stride, padding in table:
-            conv = nn.ConvTranspose2d(source, target, kernel, stride, padding, bias=False)
-            layers += [conv, nn.BatchNorm2d(target), nn.ReLU(inplace=True)]
-        layers += [nn.ConvTranspose2d(2 * w, 3, 3, 1, 1), nn.Tanh()]
-        self.layers = nn.Sequential(*layers)
+        self.shape = {
+            "latent_dim": latent_dim, "width": width, "layers": layers, "breeds": breeds,
+        }  # fmt: skip
+        self.latent_dim, self.breeds = latent_dim, breeds
+        # The share of each breed in the data, so that dogs can be drawn as often as they occur.
+        self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        source, stride, padding = latent_dim, 1, 0
+        for units, kernel in LAYERS[layers]["G"]:
+            target = units * width
+            if self.convs:
+                stride, padding = kernel - 2, 1
+            self.convs.append(
+                nn.ConvTranspose2d(source, target, kernel, stride, padding, bias=False)
+            )
+            norm = BreedBatchNorm2d(target, breeds) if breeds else nn.BatchNorm2d(target)
+            self.norms.append(norm)
+            source = target
+        last = LAYERS[layers]["rgb"]
+        self.to_rgb = nn.ConvTranspose2d(source, 3, last, last - 2, 1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """(N, latent_dim) standard normal latents to (N, 3, 64, 64) images in [-1, 1]."""
-        return self.layers(z[:, :, None, None])
+    def forward(self, z: Tensor, breed: Tensor | None = None) -> Tensor:
+        """(N, latent_dim) standard normal latents to (N, 3, 64, 64) images in [-1, 1].
+
+        `breed`: int64 (N,), needed if, and only if, it is conditioned on breeds.
+        """
+        if (breed is None) == bool(self.breeds):
+            raise ValueError(f"a generator of {self.breeds} breeds got breed={breed}")
+        x = z[:, :, None, None]
+        given = () if breed is None else (breed,)
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.relu(norm(conv(x), *given), inplace=True)
+        return self.to_rgb(x).tanh()
 
 
 class SplitBatchNorm2d(nn.Module):
@@ -982,63 +1148,109 @@ class SplitBatchNorm2d(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """G's mirror: strided convolutions, 3x3 ones at 16x16 and 8x8, and split batch norm."""
+    """G's mirror: convolutions, split batch norm, leaky ReLU; of breeds, a projection besides.
 
-    def __init__(self, width: int = 48) -> None:
+    Projection: Miyato and Koyama 2018 (arXiv 1802.05637); the classifier: Odena et al. 2017
+    (AC-GAN, arXiv 1610.09585).
+    """
+
+    def __init__(
+        self, width: int = 48, layers: str = "deep", breeds: int = 0, classify: bool = False
+    ) -> None:
         super().__init__()
-        w = width
-        table = [  # in, out, kernel, stride, normalised
-            (3, 2 * w, 4, 2, False),  # 32x32
-            (2 * w, 4 * w, 4, 2, False),  # 16x16
-            (4 * w, 4 * w, 3, 1, True),
-            (4 * w, 8 * w, 4, 2, True),  # 8x8
-            (8 * w, 8 * w, 3, 1, True),
-            (8 * w, 16 * w, 4, 2, True),  # 4x4
-        ]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(source, target, kernel, stride, 1, bias=False)
-            for source, target, kernel, stride, _ in table
-        )
-        self.norms = nn.ModuleList(
-            SplitBatchNorm2d(target) if normalised else nn.Identity()
-            for _, target, _, _, normalised in table
-        )
-        self.head = nn.Conv2d(16 * w, 1, 4)
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        source = 3
+        for k, (units, kernel) in enumerate(LAYERS[layers]["D"]):
+            target = units * width
+            self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=False))
+            plain = k < LAYERS[layers]["plain"]
+            self.norms.append(nn.Identity() if plain else SplitBatchNorm2d(target))
+            source = target
+        self.head = nn.Conv2d(source, 1, 4)
+        # From 0: D begins as if it were told nothing.
+        self.projection = nn.Parameter(torch.zeros(breeds, source)) if breeds else None
+        self.classifier = nn.Linear(source, breeds) if classify else None
 
-    def forward(self, images: Tensor, num_real: int) -> Tensor:
-        """(N, 3, 64, 64) images in [-1, 1], the reals first, to (N,) logits of being real."""
+    def features(self, images: Tensor, num_real: int) -> Tensor:
+        """(N, 3, 64, 64) images in [-1, 1], the reals first, to (N, channels, 4, 4)."""
         x = images
         for conv, norm in zip(self.convs, self.norms):
             x = conv(x)
             if isinstance(norm, SplitBatchNorm2d):
                 x = norm(x, num_real)
             x = F.leaky_relu(x, 0.2, inplace=True)
-        return self.head(x).flatten()
+        return x
+
+    def judge(self, features: Tensor, breed: Tensor | None = None) -> Tensor:
+        """Features to float32 (N,) logits of being real, and of its breed if it is told one."""
+        logits = self.head(features).flatten().float()
+        if self.projection is not None:
+            logits = logits + (F.embedding(breed, self.projection) * features.mean((2, 3))).sum(1)
+        return logits
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features to float32 (N, breeds) logits of the breeds."""
+        return self.classifier(features.mean((2, 3))).float()
+
+    def forward(self, images: Tensor, num_real: int, breed: Tensor | None = None) -> Tensor:
+        """(N, 3, 64, 64) images in [-1, 1], the reals first, to (N,) logits of being real."""
+        return self.judge(self.features(images, num_real), breed)
 
 
-def build_networks(config: Config, device: torch.device) -> tuple[Generator, Discriminator]:
+def networks(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
+    """G and D as `config` describes them, for `breeds` breeds if it conditions on them."""
+    breeds = breeds if config.condition == "breed" else 0
+    D_width = config.d_width or config.width
+    G = Generator(config.latent_dim, config.width, config.layers, breeds)
+    return G, Discriminator(D_width, config.layers, breeds, config.classify > 0)
+
+
+def build_networks(
+    config: Config, device: torch.device, breeds: int = 0
+) -> tuple[Generator, Discriminator]:
     """G and D with weights from `config.seed`, the same on any device."""
+    norms = (nn.BatchNorm2d, SplitBatchNorm2d, BreedBatchNorm2d)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        G = Generator(config.latent_dim, config.width)
-        D = Discriminator(config.d_width or config.width)
+        G, D = networks(config, breeds)
         if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std), no bias
             for module in (*G.modules(), *D.modules()):
                 if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                     nn.init.normal_(module.weight, 0.0, config.init_std)
-                elif isinstance(module, (nn.BatchNorm2d, SplitBatchNorm2d)):
+                elif isinstance(module, norms) and module.weight is not None:
                     nn.init.normal_(module.weight, 1.0, config.init_std)
     layout = memory_layout(device)
     return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
 
 
 def memory_layout(device: torch.device) -> torch.memory_format:
-    """Channels last on a CPU and where float32 convolutions use tensor cores; else contiguous."""
-    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    """Channels last but on GPUs without tensor cores, whose convolutions want it contiguous."""
+    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0)
     return torch.contiguous_format if old_gpu else torch.channels_last
 
 
-# -------------------------------------------------------------------------------------- 8. Losses
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto` as fp32, tf32, bf16 or fp16: the fastest that `device` has in hardware.
+
+    bf16 from Ampere (capability 8.0) on, fp16 on Volta and Turing (T4), fp32 on Pascal (P100) and
+    on a CPU, but for those with bf16 instructions. Others emulate it, whatever torch says.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # no Linux
+        flags = set()
+    return "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "fp32"
+
+
+# ---------------------------------------------------------------------------------------- 9. Losses
 
 
 def discriminator_loss(
@@ -1065,7 +1277,13 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake_logits).mean()
 
 
-# ------------------------------------------------------------------------------ 9. Training a step
+def gradient_penalty(real_logits: Tensor, reals: Tensor) -> Tensor:
+    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406)."""
+    (slope,) = torch.autograd.grad(real_logits.sum(), reals, create_graph=True)
+    return slope.float().square().sum((1, 2, 3)).mean() / 2
+
+
+# ------------------------------------------------------------------------------ 10. Training a step
 
 
 class Trainer:
@@ -1080,8 +1298,14 @@ class Trainer:
 
     def __init__(self, config: Config, dogs: CropSet, device: torch.device) -> None:
         self.config, self.device, self.dogs = config, device, dogs.to(device)
-        self.G, self.D = build_networks(config, device)
+        self.G, self.D = build_networks(config, device, len(dogs.breeds))
+        if self.G.breeds:
+            self.G.frequency.copy_(torch.bincount(dogs.breed, minlength=self.G.breeds))
+            self.G.frequency.div_(self.G.frequency.sum())
         self.layout = memory_layout(device)
+        self.precision = choose_precision(config.precision, device)
+        self.augments = parse_augment(config.augment)
+        self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
         on_gpu = device.type == "cuda"
         # A captured graph knows the default CUDA generator; on a CPU the run has one of its own.
         self.rng = torch.cuda.default_generators[device.index] if on_gpu else torch.Generator()
@@ -1120,17 +1344,57 @@ class Trainer:
         rows = self.order[(self.cursor + torch.arange(batch, device=self.device)) % len(self.order)]
         self.cursor += batch
         reals = draw_reals(self.dogs, rows, self.rng).contiguous(memory_format=self.layout)
+        if config.noise:
+            noise = torch.rand(reals.shape, generator=self.rng, device=self.device)
+            reals = reals + config.noise * noise
         z = torch.randn(batch, config.latent_dim, generator=self.rng, device=self.device)
-        fakes = self.G(z)  # one forward serves both steps
-        logits = self.D(torch.cat([reals, fakes.detach()]), num_real=batch)
-        real_logits, fake_logits = logits.split(batch)
-        d_loss = discriminator_loss(real_logits, fake_logits, config.margin, config.smoothing)
-        update(self.opt_d, d_loss)
-        g_loss = generator_loss(self.D(fakes, num_real=0))
-        update(self.opt_g, g_loss)
+        breed = self.dogs.breed[rows] if self.G.breeds else None  # of a real and of its fake
+        with self.autocast():
+            fakes = self.G(z, breed).float()  # one forward serves both steps
+            d_loss, real_logits, fake_logits = self._judge_both(reals, fakes.detach(), breed)
+        update(self.opt_d, d_loss, self.scale)
+        with self.autocast():  # its own: autocast remembers the weights from before the update
+            features = self.D.features(self._augment(fakes), num_real=0)
+            g_loss = generator_loss(self.D.judge(features, breed))
+            if config.classify:
+                g_loss = g_loss + config.classify * F.cross_entropy(
+                    self.D.classify(features), breed
+                )
+        update(self.opt_g, g_loss, self.scale)
         past = (real_logits > logit(config.margin)).float().mean()
         stats = [d_loss, g_loss, real_logits.mean(), fake_logits.mean(), past]
         self.sums += torch.stack(stats).detach()
+
+    def _judge_both(
+        self, reals: Tensor, fakes: Tensor, breed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """D's loss on a batch of reals and one of fakes, and its logits of both."""
+        config, batch = self.config, len(reals)
+        images = self._augment(torch.cat([reals, fakes]))
+        images.requires_grad_(config.r1 > 0)
+        features = self.D.features(images, num_real=batch)
+        both = None if breed is None else torch.cat([breed, breed])
+        real_logits, fake_logits = self.D.judge(features, both).split(batch)
+        loss = discriminator_loss(real_logits, fake_logits, config.margin, config.smoothing)
+        if config.r1:
+            loss = loss + config.r1 * gradient_penalty(real_logits, images)
+        if config.classify:  # of reals alone: fakes of no clear breed shall not be learnt from
+            told_apart = F.cross_entropy(self.D.classify(features[:batch]), breed)
+            loss = loss + config.classify * told_apart
+        return loss, real_logits, fake_logits
+
+    def _augment(self, images: Tensor) -> Tensor:
+        return augment(images, self.augments, self.rng).contiguous(memory_format=self.layout)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which networks compute in this run's precision."""
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The factor of a loss that keeps half-precision gradients off 0; only fp16 needs one."""
+        return self.loss_scale if self.precision == "fp16" else None
 
     def step(self, progress: float) -> None:
         """One update of D and of G; returns with at most 4 steps in flight on the device."""
@@ -1185,7 +1449,8 @@ class Trainer:
         self.averages_done += 1
         # Early on an average over the last tenth of the updates: no trace of the initial weights.
         warm = (1 + self.averages_done) / (10 + self.averages_done)
-        beta = min(self.config.ema_beta**self.config.swa_every, warm)
+        beta = self.config.ema_beta or stepped_beta(progress)
+        beta = min(beta**self.config.swa_every, warm)
         torch._foreach_lerp_(self.ema, weights, 1 - beta)
         if progress >= self.config.swa_start:
             self.swa_count += 1
@@ -1211,7 +1476,7 @@ class Trainer:
     def averaged_generator(self, choice: str, batches: int) -> Generator:
         """A G with the weights of `choice`, its norms re-estimated over `batches`, in eval mode."""
         weights = {"swa": self.swa, "ema": self.ema, "none": list(self.G.parameters())}[choice]
-        return averaged_generator(self.config, weights, batches, self.device)
+        return averaged_generator(self.G, weights, batches, self.config)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"G.{k}": v for k, v in self.G.state_dict().items()}
@@ -1221,7 +1486,8 @@ class Trainer:
                 found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
         found |= {f"ema.{i}": v for i, v in enumerate(self.ema)}
         found |= {f"swa.{i}": v for i, v in enumerate(self.swa)}
-        return found | {"order": self.order, "cursor": self.cursor, "sums": self.sums}
+        found |= {"order": self.order, "cursor": self.cursor, "sums": self.sums}
+        return found | {"loss_scale": self.loss_scale}
 
     COUNTERS = ("steps_done", "averages_done", "swa_count", "rollbacks", "summed")
 
@@ -1230,7 +1496,8 @@ class Trainer:
         tensors = {k: v.detach().to("cpu", copy=True) for k, v in self._tensors().items()}
         counters = {k: getattr(self, k) for k in self.COUNTERS}
         rng = self.rng.get_state()
-        return {"tensors": tensors, "rng": rng, "data_key": self.dogs.key, **counters}
+        data = {"data_key": self.dogs.key, "breeds": self.dogs.breeds}
+        return {"tensors": tensors, "rng": rng, **data, **counters}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Copy a `state_dict` into the tensors that are there."""
@@ -1247,12 +1514,28 @@ def logit(probability: float) -> float:
     return math.inf if probability >= 1 else math.log(probability / (1 - probability))
 
 
-def update(adam: torch.optim.Adam, loss: Tensor) -> None:
-    """One Adam step on `loss`; `autograd.grad` leaves the other network's weights alone."""
+def stepped_beta(progress: float) -> float:
+    """An EMA's decay that rises at epochs 200, 300 and 400 of 620, as first-public's did."""
+    return 1 - 0.1 ** (1 + sum(progress >= epoch / 620 for epoch in (200, 300, 400)))
+
+
+def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) -> None:
+    """One Adam step on `loss`; `autograd.grad` leaves the other network's weights alone.
+
+    `scale`: a factor of the loss that fused Adam divides out of the gradients. Where they overflow
+    the step is skipped and the scale halved; else it grows, twofold in 2,000 steps.
+    """
     parameters = adam.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+    gradients = torch.autograd.grad(loss if scale is None else loss * scale, parameters)
+    for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
+    if scale is None:
+        adam.step()
+        return
+    finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+    adam.grad_scale, adam.found_inf = scale, (~finite).float()
     adam.step()
+    scale.mul_(torch.where(finite, 2 ** (1 / 2000), 0.5))
 
 
 WEIGHTS = {"swa": "SWA generator", "ema": "EMA generator", "none": "raw generator"}
@@ -1276,17 +1559,24 @@ def flops_per_image(config: Config) -> dict[str, int]:
     """
     batch = 4
     with torch.device("meta"):
-        G = Generator(config.latent_dim, config.width)
-        D = Discriminator(config.d_width or config.width)
-        z, reals = torch.empty(batch, config.latent_dim), torch.empty(batch, 3, 64, 64)
+        G, D = networks(
+            replace(config, classify=0.0), 120
+        )  # Stanford's; a classifier costs nothing
+        z, images = torch.empty(batch, config.latent_dim), torch.empty(2 * batch, 3, 64, 64)
+        breed = torch.zeros(2 * batch, dtype=torch.int64) if G.breeds else None
+    images = images.requires_grad_(config.r1 > 0).mul(1)  # no leaf: the counter wants none
     counted = {}
     with FlopCounterMode(display=False) as counter:
-        fakes = G(z)
+        fakes = G(z, breed if breed is None else breed[:batch])
         counted["G forward"] = counter.get_total_flops()
-        logits = D(torch.cat([reals, fakes.detach()]), batch)
-        torch.autograd.grad(logits.sum(), list(D.parameters()))
+        logits = D(images, batch, breed)
+        loss = logits.sum()
+        if config.r1:
+            loss = loss + gradient_penalty(logits[:batch], images)
+        torch.autograd.grad(loss, list(D.parameters()))
         counted["D step"] = counter.get_total_flops() - sum(counted.values())
-        torch.autograd.grad(D(fakes, 0).sum(), list(G.parameters()))
+        logits = D(fakes, 0, breed if breed is None else breed[:batch])
+        torch.autograd.grad(logits.sum(), list(G.parameters()))
         counted["G step"] = counter.get_total_flops() - sum(counted.values())
     return {name: total // batch for name, total in counted.items()}
 
@@ -1297,37 +1587,58 @@ def p100_hours(config: Config, steps: int) -> float:
     return images * sum(flops_per_image(config).values()) / P100_FLOPS / 3600
 
 
-# ----------------------------------------------------------------------- 10. Sampling, submission
+# ------------------------------------------------------------------------- 11. Sampling, submission
 
 
-def draw_latents(count: int, latent_dim: int, seed: int) -> Tensor:
-    """float32 (count, latent_dim), standard normal; row k is the same whatever `count` is."""
+def draw_latents(count: int, latent_dim: int, seed: int, truncation: float = 0.0) -> Tensor:
+    """float32 (count, latent_dim), standard normal; row k is the same whatever `count` is.
+
+    `truncation` t > 0: normal given |z| <= t, by the inverse of its distribution function.
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks = [
         torch.randn(SAMPLE_BATCH, latent_dim, generator=generator)
         for _ in range(math.ceil(count / SAMPLE_BATCH))
     ]
-    return torch.cat(blocks)[:count]
+    z = torch.cat(blocks)[:count]
+    if truncation:
+        least = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
+        share = least + torch.special.ndtr(z.double()) * (1 - 2 * least)
+        z = torch.special.ndtri(share).float()
+    return z
+
+
+def draw_breeds(G: Generator, count: int, seed: int) -> Tensor | None:
+    """int64 (count,), as often as in the data; row k is the same whatever `count` is.
+
+    None for a G that is not conditioned on breeds.
+    """
+    if not G.breeds:
+        return None
+    generator = torch.Generator().manual_seed(stream(seed, "breeds"))
+    chance = torch.rand(count, generator=generator)
+    return torch.bucketize(chance, G.frequency.cpu().cumsum(0)[:-1], right=True)
 
 
 def stream(seed: int, name: str) -> int:
     """A seed for one use of randomness, far from those of the others."""
-    return seed + (("training", "submission", "norms", "sheet", "reals").index(name) << 32)
+    return seed + (
+        ("training", "submission", "norms", "sheet", "reals", "breeds").index(name) << 32
+    )
 
 
 def averaged_generator(
-    config: Config, weights: Sequence[Tensor], batches: int, device: torch.device
+    like: Generator, weights: Sequence[Tensor], batches: int, config: Config
 ) -> Generator:
-    """A G with `weights`, in the order of its parameters, norms re-estimated, in eval mode."""
-    G = Generator(config.latent_dim, config.width)
-    G = G.to(device, memory_format=memory_layout(device))
+    """A copy of `like` with `weights` as its parameters, norms re-estimated, in eval mode."""
+    G = copy.deepcopy(like)
     with torch.no_grad():
         for target, source in zip(G.parameters(), weights, strict=True):
             target.copy_(source)
-    return estimate_norms(G, batches, config.seed)
+    return estimate_norms(G, batches, config.seed, config.truncation)
 
 
-def estimate_norms(G: Generator, batches: int, seed: int) -> Generator:
+def estimate_norms(G: Generator, batches: int, seed: int, truncation: float = 0.0) -> Generator:
     """Re-estimate G's batch-norm statistics over `batches` x 128 latents; returns it in eval mode.
 
     Averaged weights have no statistics of their own: those of any single G are wrong for them
@@ -1339,11 +1650,19 @@ def estimate_norms(G: Generator, batches: int, seed: int) -> Generator:
             module.reset_running_stats()
             module.momentum = None
     G.train()
-    latents = draw_latents(batches * SAMPLE_BATCH, G.latent_dim, stream(seed, "norms"))
+    count = batches * SAMPLE_BATCH
+    latents = draw_latents(count, G.latent_dim, stream(seed, "norms"), truncation)
     with full_precision(), torch.no_grad():
-        for z in latents.split(SAMPLE_BATCH):
-            G(z.to(device))
+        for inputs in in_batches(latents, draw_breeds(G, count, seed)):
+            G(*(x.to(device) for x in inputs))
     return G.eval()
+
+
+def in_batches(latents: Tensor, breeds: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """What a G takes, in batches of 128, the last one filled up."""
+    for k in range(0, len(latents), SAMPLE_BATCH):
+        rows = torch.arange(k, k + SAMPLE_BATCH).clamp(max=len(latents) - 1)
+        yield (latents[rows],) if breeds is None else (latents[rows], breeds[rows])
 
 
 @contextmanager
@@ -1355,17 +1674,19 @@ def full_precision() -> Iterator[None]:
         yield
 
 
-def sample_images(G: Generator, latents: Tensor) -> Iterator[np.ndarray]:
-    """uint8 (n, 64, 64, 3) batches of images, in the order of `latents`.
+def sample_images(
+    G: Generator, latents: Tensor, breeds: Tensor | None = None
+) -> Iterator[np.ndarray]:
+    """uint8 (n, 64, 64, 3) batches of images, in the order of `latents` and of their `breeds`.
 
     Every forward has 128 latents, the last one filled up, and G must be in eval mode: an image
     depends on its own latent alone.
     """
-    device = next(G.parameters()).device
+    device, left = next(G.parameters()).device, len(latents)
     with full_precision(), torch.no_grad():
-        for z in latents.split(SAMPLE_BATCH):
-            filled = F.pad(z, (0, 0, 0, SAMPLE_BATCH - len(z)))
-            yield to_bytes(G(filled.to(device))[: len(z)])
+        for inputs in in_batches(latents, breeds):
+            yield to_bytes(G(*(x.to(device) for x in inputs)))[:left]
+            left -= SAMPLE_BATCH
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
@@ -1420,7 +1741,7 @@ def write_submission(path: Path, batches: Iterable[np.ndarray]) -> int:
     return count
 
 
-# ------------------------------------------------------------------- 11. Time, checkpoints, the log
+# ------------------------------------------------------------------- 12. Time, checkpoints, the log
 
 NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
@@ -1629,7 +1950,7 @@ def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterabl
             )
 
 
-# -------------------------------------------------------------------------------- 12. Looking at it
+# -------------------------------------------------------------------------------- 13. Looking at it
 
 
 def real_images(dogs: CropSet, seed: int) -> np.ndarray:
@@ -1643,7 +1964,7 @@ def real_images(dogs: CropSet, seed: int) -> np.ndarray:
 def sample_sheet(G: Generator, seed: int) -> np.ndarray:
     """uint8 (100, 64, 64, 3): the images of the run's fixed latents."""
     latents = draw_latents(100, G.latent_dim, stream(seed, "sheet"))
-    return np.concatenate(list(sample_images(G, latents)))
+    return np.concatenate(list(sample_images(G, latents, draw_breeds(G, 100, seed))))
 
 
 def draw_sheet(images: np.ndarray, columns: int = 10) -> Image.Image:
@@ -1689,18 +2010,18 @@ def sheet_path(out: Path, step: int) -> Path:
     return out / "samples" / f"step_{step:07d}.png"
 
 
-# -------------------------------------------------------------------------------- 13. The whole run
+# -------------------------------------------------------------------------------- 14. The whole run
 
 
 def measure_finish(trainer: Trainer) -> float:
     """Seconds that re-estimation, sampling and the zip take here: the better of two batches."""
     G = trainer.averaged_generator("none", 1)
-    latents = draw_latents(SAMPLE_BATCH, G.latent_dim, 0)
-    images = next(sample_images(G, latents))
+    inputs = draw_latents(SAMPLE_BATCH, G.latent_dim, 0), draw_breeds(G, SAMPLE_BATCH, 0)
+    images = next(sample_images(G, *inputs))
     sampling, total = math.ceil(trainer.config.images / SAMPLE_BATCH), 0.0
     for batches, work in (
         (NORM_BATCHES, lambda: estimate_norms(G, 1, 0)),
-        (sampling, lambda: list(sample_images(G, latents))),
+        (sampling, lambda: list(sample_images(G, *inputs))),
         (sampling, lambda: list(in_threads(encode_png, images))),
     ):
         times = [time.monotonic()]
@@ -1793,9 +2114,9 @@ def finish(trainer: Trainer, report: Report, out: Path) -> None:
     config, choice, steps = trainer.config, trainer.submitted(), trainer.steps_done
     G = trainer.averaged_generator(choice, NORM_BATCHES)
     state = {"format": 1, "config": asdict(config), "weights": choice, "steps_done": steps}
-    shape = {"latent_dim": config.latent_dim, "width": config.width}
+    state |= {"shape": G.shape, "breeds": trainer.dogs.breeds}
     weights = {k: v.cpu() for k, v in G.state_dict().items()}
-    save(out / "generator.pt", state | {"shape": shape, "state_dict": weights})
+    save(out / "generator.pt", state | {"state_dict": weights})
     save_picture(sheet_path(out, steps), [draw_sheet(sample_sheet(G, config.seed))])
     sheets = sorted((out / "samples").glob("*.png"))
     save_picture(out / "progress.webp", [Image.open(sheet) for sheet in sheets])
@@ -1810,10 +2131,34 @@ def finish(trainer: Trainer, report: Report, out: Path) -> None:
     )
 
 
-def submit(G: Generator, config: Config, out: Path) -> None:
-    """Draw `config.images` dogs into `images.zip`."""
-    latents = draw_latents(config.images, G.latent_dim, stream(config.seed, "submission"))
-    write_submission(out / "images.zip", sample_images(G, latents))
+def submit(G: Generator, config: Config, out: Path, breed: int | None = None) -> None:
+    """Draw `config.images` dogs, of one breed or as often as each occurs, into `images.zip`."""
+    count, seed = config.images, stream(config.seed, "submission")
+    latents = draw_latents(count, G.latent_dim, seed, config.truncation)
+    breeds = draw_breeds(G, count, config.seed)
+    if breed is not None:
+        breeds = torch.full((count,), breed)
+    write_submission(out / "images.zip", sample_images(G, latents, breeds))
+
+
+def find_breed(name: str, breeds: Sequence[str], conditioned: bool) -> int | None:
+    """The index of the one breed that is called `name`, as in Pug; None for no name."""
+    if not name:
+        return None
+    if not conditioned:
+        raise UserError(
+            "--breed: this generator was not told breeds; train with --condition breed."
+        )
+    plain = name.casefold().replace(" ", "_")
+    found = [k for k, b in enumerate(breeds) if plain in (b.casefold(), spoken(b).casefold())]
+    if len(found) != 1:
+        raise UserError(f"--breed {name} is none of {', '.join(map(spoken, breeds))}.")
+    return found[0]
+
+
+def spoken(breed: str) -> str:
+    """n02085620-Chihuahua without its number."""
+    return breed.partition("-")[2] or breed
 
 
 def start_samples(out: Path, dogs: CropSet, config: Config, fresh: bool) -> None:
@@ -1829,7 +2174,12 @@ def announce(
     """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
     config = trainer.config
     flops = flops_per_image(config)
-    report.event(device=describe_device(trainer.device), config=asdict(config), flops=flops)
+    report.event(
+        device=describe_device(trainer.device),
+        precision=trainer.precision,
+        config=asdict(config),
+        flops=flops,
+    )
     reasons = Counter(reason for _, reason in dogs.skipped).most_common()
     left_out = ", ".join(f"{n} {reason}" for reason, n in reasons) or "nothing"
     report.event(
@@ -1854,7 +2204,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}): give another.") from error
-    if options.sample_only:
+    if options.sample_only or options.breed:
         return sample_only(options, device)
     found = find_dogs(config.data)
     state = find_checkpoint(options)
@@ -1892,6 +2242,9 @@ def asks_for_more(config: Config, saved: dict[str, object]) -> bool:
     return config.steps > saved["steps"] or hours > before
 
 
+SAMPLING = {"seed", "images", "average", "truncation"}  # fields that --sample-only may change
+
+
 def sample_only(options: Options, device: torch.device) -> int:
     """Write `images.zip` from a checkpoint or from `generator.pt`."""
     out, parts = Path(options.config.out), ("trainer", "state_dict")
@@ -1901,23 +2254,29 @@ def sample_only(options: Options, device: torch.device) -> int:
         state = first_whole(out, (*CHECKPOINTS, "generator.pt"), *parts)
     if state is None:
         raise UserError(f"{out} holds no checkpoint.pt and no generator.pt: give another --out.")
-    refuse_other_recipe(options.config, state["config"], options.named - {"seed"})
-    free = {n: getattr(options.config, n) for n in options.named & {"seed", "images", "average"}}
+    refuse_other_recipe(options.config, state["config"], options.named - SAMPLING)
+    free = {n: getattr(options.config, n) for n in options.named & SAMPLING}
     saved = Config(**state["config"])
     config = replace(saved, **free, out=str(out))
-    G = Generator(config.latent_dim, config.width)
     if "state_dict" in state:
+        G, choice, breeds = Generator(**state["shape"]), state["weights"], state["breeds"]
         G.load_state_dict(state["state_dict"])
         G = G.to(device, memory_format=memory_layout(device)).eval()
-        choice = state["weights"]
     else:
         trained = state["trainer"]
+        tensors, breeds = trained["tensors"], trained["breeds"]
         choice = weights_to_submit(config.average, trained["swa_count"], trained["averages_done"])
-        tensors = trained["tensors"]
-        names = {"none": [f"G.{n}" for n, _ in G.named_parameters()]}.get(choice)
-        names = names or [f"{choice}.{i}" for i, _ in enumerate(G.parameters())]
-        G = averaged_generator(saved, [tensors[n] for n in names], NORM_BATCHES, device)
-    submit(G, config, out)
+        G, _ = build_networks(saved, device, len(breeds))
+        names = [n for n, _ in G.named_parameters()]
+        averages = [f"{choice}.{i}" for i in range(len(names))]
+        weights = [
+            tensors[n] for n in (averages if choice != "none" else (f"G.{n}" for n in names))
+        ]
+        G.frequency.copy_(tensors["G.frequency"])
+        recipe = replace(saved, truncation=config.truncation)
+        G = averaged_generator(G, weights, NORM_BATCHES, recipe)
+    breed = find_breed(options.breed, breeds, G.breeds > 0)
+    submit(G, config, out, breed)
     print(f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}")
     return 0
 
@@ -1984,7 +2343,7 @@ def batch_that_fits(config: Config, device: torch.device) -> int:
     return batch
 
 
-# ---------------------------------------------------------------------------------------- 14. Main
+# ----------------------------------------------------------------------------------------- 15. Main
 
 
 def main(argv: Sequence[str] = (), started: float | None = None) -> int:
