@@ -1620,6 +1620,13 @@ def draw_breeds(G: Generator, count: int, seed: int) -> Tensor | None:
     return torch.bucketize(chance, G.frequency.cpu().cumsum(0)[:-1], right=True)
 
 
+def draw_inputs(G: Generator, config: Config, count: int) -> tuple[Tensor, Tensor | None]:
+    """The latents, and breeds if G takes them, of the first `count` images of a submission."""
+    seed = stream(config.seed, "submission")
+    latents = draw_latents(count, G.latent_dim, seed, config.truncation)
+    return latents, draw_breeds(G, count, config.seed)
+
+
 def stream(seed: int, name: str) -> int:
     """A seed for one use of randomness, far from those of the others."""
     return seed + (
@@ -2133,11 +2140,9 @@ def finish(trainer: Trainer, report: Report, out: Path) -> None:
 
 def submit(G: Generator, config: Config, out: Path, breed: int | None = None) -> None:
     """Draw `config.images` dogs, of one breed or as often as each occurs, into `images.zip`."""
-    count, seed = config.images, stream(config.seed, "submission")
-    latents = draw_latents(count, G.latent_dim, seed, config.truncation)
-    breeds = draw_breeds(G, count, config.seed)
+    latents, breeds = draw_inputs(G, config, config.images)
     if breed is not None:
-        breeds = torch.full((count,), breed)
+        breeds = torch.full_like(breeds, breed)
     write_submission(out / "images.zip", sample_images(G, latents, breeds))
 
 
