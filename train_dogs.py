@@ -1183,14 +1183,14 @@ class Discriminator(nn.Module):
 
     def judge(self, features: Tensor, breed: Tensor | None = None) -> Tensor:
         """Features to float32 (N,) logits of being real, and of its breed if it is told one."""
-        logits = self.head(features).flatten().float()
+        logits = widened(self.head(features).flatten())
         if self.projection is not None:
             logits = logits + (F.embedding(breed, self.projection) * features.mean((2, 3))).sum(1)
         return logits
 
     def classify(self, features: Tensor) -> Tensor:
         """Features to float32 (N, breeds) logits of the breeds."""
-        return self.classifier(features.mean((2, 3))).float()
+        return widened(self.classifier(features.mean((2, 3))))
 
     def forward(self, images: Tensor, num_real: int, breed: Tensor | None = None) -> Tensor:
         """(N, 3, 64, 64) images in [-1, 1], the reals first, to (N,) logits of being real."""
@@ -1227,6 +1227,11 @@ def memory_layout(device: torch.device) -> torch.memory_format:
     """Channels last but on GPUs without tensor cores, whose convolutions want it contiguous."""
     old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0)
     return torch.contiguous_format if old_gpu else torch.channels_last
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half-precision numbers as float32; others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -1280,7 +1285,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def gradient_penalty(real_logits: Tensor, reals: Tensor) -> Tensor:
     """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406)."""
     (slope,) = torch.autograd.grad(real_logits.sum(), reals, create_graph=True)
-    return slope.float().square().sum((1, 2, 3)).mean() / 2
+    return slope.square().sum((1, 2, 3)).mean() / 2
 
 
 # ------------------------------------------------------------------------------ 10. Training a step
@@ -1304,6 +1309,7 @@ class Trainer:
             self.G.frequency.div_(self.G.frequency.sum())
         self.layout = memory_layout(device)
         self.precision = choose_precision(config.precision, device)
+        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
         self.augments = parse_augment(config.augment)
         self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
         on_gpu = device.type == "cuda"
@@ -1350,7 +1356,7 @@ class Trainer:
         z = torch.randn(batch, config.latent_dim, generator=self.rng, device=self.device)
         breed = self.dogs.breed[rows] if self.G.breeds else None  # of a real and of its fake
         with self.autocast():
-            fakes = self.G(z, breed).float()  # one forward serves both steps
+            fakes = widened(self.G(z, breed))  # one forward serves both steps
             d_loss, real_logits, fake_logits = self._judge_both(reals, fakes.detach(), breed)
         update(self.opt_d, d_loss, self.scale)
         with self.autocast():  # its own: autocast remembers the weights from before the update
@@ -1444,22 +1450,34 @@ class Trainer:
         self._replay = graph.replay
 
     def average(self, progress: float) -> None:
-        """Update the EMA, and from `swa_start` on the equal-weight SWA (arXiv 1803.05407)."""
-        weights = [p.detach() for p in self.G.parameters()]
+        """Update the EMA, and from `swa_start` on the equal-weight SWA (arXiv 1803.05407).
+
+        Weights that are not finite are left out, which is decided on the device.
+        """
+        finite = self._finite()
         self.averages_done += 1
         # Early on an average over the last tenth of the updates: no trace of the initial weights.
         warm = (1 + self.averages_done) / (10 + self.averages_done)
         beta = self.config.ema_beta or stepped_beta(progress)
         beta = min(beta**self.config.swa_every, warm)
-        torch._foreach_lerp_(self.ema, weights, 1 - beta)
+        self._lerp(self.ema, 1 - beta, finite)
         if progress >= self.config.swa_start:
             self.swa_count += 1
-            torch._foreach_lerp_(self.swa, weights, 1 / self.swa_count)
+            self._lerp(self.swa, 1 / self.swa_count, finite)
+
+    @torch.no_grad()
+    def _lerp(self, average: list[Tensor], share: float, finite: Tensor) -> None:
+        targets = [torch.where(finite, p, a) for p, a in zip(self.G.parameters(), average)]
+        torch._foreach_lerp_(average, targets, share)
+
+    @torch.no_grad()
+    def _finite(self) -> Tensor:
+        tensors = [*self.G.parameters(), *self.D.parameters(), self.sums]
+        return torch.stack(torch._foreach_norm(tensors)).isfinite().all()
 
     def is_finite(self) -> bool:
         """Whether all weights and losses are finite; waits for the device."""
-        tensors = [*self.G.parameters(), *self.D.parameters(), self.sums]
-        return bool(torch.stack(torch._foreach_norm(tensors)).isfinite().all())
+        return bool(self._finite())
 
     def read_stats(self) -> dict[str, float]:
         """The means of `STATS` over the steps since the last call; waits for the device."""
@@ -2057,20 +2075,23 @@ def train(trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out:
     """Train to progress 1 (returns True), or until this part's time is over or a signal came."""
     config, saved, looking = trainer.config, time.monotonic(), 0.0
     sheets = [s for s in SHEETS if s > clock.progress(trainer.steps_done)]
+    on_cpu = trainer.device.type == "cpu"
     while (progress := clock.progress(trainer.steps_done)) < 1:
         if stop.stopped or clock.training_left() <= 0:
             return False
         trainer.step(progress)
         stop.armed = True
         averaging = trainer.steps_done % config.swa_every == 0
+        if averaging:
+            trainer.average(progress)
+        due = report.is_due()
         saving = time.monotonic() >= saved + config.checkpoint_seconds
-        if (averaging or saving) and not trainer.is_finite():
+        asking = due or saving or (averaging and on_cpu)  # a GPU is waited for at log points alone
+        if asking and not trainer.is_finite():
             if not roll_back(trainer, report, out):
                 return True
             continue
-        if averaging:
-            trainer.average(progress)
-        if report.is_due():
+        if due:
             report.progress(trainer, clock)
         if saving:
             keep_checkpoint(write_checkpoint(out, trainer, clock))
@@ -2202,7 +2223,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     config, out = options.config, Path(options.config.out)
     device = choose_device(config.device)
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN choose by measurement
-    print(describe_device(device), flush=True)
+    print(f"{describe_device(device)}, {choose_precision(config.precision, device)}", flush=True)
     if options.dry_run:
         return show_plan(config, device)
     try:

@@ -1,14 +1,14 @@
 """One change at a time: train it, score it, and say in a table what it costs and what it gains.
 
-    python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0 1 base breed augment
+    python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0,1 base breed augment
     python tests/ablation.py --data DOGS --out runs --hours 8.5 --points 12 base
     python tests/ablation.py --out runs --table
 
 A change is a name of `CHANGES` or fields of the configuration, as in `margin=1,smoothing=0.05`; the
 same fields for all by `--base width=16`. Each run costs `--hours` P100-hours by arithmetic, so that
 changes compare at equal FLOPs on any device. It trains on prepared crops, saves the generators of
-`--averages` at the end (and at `--points` before it, for the curve), samples `--images` of each, and
-scores them with mifid.py by both rules. Lines are appended to `OUT/results.jsonl`, one for each
+`--averages` at the end (and at `--points` before it, for the curve), samples `--images` of each,
+and scores them with mifid.py by both rules. Lines are appended to `OUT/results.jsonl`, one for each
 generator scored. What is done is not done again, and training goes on from its checkpoint: stop it
 at any time and give the same command. The references are a data set, whose features mifid.py keeps
 in its cache, or files that its `--save-features` wrote, which with the crops' cache is all that a
@@ -275,6 +275,18 @@ def spread(rows: Sequence[dict], name: str, digits: int) -> str:
 # ------------------------------------------------------------------------------------------ main
 
 
+def numbers(text: str) -> list[int]:
+    """`0,1` to [0, 1]."""
+    return [int(part) for part in text.split(",")]
+
+
+def averages(text: str) -> list[str]:
+    """`swa,none` to ["swa", "none"]."""
+    if not set(text.split(",")) <= set(train_dogs.WEIGHTS):
+        raise ValueError
+    return text.split(",")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -284,9 +296,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="dogs", choices=list(train_dogs.PRESETS))
     parser.add_argument("--base", type=fields_of, default={}, help="field=value,… for all runs")
     parser.add_argument("--hours", type=float, default=0.85, help="P100-hours of each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=numbers, default=[0], help="by commas")
     parser.add_argument("--images", type=int, default=10_000, help="images to score")
-    parser.add_argument("--averages", nargs="+", default=["swa", "ema", "none"])
+    parser.add_argument("--averages", type=averages, default=["swa", "ema", "none"])
     parser.add_argument("--points", type=int, default=1, help="generators scored along a run")
     parser.add_argument("--reference", type=Path, help=".npz of whole frames; default --data")
     parser.add_argument("--box-reference", type=Path, help=".npz of boxes; default --data")

@@ -267,10 +267,9 @@ class Contestant:
 
 
 def our_step(trainer: Trainer) -> None:
-    """A step of a run, with what `train` does at every `swa_every`-th: check and average."""
+    """A step of a run, with what `train` does at every `swa_every`-th: average."""
     trainer.step(0.6)
     if trainer.steps_done % trainer.config.swa_every == 0:
-        trainer.is_finite()
         trainer.average(0.6)
 
 
@@ -485,10 +484,9 @@ class ConvCall(NamedTuple):
         return forward, forward * (self.of_input + self.of_weight)
 
 
-def record_convolutions(trainer: Trainer) -> tuple[list[ConvCall], str]:
-    """Every call of a convolution in one eager step, and the precision they ran in."""
+def record_convolutions(trainer: Trainer) -> list[ConvCall]:
+    """Every call of a convolution in one eager step."""
     calls: list[ConvCall] = []
-    dtypes: set[torch.dtype] = set()
     seen: set[str] = set()
     hooks = []
 
@@ -498,7 +496,6 @@ def record_convolutions(trainer: Trainer) -> tuple[list[ConvCall], str]:
             # D is called twice: for its own weights, then for the gradient of its input alone.
             calls.append(ConvCall(name, module, tuple(x.shape), x.requires_grad, name not in seen))
             seen.add(name)
-            dtypes.add(output.dtype)
 
         return note
 
@@ -509,27 +506,15 @@ def record_convolutions(trainer: Trainer) -> tuple[list[ConvCall], str]:
     trainer.step(0.0)
     for handle in hooks:
         handle.remove()
-    narrow = dtypes - {torch.float32}
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(next(iter(narrow), None))
-    if precision is None:
-        tensor_cores = trainer.device.type == "cuda" and cuda_capability(trainer.device) >= (8, 0)
-        precision = "tf32" if tensor_cores and torch.backends.cudnn.allow_tf32 else "fp32"
-    return calls, precision
-
-
-def cuda_capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return calls
 
 
 def precisions(device: torch.device) -> list[str]:
     """Those that are worth measuring on this device."""
-    if device.type == "cpu":
-        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-        return ["fp32", "bf16"] if supported() else ["fp32"]
-    capability = cuda_capability(device)
-    if capability >= (8, 0):
+    fastest = train_dogs.choose_precision("auto", device)
+    if device.type == "cuda" and fastest == "bf16":
         return ["tf32", "bf16", "fp16", "fp32"]
-    return ["fp32", "fp16"] if capability >= (7, 0) else ["fp32"]
+    return sorted({"fp32", fastest})
 
 
 class Layer(NamedTuple):
@@ -631,7 +616,7 @@ def bench_roofline(
         if bench.is_late(0.9):
             break
         trainer = Trainer(replace(config, batch_size=batch), bench.dogs, bench.device)
-        calls, trained = record_convolutions(trainer)
+        calls, trained = record_convolutions(trainer), trainer.precision
         trained_layout = next(k for k, v in LAYOUTS.items() if v == trainer.layout)
         layers = point(batch, calls, trained, trained_layout)
         if batch == shown:

@@ -54,9 +54,8 @@ def test_nine_hours_on_a_p100_are_its_flops_over_those_of_an_image(printed):
 
 def test_the_steps_convolutions_hold_all_the_flops_that_torch_counts():
     trainer = train_dogs.Trainer(TINY, train_dogs.random_crops(16), CPU)
-    calls, precision = bench_train.record_convolutions(trainer)
+    calls = bench_train.record_convolutions(trainer)
     expected = sum(train_dogs.flops_per_image(TINY).values())
-    assert precision in ("fp32", "bf16")
     assert sum(sum(call.flops()) for call in calls) / TINY.batch_size == pytest.approx(expected)
 
 

@@ -187,14 +187,17 @@ def exact() -> Iterator[None]:
 
 
 def trainer_on(device: torch.device, **changes: object) -> Trainer:
-    """A small trainer of the drawn dogs."""
-    config = Config(**({"width": 4, "latent_dim": 16, "batch_size": 8} | changes))
+    """A small trainer of the drawn dogs, in plain float32 if no `precision` is given."""
+    small = {"width": 4, "latent_dim": 16, "batch_size": 8, "precision": "fp32"}
+    config = Config(**(small | changes))
     return Trainer(config, prepare_crops(find_dogs([SAMPLE]), "square", show=False), device)
 
 
-def trained(device: torch.device, steps: int, captured: bool) -> dict[str, torch.Tensor]:
+def trained(
+    device: torch.device, steps: int, captured: bool, **changes: object
+) -> dict[str, torch.Tensor]:
     """All tensors of a run after `steps`, with its random state."""
-    trainer = trainer_on(device)
+    trainer = trainer_on(device, **changes)
     if captured:
         trainer.capture()
     for k in range(steps):
@@ -221,6 +224,42 @@ def test_a_captured_step_equals_an_eager_one(cuda):
 def test_fifty_captured_steps_equal_fifty_eager_ones_bit_for_bit(cuda):
     eager, captured = trained(cuda, 50, captured=False), trained(cuda, 50, captured=True)
     assert [name for name in eager if not torch.equal(eager[name], captured[name])] == []
+
+
+@gpu
+@needs_gpu
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"augment": "color,translation,cutout", "noise": 1 / 128},
+        {"condition": "breed", "classify": 0.1},
+        {"r1": 1.0},
+        {"layers": "paper", "init_std": 0.02},
+        {"precision": "tf32"},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_whatever_the_recipe_captured_steps_equal_eager_ones(cuda, changes):
+    eager, captured = (trained(cuda, 3, c, **changes) for c in (False, True))
+    for name, tensor in eager.items():
+        torch.testing.assert_close(captured[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_fewer_bits_give_about_the_losses_of_float32(cuda, precision):
+    means = {}
+    for name in ("fp32", precision):
+        trainer = trainer_on(cuda, precision=name)
+        for _ in range(30):
+            trainer.step(0.0)
+        means[name] = trainer.read_stats()
+    assert means[precision]["d_loss"] == pytest.approx(means["fp32"]["d_loss"], rel=0.1)
+    assert means[precision]["g_loss"] == pytest.approx(means["fp32"]["g_loss"], rel=0.1)
 
 
 @gpu
@@ -252,8 +291,9 @@ def test_a_checkpoint_goes_on_bit_for_bit_under_a_captured_graph(cuda, exact):
 
 @gpu
 @needs_gpu
-def test_steps_never_wait_for_the_device(cuda):
-    trainer = trainer_on(cuda)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_steps_never_wait_for_the_device(cuda, precision):
+    trainer = trainer_on(cuda, precision=precision)
     trainer.capture()
     trainer.step(0.0)  # the first of 16 in its order of the dogs
     torch.cuda.synchronize()
@@ -262,6 +302,7 @@ def test_steps_never_wait_for_the_device(cuda):
     try:
         for k in range(12):
             trainer.step(k / 12)
+            trainer.average(k / 12)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 

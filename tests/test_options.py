@@ -56,8 +56,10 @@ def test_every_field_of_the_configuration_is_a_flag_with_hyphens():
             low, high = train_dogs.RANGES.get(name, (1, 2))
             value = type(f.default)(high if high < 1e6 else low + 1)
         else:
-            value = {"data": "x", "crops": "box", "average": "ema"}.get(name, "cpu")
-        got = getattr(parse([flag(name), str(value)]).config, name)
+            free = {"data": "x", "crops": "box", "augment": "cutout", "out": "y", "device": "cpu"}
+            value = free.get(name) or train_dogs.CHOICES[name][1]
+        more = ["--condition", "breed"] if name == "classify" else []
+        got = getattr(parse([flag(name), str(value), *more]).config, name)
         assert got == ((value,) if name == "data" else value), name
 
 
