@@ -1553,7 +1553,7 @@ def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) ->
     finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
     adam.grad_scale, adam.found_inf = scale, (~finite).float()
     adam.step()
-    scale.mul_(torch.where(finite, 2 ** (1 / 2000), 0.5))
+    scale.mul_(0.5 + finite * (2 ** (1 / 2000) - 0.5))  # no `where`: it would copy from the host
 
 
 WEIGHTS = {"swa": "SWA generator", "ema": "EMA generator", "none": "raw generator"}
