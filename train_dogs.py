@@ -2313,7 +2313,7 @@ def show_plan(config: Config, device: torch.device) -> int:
     breeds = len({photo.breed for photo in found.photos})
     print(f"{len(found.photos)} photos of {breeds} breeds in {found.where}")
     print(json.dumps(asdict(config), indent=2))
-    trainer = Trainer(config, random_crops(256), device)
+    trainer = Trainer(config, random_crops(256, breeds), device)
     for name, network in (("G", trainer.G), ("D", trainer.D)):
         print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
     flops = flops_per_image(config)
@@ -2331,16 +2331,16 @@ def show_plan(config: Config, device: torch.device) -> int:
     return 0
 
 
-def random_crops(count: int) -> CropSet:
-    """Noise in the place of dogs, for measuring time and memory."""
+def random_crops(count: int, breeds: int = 120) -> CropSet:
+    """Noise in the place of dogs of so many breeds, for measuring time and memory."""
     ones = torch.ones((count, 1), dtype=torch.int64)
     return CropSet(
         crops=torch.randint(256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8),
         first=torch.arange(count)[:, None],
         count=ones,
         weights=torch.ones(1),
-        breed=ones[:, 0],
-        breeds=["noise"],
+        breed=torch.arange(count) % breeds,
+        breeds=["noise"] * breeds,
         skipped=[],
         key="noise",
     )

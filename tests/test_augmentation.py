@@ -1,0 +1,347 @@
+"""Augmentation: each against a slow loop of numpy, and where in a step it is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import SAMPLE, assert_one_sentence, light, run_here, sha  # noqa: F401
+from scipy import stats
+from torch import Tensor
+
+import train_dogs
+from train_dogs import (
+    Config,
+    CropSet,
+    Trainer,
+    UserError,
+    augment,
+    augment_color,
+    augment_cutout,
+    augment_translation,
+    find_dogs,
+    parse_augment,
+    prepare_crops,
+)
+
+CPU = torch.device("cpu")
+ALL = ("color", "translation", "cutout")
+every = pytest.mark.parametrize("name", ALL)
+
+
+@pytest.fixture(scope="module")
+def dogs(own_cache: Path) -> CropSet:
+    """The drawn sample, cropped."""
+    return prepare_crops(find_dogs([SAMPLE]), "square", show=False)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(count: int, side: int = 64, seed: int = 0) -> Tensor:
+    """Images of noise in [-1, 1], no two of whose pixels are alike."""
+    return torch.rand(count, 3, side, side, generator=seeded(seed)) * 2 - 1
+
+
+# ------------------------------------------------------------------------------ what all have alike
+
+
+@every
+def test_each_image_and_each_call_is_augmented_anew(name):
+    x, chance = pictures(1).expand(40, 3, 64, 64), seeded(1)
+    first, second = augment(x, [name], chance), augment(x, [name], chance)
+    assert len(torch.unique(first.flatten(1), dim=0)) > 30  # of 40 copies of one image
+    assert not torch.equal(first, second)
+
+
+@every
+def test_the_state_of_the_generator_decides_and_nothing_else(name):
+    x, chance = pictures(5), seeded(2)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = augment(x, [name], chance)
+    assert torch.equal(torch.get_rng_state(), before)  # torch's own is left alone
+    assert torch.equal(augment(x, [name], seeded(2)), first)
+    by_default = augment(x, [name], None)  # as in a captured graph
+    assert not torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(3)
+    assert torch.equal(augment(x, [name], None), by_default)
+
+
+@every
+def test_shape_and_type_stay_and_the_input_is_not_written_to(name):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = pictures(4).contiguous(memory_format=layout)
+        copy = x.clone()
+        out = augment(x, [name], seeded(0))
+        assert (out.shape, out.dtype) == (x.shape, x.dtype) and torch.equal(x, copy)
+        torch.testing.assert_close(out, augment(copy.contiguous(), [name], seeded(0)))
+
+
+@every
+def test_images_do_not_mix(name):
+    x, other = pictures(4), pictures(4)
+    other[1:] = 0.25
+    a, b = (augment(images, [name], seeded(5)) for images in (x, other))
+    assert torch.equal(a[0], b[0])
+
+
+@every
+def test_the_gradient_is_that_of_finite_differences(name):
+    x = pictures(2, side=8).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: augment(y, [name], seeded(4)), x)
+
+
+def test_gradients_flow_through_all_of_them_to_every_image():
+    x = pictures(6).requires_grad_()
+    (gradient,) = torch.autograd.grad(augment(x, ALL, seeded(0)).square().sum(), x)
+    assert gradient.isfinite().all() and (gradient.abs().sum((1, 2, 3)) > 0).all()
+
+
+# ------------------------------------------------------------------------------------------- colour
+
+
+def color_by_loop(x: np.ndarray, brightness: float, saturation: float, contrast: float):
+    """DiffAugment's three, pixel by pixel: x (3, H, W)."""
+    out = x + brightness
+    for i in range(x.shape[1]):
+        for j in range(x.shape[2]):
+            grey = sum(out[:, i, j]) / 3
+            for c in range(3):
+                out[c, i, j] = grey + saturation * (out[c, i, j] - grey)
+    mean = out.mean()
+    return mean + contrast * (out - mean)
+
+
+def recovered(before: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
+    """Brightness, saturation and contrast from an image before and after.
+
+    The mean only moves by the brightness; the grey image's spread only scales by the contrast.
+    """
+    grey, grey_after = before.mean(0), after.mean(0)
+    contrast = (grey_after.std() / grey.std()).item()
+    colourful = (after - grey_after).std() / (before - grey).std()
+    return after.mean() - before.mean(), colourful / contrast, contrast
+
+
+def test_color_equals_a_slow_loop_with_some_brightness_saturation_and_contrast():
+    x = pictures(8, side=16).double()
+    for before, after in zip(x.numpy(), augment_color(x, seeded(1)).numpy()):
+        np.testing.assert_allclose(
+            after, color_by_loop(before, *recovered(before, after)), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_brightness_saturation_and_contrast_are_uniform_and_independent():
+    x = pictures(1, side=8).double().expand(3000, 3, 8, 8)
+    found = np.array([recovered(*pair) for pair in zip(x.numpy(), augment_color(x, seeded(2)))])
+    for values, (least, most) in zip(found.T, ((-0.5, 0.5), (0, 2), (0.5, 1.5))):
+        assert stats.kstest((values - least) / (most - least), "uniform").pvalue > 1e-3
+    correlations = np.corrcoef(found.T) - np.eye(3)
+    assert np.abs(correlations).max() < 0.08
+
+
+# -------------------------------------------------------------------------------------- translation
+
+
+def translation_by_loop(x: np.ndarray, down: int, right: int) -> np.ndarray:
+    """x (C, H, W) with each pixel taken from `down` and `right` of it, mirrored at the border."""
+    height, width = x.shape[1:]
+
+    def mirrored(k: int, side: int) -> int:
+        return -k if k < 0 else 2 * (side - 1) - k if k >= side else k
+
+    out = np.empty_like(x)
+    for i in range(height):
+        for j in range(width):
+            out[:, i, j] = x[:, mirrored(i + down, height), mirrored(j + right, width)]
+    return out
+
+
+def shift_of(after: np.ndarray, before: np.ndarray) -> tuple[int, int]:
+    """Where the middle pixel came from; no two pixels are alike."""
+    middle = before.shape[-1] // 2
+    where = np.argwhere((before == after[:, middle, middle][:, None, None]).all(0))
+    assert len(where) == 1
+    return tuple(int(k) - middle for k in where[0])
+
+
+def test_translation_equals_a_slow_loop_with_reflection_bit_for_bit():
+    x = pictures(30)
+    for before, after in zip(x.numpy(), augment_translation(x, seeded(3)).numpy()):
+        assert np.array_equal(after, translation_by_loop(before, *shift_of(after, before)))
+
+
+def test_shifts_are_uniform_from_8_up_to_8_down_and_independent():
+    ramp = torch.arange(64.0)
+    x = torch.stack([ramp[:, None].expand(64, 64), ramp.expand(64, 64)])  # each pixel's own place
+    out = augment_translation(x.expand(3000, 2, 64, 64), seeded(4))[:, :, 32, 32].long() - 32
+    table = np.zeros((17, 17))
+    for down, right in out.tolist():
+        table[down + 8, right + 8] += 1
+    assert stats.chisquare(table.sum(0)).pvalue > 1e-3
+    assert stats.chisquare(table.sum(1)).pvalue > 1e-3
+    assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_translation_invents_nothing():
+    x = pictures(50)
+    out = augment_translation(x, seeded(5))
+    assert out.abs().max() <= 1
+    for before, after in zip(x, out):
+        assert torch.isin(after, before).all()
+    white = torch.ones(50, 3, 64, 64)
+    assert torch.equal(augment_translation(white, seeded(6)), white)  # no black border
+
+
+# ------------------------------------------------------------------------------------------- cutout
+
+
+def hole_around(row: int, column: int, side: int) -> np.ndarray:
+    """Which pixels a square of half the side around a corner of pixels covers."""
+    hole, reach = np.zeros((side, side), bool), side // 4
+    for i in range(max(0, row - reach), min(side, row + reach)):
+        for j in range(max(0, column - reach), min(side, column + reach)):
+            hole[i, j] = True
+    return hole
+
+
+def centre_of(hole: np.ndarray) -> list[int]:
+    """The centre of a square of 32 pixels a side that leaves this hole in an image of 64."""
+    centre = []
+    for axis in (1, 0):
+        (inside,) = np.nonzero(hole.any(axis))
+        centre.append(int(inside[-1] + 1 - 16 if inside[0] == 0 else inside[0] + 16))
+    return centre
+
+
+def test_cutout_is_one_grey_square_and_all_else_stays():
+    x = pictures(200)
+    for before, after in zip(x.numpy(), augment_cutout(x, seeded(7)).numpy()):
+        hole = (after == 0).all(0)
+        assert np.array_equal(hole, hole_around(*centre_of(hole), 64))
+        assert np.array_equal(after[:, ~hole], before[:, ~hole]) and (after[:, hole] == 0).all()
+        assert 16 * 16 <= hole.sum() <= 32 * 32
+
+
+def test_the_centre_of_the_square_is_anywhere_borders_and_corners_included():
+    out = augment_cutout(torch.ones(6500, 1, 64, 64), seeded(8)) == 0
+    centres = np.array([centre_of(hole) for hole in out[:, 0].numpy()])
+    for places in centres.T:
+        counts = np.bincount(places, minlength=65)
+        assert len(counts) == 65 and stats.chisquare(counts).pvalue > 1e-3
+
+
+# ----------------------------------------------------------------------------------- in a step
+
+
+def small(**changes: object) -> Config:
+    """A configuration that trains in milliseconds."""
+    return Config(**({"width": 1, "latent_dim": 4, "batch_size": 6, "precision": "fp32"} | changes))
+
+
+def spy_on_features(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The images that D sees, call by call."""
+    seen: list[Tensor] = []
+    features = trainer.D.features
+
+    def spy(images: Tensor, num_real: int) -> Tensor:
+        seen.append(images)
+        return features(images, num_real)
+
+    monkeypatch.setattr(trainer.D, "features", spy)
+    return seen
+
+
+def test_d_sees_reals_and_fakes_augmented_in_both_steps_each_time_anew(dogs, monkeypatch):
+    trainer = Trainer(small(augment="color,translation,cutout"), dogs, CPU)
+    seen, chance = spy_on_features(trainer, monkeypatch), torch.Generator()
+    chance.set_state(trainer.rng.get_state())
+    G = train_dogs.Generator(4, 1)
+    G.load_state_dict(trainer.G.state_dict())
+    trainer.step(0.0)
+
+    order = torch.randperm(len(dogs.first), generator=chance)
+    reals = train_dogs.draw_reals(dogs, order[:6], chance)
+    with torch.no_grad():
+        fakes = G(torch.randn(6, 4, generator=chance))
+    for images, plain in zip(seen, (torch.cat([reals, fakes]), fakes), strict=True):
+        for each in (augment_color, augment_translation, augment_cutout):
+            plain = each(plain, chance)
+        torch.testing.assert_close(images.detach(), plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(chance.get_state(), trainer.rng.get_state())
+
+
+def test_gs_gradient_comes_through_the_augmentation(dogs, monkeypatch):
+    trainer = Trainer(small(augment="cutout"), dogs, CPU)
+    seen = spy_on_features(trainer, monkeypatch)
+    trainer.step(0.0)
+    in_d_step, in_g_step = seen
+    assert not in_d_step.requires_grad and in_g_step.requires_grad
+
+    monkeypatch.setitem(train_dogs.AUGMENTS, "cutout", lambda x, generator: x.mul(0))
+    before = [p.detach().clone() for p in trainer.G.parameters()]
+    moments = [trainer.opt_g.state[p]["exp_avg"].clone() for p in trainer.G.parameters()]
+    trainer.step(0.0)
+    after = [trainer.opt_g.state[p]["exp_avg"] for p in trainer.G.parameters()]
+    for m, n in zip(moments, after):  # all that is left of the gradient: Adam's memory, fading
+        torch.testing.assert_close(n, 0.3 * m)
+    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.G.parameters()))
+
+
+def test_without_augmentation_a_step_is_bit_equal_to_one_without_its_code(dogs, monkeypatch):
+    def refuse(x: Tensor, generator: torch.Generator) -> Tensor:
+        raise AssertionError("augmented")
+
+    trainers = [Trainer(small(), dogs, CPU) for _ in range(2)]
+    monkeypatch.setattr(trainers[1], "_augment", lambda images: images)
+    monkeypatch.setattr(train_dogs, "AUGMENTS", dict.fromkeys(ALL, refuse))
+    for trainer in trainers:
+        for _ in range(3):
+            trainer.step(0.0)
+    ours, theirs = (trainer.state_dict() for trainer in trainers)
+    assert torch.equal(ours["rng"], theirs["rng"])
+    assert all(torch.equal(t, theirs["tensors"][k]) for k, t in ours["tensors"].items())
+
+
+def test_augmentation_is_for_training_alone(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run_here(out, augment=",".join(ALL), steps=6, images=5) == 0
+    written = sha(out / "images.zip")
+
+    def refuse(x: Tensor, generator: torch.Generator) -> Tensor:
+        raise AssertionError("augmented")
+
+    monkeypatch.setattr(train_dogs, "AUGMENTS", dict.fromkeys(ALL, refuse))
+    assert run_here(out, "--sample-only", images=5, data=None) == 0
+    assert sha(out / "images.zip") == written
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+def test_names_are_taken_in_the_order_in_which_they_are_given(monkeypatch):
+    assert parse_augment("") == ()
+    assert parse_augment("cutout, color") == ("cutout", "color")
+
+    def note(name: str) -> Callable[[Tensor, object], Tensor]:
+        return lambda x, generator: calls.append(name) or x
+
+    calls: list[str] = []
+    monkeypatch.setattr(train_dogs, "AUGMENTS", {name: note(name) for name in ALL})
+    augment(torch.zeros(1, 3, 64, 64), ("cutout", "color"), None)
+    assert calls == ["cutout", "color"]
+
+
+@pytest.mark.parametrize("text", ["flip", "color,flip", "color,color", "color,", ",", "Color", " "])
+def test_other_names_are_refused_with_the_right_ones(text, tmp_path, capsys):
+    with pytest.raises(UserError, match="--augment"):
+        parse_augment(text)
+    assert train_dogs.main(["--out", str(tmp_path / "out"), "--augment", text]) == 2
+    assert_one_sentence(capsys.readouterr().err, "--augment", *ALL)
+    assert not (tmp_path / "out").exists()
