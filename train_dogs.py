@@ -1282,10 +1282,13 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake_logits).mean()
 
 
-def gradient_penalty(real_logits: Tensor, reals: Tensor) -> Tensor:
-    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406)."""
-    (slope,) = torch.autograd.grad(real_logits.sum(), reals, create_graph=True)
-    return slope.square().sum((1, 2, 3)).mean() / 2
+def gradient_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
+    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406).
+
+    `images`: the reals, and any fakes behind them, whose slope is 0 and which count as nothing.
+    """
+    (slope,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
+    return slope.square().sum() / (2 * len(real_logits))
 
 
 # ------------------------------------------------------------------------------ 10. Training a step
