@@ -117,25 +117,34 @@ def marks(steps: int, points: int) -> list[int]:
     return sorted({max(1, round(steps / 1.5**k)) for k in range(points)})
 
 
-def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: int) -> None:
-    """Train to the end and keep the generators, from the checkpoint on if there is one."""
+def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: int) -> float:
+    """Train to the end and keep the generators, from the checkpoint on if there is one.
+
+    Returns the seconds that it took, all calls together.
+    """
     config, checkpoint = run.config, run.folder / "checkpoint.pt"
-    wanted = marks(run.steps, points)
-    if all(generator_path(run, s, a).exists() for s in wanted for a in averages):
-        return
-    trainer = Trainer(config, dogs, train_dogs.choose_device(config.device))
-    seconds = 0.0
+    wanted, seconds, state = marks(run.steps, points), 0.0, None
     if checkpoint.exists():
         state = train_dogs.load_checkpoint(checkpoint, "trainer")
-        trainer.load_state_dict(state["trainer"])
         seconds = state["seconds_used"]
+        missing = [a for a in averages if not generator_path(run, run.steps, a).exists()]
+        if state["trainer"]["steps_done"] == run.steps and not missing:
+            return seconds
+    trainer = Trainer(config, dogs, train_dogs.choose_device(config.device))
+    if state:
+        trainer.load_state_dict(state["trainer"])
+        if trainer.steps_done == run.steps:  # an average that nobody asked for before
+            for average in missing:
+                keep_generator(run, trainer, average)
+            return seconds
     trainer.capture()
     begin = saved = time.monotonic()
 
-    def save() -> None:
+    def save() -> float:
         used = seconds + time.monotonic() - begin
         state = {"format": 1, "trainer": trainer.state_dict(), "seconds_used": used}
         train_dogs.save(checkpoint, state)
+        return used
 
     while trainer.steps_done < run.steps:
         progress = trainer.steps_done / run.steps
@@ -153,7 +162,7 @@ def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: i
             share = trainer.steps_done / run.steps
             stats = {k: round(v, 3) for k, v in trainer.read_stats().items()}
             print(f"{run.change}, seed {config.seed}: {share:.0%} {stats}", flush=True)
-    save()
+    return save()
 
 
 def generator_path(run: Run, step: int, average: str) -> Path:
@@ -189,9 +198,8 @@ class Scorer:
     def score(self, path: Path, config: Config, count: int) -> dict[str, float]:
         """FID by each rule, distance and MiFID of `count` images of the generator in `path`."""
         kept = path.with_suffix(".npz")
-        if kept.exists():
-            features = np.load(kept)["features"]
-        else:
+        features = np.load(kept)["features"] if kept.exists() else ()
+        if len(features) != count:
             state = train_dogs.load_checkpoint(path, "state_dict")
             G = train_dogs.Generator(**state["shape"])
             G.load_state_dict(state["state_dict"])
@@ -230,14 +238,12 @@ def show_tables(out: Path) -> str:
     """Markdown: what each change scored at the end of its runs, and the curves of long ones."""
     lines = read_lines(out)
     text = []
-    settings = sorted({(x["preset"], json.dumps(x["base"]), x["hours"]) for x in lines}, key=str)
-    for preset, base, hours in settings:
-        mine = [
-            x
-            for x in lines
-            if (x["preset"], json.dumps(x["base"]), x["hours"]) == (preset, base, hours)
-        ]
-        text.append(f"\n{preset} with {base}, {hours} P100-hours a run\n")
+    settings: dict[tuple, list[dict]] = {}
+    for x in lines:
+        key = (x["preset"], json.dumps(x["base"]), x["hours"], x["n"])
+        settings.setdefault(key, []).append(x)
+    for (preset, base, hours, n), mine in sorted(settings.items(), key=lambda s: str(s[0])):
+        text.append(f"\n{preset} with {base}, {hours} P100-hours a run, {n:,} images scored\n")
         text.append(
             "| change | weights | seeds | images | FID, whole frames | FID, boxes | distance |"
         )
@@ -306,7 +312,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so long")
     parser.add_argument("--table", action="store_true", help="show the tables and stop")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.table or args.data):
+        parser.error("give --data, the folder of dogs to train on")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -334,8 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             crops = run.config.crops
             if crops not in prepared:
                 prepared[crops] = train_dogs.prepare_crops(found, crops)
-            train(run, prepared[crops], args.averages, args.points)
-            seconds = train_dogs.load_checkpoint(run.folder / "checkpoint.pt", "trainer")
+            seconds = train(run, prepared[crops], args.averages, args.points)
             for step in marks(run.steps, args.points):
                 for average in args.averages:
                     path = generator_path(run, step, average)
@@ -348,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         "steps": run.steps,
                         "images": step * run.config.batch_size,
                         "p100_hours": step * run.step_hours,
-                        "seconds": round(seconds["seconds_used"], 1),
+                        "seconds": round(seconds, 1),
                         "config": asdict(run.config),
                     }
                     line |= scorer.score(path, run.config, args.images) | about
