@@ -310,6 +310,7 @@ def test_without_augmentation_a_step_is_bit_equal_to_one_without_its_code(dogs, 
 
 
 def test_augmentation_is_for_training_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
     out = tmp_path / "out"
     assert run_here(out, augment=",".join(ALL), steps=6, images=5) == 0
     written = sha(out / "images.zip")

@@ -154,13 +154,13 @@ def test_fp32_is_not_tf32_though_torch_has_that_on_by_default(name, dogs, monkey
 
 @pytest.fixture(scope="module")
 def losses(dogs: CropSet) -> dict[str, list[dict[str, float]]]:
-    """The statistics of 12 steps in each precision, from the same weights and on the same dogs."""
+    """The statistics of 8 steps in each precision, from the same weights and on the same dogs."""
     found = {}
     for name in ("fp32", "bf16", "fp16"):
         trainer = Trainer(small(precision=name, g_lr=0.0, d_lr=1e-3), dogs, CPU)
         trainer.loss_scale.fill_(1024.0)  # low enough that no step is skipped
         found[name] = []
-        for _ in range(12):
+        for _ in range(8):
             trainer.step(0.0)
             found[name].append(dict(trainer.read_stats()))
         assert trainer.is_finite()
@@ -174,7 +174,7 @@ def test_half_the_precision_has_nearly_the_same_losses_and_learns_as_well(name, 
         assert not np.array_equal(exact, half)
         assert half[0] == pytest.approx(exact[0], rel=0.02)
         np.testing.assert_allclose(half, exact, rtol=0.1)
-    assert losses[name][-1]["d_loss"] < 0.8 * losses[name][0]["d_loss"]
+    assert losses[name][-1]["d_loss"] < 0.9 * losses[name][0]["d_loss"]
 
 
 def test_r1_augmentation_and_breeds_go_with_less_precision(dogs):
@@ -297,6 +297,7 @@ def test_a_trainer_survives_an_overflow_in_fp16_and_its_scale_is_resumed(dogs):
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_sampling_is_in_float32_whatever_was_trained_in(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
     out, seen = tmp_path / "out", set()
     sample = train_dogs.sample_images
 
