@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import (
     SAMPLE,
@@ -87,6 +87,7 @@ def told_norm(breeds: int, channels: int) -> BreedBatchNorm2d:
     return norm
 
 
+@settings(max_examples=30)
 @given(
     batch=st.integers(2, 8), channels=st.integers(1, 5), breeds=st.integers(1, 4),
     seed=st.integers(0, 10**6),
@@ -333,7 +334,7 @@ def test_breed_alone_draws_that_breed_by_full_or_short_name_from_either_file(tol
     assert same == [b == 2 for b in breeds] and any(b != 2 for b in breeds)
 
 
-@pytest.mark.parametrize("name", ["Poodle", "drawn", "terrier", "n90000003"])
+@pytest.mark.parametrize("name", ["Poodle", "terrier"])
 def test_an_unknown_breed_is_refused_with_the_names(name, told_run, tmp_path, capsys):
     out = Path(shutil.copytree(told_run, tmp_path / "out"))
     before = {p: sha(p) for p in out.rglob("*") if p.is_file()}
