@@ -1544,7 +1544,7 @@ def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) ->
     """One Adam step on `loss`; `autograd.grad` leaves the other network's weights alone.
 
     `scale`: a factor of the loss that fused Adam divides out of the gradients. Where they overflow
-    the step is skipped and the scale halved; else it grows, twofold in 2,000 steps.
+    the step is skipped and the scale halved; else it grows, twofold in 2,000 calls.
     """
     parameters = adam.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss if scale is None else loss * scale, parameters)

@@ -1,18 +1,19 @@
 """One change at a time: train it, score it, and say in a table what it costs and what it gains.
 
     python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0,1 base breed augment
-    python tests/ablation.py --data DOGS --out runs --hours 8.5 --points 12 base
+    python tests/ablation.py --data DOGS --out runs --points 12 base@8.5
     python tests/ablation.py --out runs --table
 
 A change is a name of `CHANGES` or fields of the configuration, as in `margin=1,smoothing=0.05`; the
-same fields for all by `--base width=16`. Each run costs `--hours` P100-hours by arithmetic, so that
-changes compare at equal FLOPs on any device. It trains on prepared crops, saves the generators of
-`--averages` at the end (and at `--points` before it, for the curve), samples `--images` of each,
+same fields for all by `--base width=16`. Each run costs `--hours` P100-hours by arithmetic, or what
+stands behind its @, so that changes compare at equal FLOPs on any device. It saves the generators
+of `--averages` at the end (and at `--points` before it, for the curve), samples `--images` of each,
 and scores them with mifid.py by both rules. Lines are appended to `OUT/results.jsonl`, one for each
 generator scored. What is done is not done again, and training goes on from its checkpoint: stop it
-at any time and give the same command. The references are a data set, whose features mifid.py keeps
-in its cache, or files that its `--save-features` wrote, which with the crops' cache is all that a
-machine without the photos needs.
+at any time and give the same command.
+
+For a machine without the photos: `--pack dogs.pt` writes the crops that the changes need, which is
+then its `--data`; its references are files that mifid.py's `--save-features` wrote.
 """
 
 from __future__ import annotations
@@ -62,19 +63,21 @@ class Run:
     """One change at one seed: its configuration, its folder, and what it is called in the log."""
 
     def __init__(self, args: argparse.Namespace, change: str, seed: int) -> None:
+        change, _, own_hours = change.partition("@")
+        hours = float(own_hours or args.hours)
         recipe = train_dogs.PRESETS[args.preset] | args.base | fields_of(change)
         config = replace(Config(**recipe), seed=seed, hours=0.0, device=args.device)
         flops = sum(train_dogs.flops_per_image(config).values())
         step_hours = flops * config.batch_size / train_dogs.P100_FLOPS / 3600
-        self.steps = max(1, round(args.hours / step_hours))
+        self.steps = max(1, round(hours / step_hours))
         self.config = train_dogs.check_config(replace(config, steps=self.steps))
         self.change, self.step_hours = change, step_hours
         self.key = {
             "preset": args.preset,
             "base": args.base,
-            "change": change,
+            "change": self.change,
             "seed": seed,
-            "hours": args.hours,
+            "hours": hours,
         }
         self.folder = args.out / train_dogs.digest(self.key)
 
@@ -107,6 +110,25 @@ def append_line(out: Path, line: dict) -> None:
     whole = text[: text.rfind("\n") + 1]
     with train_dogs.whole_file(path) as part:
         part.write_text(whole + json.dumps(line) + "\n")
+
+
+# ------------------------------------------------------------------------------------------ dogs
+
+
+class Dogs:
+    """The crops of a data set, or of a file that `--pack` wrote, each mixture prepared once."""
+
+    def __init__(self, data: Path) -> None:
+        self.packed = torch.load(data, weights_only=True) if data.suffix == ".pt" else {}
+        self.found = None if self.packed else train_dogs.find_dogs([data])
+
+    def prepared(self, crops: str) -> train_dogs.CropSet:
+        """What `crops` shows of them."""
+        if crops not in self.packed:
+            if self.found is None:
+                sys.exit(f"these dogs were packed without --crops {crops}: pack them again.")
+            self.packed[crops] = vars(train_dogs.prepare_crops(self.found, crops))
+        return train_dogs.CropSet(**self.packed[crops])
 
 
 # -------------------------------------------------------------------------------------- training
@@ -311,6 +333,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", help="Inception's, as for mifid.py")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so long")
+    parser.add_argument("--pack", type=Path, help="write the crops to this .pt file and stop")
     parser.add_argument("--table", action="store_true", help="show the tables and stop")
     args = parser.parse_args(argv)
     if not (args.table or args.data):
@@ -332,18 +355,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
-    found, prepared, begin = train_dogs.find_dogs([args.data]), {}, time.monotonic()
-    scorer = None
+    dogs, scorer, begin = Dogs(args.data), None, time.monotonic()
+    if args.pack:
+        for change in args.changes:
+            dogs.prepared(Run(args, change, 0).config.crops)
+        train_dogs.save(args.pack, dogs.packed)
+        return 0
     for seed in args.seeds:  # all changes at one seed first: a stop leaves whole comparisons
         for change in args.changes:
             if args.minutes and time.monotonic() > begin + 60 * args.minutes:
                 break
             run = Run(args, change, seed)
             run.folder.mkdir(exist_ok=True)
-            crops = run.config.crops
-            if crops not in prepared:
-                prepared[crops] = train_dogs.prepare_crops(found, crops)
-            seconds = train(run, prepared[crops], args.averages, args.points)
+            crops = dogs.prepared(run.config.crops)
+            seconds = train(run, crops, args.averages, args.points)
             for step in marks(run.steps, args.points):
                 for average in args.averages:
                     path = generator_path(run, step, average)
@@ -362,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     line |= scorer.score(path, run.config, args.images) | about
                     append_line(args.out, line)
                     print(
-                        f"{change}, seed {seed}, {average}, step {step}: FID {line['fid']:.2f},"
+                        f"{run.change}, seed {seed}, {average}, step {step}: FID {line['fid']:.2f},"
                         f" distance {line['memorization_distance']:.4f}",
                         flush=True,
                     )

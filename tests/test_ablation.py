@@ -239,6 +239,22 @@ def test_before_swa_begins_there_is_none_of_it(call):
     assert call("--points", 9, "--averages", "swa,none", "swa_start=0.6") == lines
 
 
+def test_packed_crops_train_the_same_generators_without_the_photos(call, tmp_path):
+    pack = tmp_path / "dogs.pt"
+    assert ablation.main(["--data", str(SAMPLE), "--pack", str(pack), "base", "box"]) == 0
+    from_photos = call("base", "box")
+    from_pack = call("--data", pack, "base", "box", out="elsewhere")
+    assert [line["fid"] for line in from_photos] == [line["fid"] for line in from_pack]
+    with pytest.raises(SystemExit, match="square:1,whole:1"):
+        call("--data", pack, "square+whole", out="elsewhere")
+
+
+def test_a_change_may_have_a_budget_of_its_own(call):
+    short, long = call("base", f"base@{3 * HOURS}", "--averages", "none")
+    assert (short["steps"], long["steps"]) == (STEPS, 3 * STEPS)
+    assert short["change"] == long["change"] == "base"
+
+
 def test_without_data_it_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         ablation.main(["--out", str(tmp_path / "out")])
