@@ -348,13 +348,29 @@ class BadItem(Exception):
     """A picture, annotation or box that is left out; the text is the reason it is counted under."""
 
 
+LARGEST_FILE = 64 << 20  # bytes; an archive member that claims more is a mistake or an attack
+DAMAGE = (  # what zipfile and Pillow raise for damaged files
+    OSError, RuntimeError, ValueError, SyntaxError, TypeError, EOFError, LookupError,
+    ArithmeticError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
 class Entry(NamedTuple):
     """A file in a folder or an archive."""
 
     path: str  # below its root, with forward slashes
     size: int  # bytes
     stamp: int  # modification time in ns, or the archive's
-    read: Callable[[], bytes]
+    load: Callable[[], bytes]
+
+    def read(self) -> bytes:
+        """Its bytes. Raises `BadItem` where it is too large or damaged."""
+        if self.size > LARGEST_FILE:
+            raise BadItem("file larger than 64 MB")
+        try:
+            return self.load()
+        except DAMAGE as error:
+            raise BadItem("unreadable file") from error
 
 
 @dataclass(frozen=True)
@@ -368,11 +384,11 @@ class Photo:
 
     def read(self) -> bytes:
         """The encoded picture. Raises `BadItem`."""
-        return read_entry(self.picture)
+        return self.picture.read()
 
     def read_annotation(self) -> bytes | None:
         """The annotation's XML, or None in a set without annotations. Raises `BadItem`."""
-        return None if self.annotation is None else read_entry(self.annotation)
+        return None if self.annotation is None else self.annotation.read()
 
 
 @dataclass(frozen=True)
@@ -386,7 +402,6 @@ class DogSet:
 
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-LARGEST_FILE = 64 << 20  # bytes; an archive member that claims more is a mistake or an attack
 PICTURE_PLACES = (  # where a set keeps its pictures: the official layout, and Kaggle's since 2019
     "Images", "images/Images", "all-dogs/all-dogs", "all-dogs", "all-dogs.zip", "images.tar",
 )  # fmt: skip
@@ -394,24 +409,6 @@ ANNOTATION_PLACES = (
     "Annotation", "annotation/Annotation", "annotations/Annotation", "Annotation.zip",
     "annotation.zip", "annotation.tar",
 )  # fmt: skip
-
-
-def read_entry(entry: Entry) -> bytes:
-    """The bytes of an entry. Raises `BadItem` where it is too large or cannot be read."""
-    if entry.size > LARGEST_FILE:
-        raise BadItem("file larger than 64 MB")
-    try:
-        return entry.read()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise BadItem("unreadable file") from error
 
 
 def list_files(place: Path) -> list[Entry]:
@@ -569,10 +566,6 @@ def match_photos(
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 80_000_000  # pixels; Pillow warns from 89 million on
-DAMAGE = (  # what Pillow raises for damaged pictures
-    OSError, ValueError, SyntaxError, TypeError, EOFError, LookupError, ArithmeticError,
-    struct.error,
-)  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
