@@ -413,17 +413,16 @@ ANNOTATION_PLACES = (
 
 def list_files(place: Path) -> list[Entry]:
     """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked."""
-    reader = _folder_entries if place.is_dir() else _tar_entries
     try:
-        if place.is_file() and zipfile.is_zipfile(place):
-            reader = _zip_entries
-        return sorted((e for e in reader(place) if is_shown(e.path)), key=lambda e: e.path)
-    except FileNotFoundError as error:
-        raise UserError(f"{place} does not exist: give the folder or archive of dogs.") from error
-    except PermissionError as error:
-        raise UserError(f"{error.filename} may not be read: give yourself permission.") from error
+        if place.is_dir():
+            entries = _folder_entries(place)
+        else:
+            entries = _zip_entries(place) if zipfile.is_zipfile(place) else _tar_entries(place)
+        return sorted((e for e in entries if is_shown(e.path)), key=lambda e: e.path)
     except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{place} is damaged, or no zip and no uncompressed tar.") from error
+        raise UserError(
+            f"{place} cannot be read as a folder, zip or uncompressed tar ({error}): give another."
+        ) from error
 
 
 def is_shown(path: str) -> bool:
@@ -468,10 +467,7 @@ def _tar_entries(place: Path) -> Iterator[Entry]:
     def read(offset: int, size: int) -> bytes:
         with place.open("rb") as file:  # a file of its own: threads do not share a position
             file.seek(offset)
-            data = file.read(size)
-        if len(data) != size:
-            raise EOFError
-        return data
+            return file.read(size)
 
     stamp = place.stat().st_mtime_ns
     with tarfile.open(place, "r:") as archive:
