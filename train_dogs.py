@@ -570,11 +570,11 @@ class _NoDoctype(ElementTree.TreeBuilder):
         raise BadItem("annotation with a DOCTYPE")  # the way in for entity bombs
 
 
-def parse_annotation(xml: bytes) -> tuple[tuple[int, int], list[Box]]:
-    """The picture's size as the annotation states it, (0, 0) if it does not, and its boxes.
+def parse_annotation(xml: bytes) -> tuple[tuple[float, float], list[Box]]:
+    """The picture's width and height as the annotation states them, and its boxes.
 
-    Raises `BadItem` for XML that is broken, hostile, or has no box. A corner that is no number is
-    kept as nan, for `clip_box` to refuse.
+    Raises `BadItem` for XML that is broken, hostile, or has no box. What is no number is kept as
+    nan: such a size equals no picture's, such a box `clip_box` refuses.
     """
     try:
         root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=_NoDoctype()))
@@ -591,10 +591,7 @@ def parse_annotation(xml: bytes) -> tuple[tuple[int, int], list[Box]]:
     boxes = [tuple(number(box, corner) for corner in corners) for box in root.iter("bndbox")]
     if not boxes:
         raise BadItem("annotation without boxes")
-    size = root.find("size")
-    width, height = (0.0, 0.0) if size is None else (number(size, "width"), number(size, "height"))
-    stated = tuple(int(n) if 0 < n < math.inf else 0 for n in (width, height))
-    return stated, boxes
+    return (number(root, "size/width"), number(root, "size/height")), boxes
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:
@@ -675,15 +672,15 @@ def turn_of(picture: Image.Image) -> tuple[Image.Transpose | None, bool, bool, b
         return TURNS[1]
 
 
-def upright_boxes(picture: Image.Image, stated: tuple[int, int], boxes: list[Box]) -> list[Box]:
+def upright_boxes(picture: Image.Image, stated: tuple[float, float], boxes: list[Box]) -> list[Box]:
     """Boxes in the upright picture, turned where the annotation states the size as it is stored.
 
     Boxes of Stanford Dogs were drawn in browsers that showed pictures as they are stored.
     """
+    if stated != picture.size:
+        return boxes
     width, height = picture.size
     _, mirror_x, mirror_y, swap = turn_of(picture)
-    if stated != (width, height):
-        return boxes
     turned = []
     for left, top, right, bottom in boxes:
         if mirror_x:
