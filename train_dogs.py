@@ -903,7 +903,7 @@ def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
         except BadItem as bad:
             return [], [str(bad)]
 
-    first, count, breed, skipped, views = [], [], [], list(dogs.skipped), 0
+    count, breed, skipped = [], [], list(dogs.skipped)
     breeds = sorted({p.breed for p in dogs.photos})
     bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
     with open(folder / "crops.bin", "wb") as file:
@@ -911,37 +911,40 @@ def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
         for (found, reasons), photo in zip(results, dogs.photos):
             skipped += [(photo.name, reason) for reason in reasons]
             for dog in found:
-                first.append([])
-                count.append([len(kind_views) for kind_views in dog])
+                count.append([len(views) for views in dog])
                 breed.append(breeds.index(photo.breed))
-                for kind_views in dog:
-                    first[-1].append(views)
-                    views += len(kind_views)
-                    file.write(kind_views.tobytes())
-    reasons = ", ".join(f"{n} {r}" for r, n in Counter(r for _, r in skipped).most_common())
-    if len(skipped) > 0.05 * (len(skipped) + len(first)):
+                file.write(np.concatenate(dog).tobytes())
+    items = len(skipped) + len(count)
+    if len(skipped) > 0.05 * items:
         raise UserError(
-            f"{len(skipped)} of {len(skipped) + len(first)} items in {dogs.where} are bad"
-            f" ({reasons}): repair the set or give another --data; at most 5 % may be."
+            f"{len(skipped)} of {items} items in {dogs.where} are bad ({count_reasons(skipped)}):"
+            " repair the set or give another --data; at most 5 % may be."
         )
-    if len(first) < 16:
-        raise UserError(f"{dogs.where} holds {len(first)} dogs: at least 16 are needed to train.")
-    table = {"views": views, "first": first, "count": count, "breed": breed, "breeds": breeds}
-    (folder / "index.json").write_text(json.dumps(table | {"skipped": skipped}))
+    if len(count) < 16:
+        raise UserError(f"{dogs.where} holds {len(count)} dogs: at least 16 are needed to train.")
+    table = {"count": count, "breed": breed, "breeds": breeds, "skipped": skipped}
+    (folder / "index.json").write_text(json.dumps(table))
+
+
+def count_reasons(skipped: list[tuple[str, str]]) -> str:
+    """How many were left out for which reason, as in "2 empty file, 1 reversed box"."""
+    reasons = Counter(reason for _, reason in skipped).most_common()
+    return ", ".join(f"{n} {reason}" for reason, n in reasons)
 
 
 def load_crops(folder: Path, weights: dict[str, float], key: str) -> CropSet | None:
     """A prepared crop set, its pixels mapped from disk; None where there is no whole one."""
     try:
         table = json.loads((folder / "index.json").read_text())
-        shape = (table["views"], IMAGE_SIZE, IMAGE_SIZE, 3)
+        count = torch.tensor(table["count"])
+        shape = (int(count.sum()), IMAGE_SIZE, IMAGE_SIZE, 3)
         if (folder / "crops.bin").stat().st_size != math.prod(shape):
             return None
         pixels = np.memmap(folder / "crops.bin", np.uint8, "c", shape=shape)
         return CropSet(
             crops=torch.from_numpy(pixels),
-            first=torch.tensor(table["first"]),
-            count=torch.tensor(table["count"]),
+            first=count.flatten().cumsum(0).view_as(count) - count,
+            count=count,
             weights=torch.tensor([weights[kind] for kind in sorted(weights)]),
             breed=torch.tensor(table["breed"]),
             breeds=table["breeds"],
@@ -2192,8 +2195,7 @@ def announce(
         config=asdict(config),
         flops=flops,
     )
-    reasons = Counter(reason for _, reason in dogs.skipped).most_common()
-    left_out = ", ".join(f"{n} {reason}" for reason, n in reasons) or "nothing"
+    left_out = count_reasons(dogs.skipped) or "nothing"
     report.event(
         f"{len(dogs.first)} dogs of {len(dogs.breeds)} breeds in {where}; left out: {left_out}",
         skipped=dogs.skipped,
