@@ -39,7 +39,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -1679,13 +1679,11 @@ def in_batches(latents: Tensor, breeds: Tensor | None) -> Iterator[tuple[Tensor,
         yield (latents[rows],) if breeds is None else (latents[rows], breeds[rows])
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager:
     """Plain float32 convolutions by one fixed algorithm, for images that do not vary."""
-    with torch.backends.cudnn.flags(
+    return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    ):
-        yield
+    )
 
 
 def sample_images(
