@@ -1830,7 +1830,7 @@ class Report:
         if not resumed:
             self.path.unlink(missing_ok=True)
         form = "{percentage:3.0f}%|{bar}| {postfix}"
-        self.bar = tqdm(total=1.0, bar_format=form) if is_live() else None
+        self.bar = tqdm(total=1.0, bar_format=form, disable=not is_live())
         self.shown = self.logged = self.printed = -math.inf
         self.last_steps, self.last_time = 0, time.monotonic()
 
@@ -1845,7 +1845,8 @@ class Report:
     def event(self, text: str = "", **values: object) -> None:
         """Say `text`, and log it with `values` as one JSON line."""
         if text:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            tqdm.write(text)  # above the bar
+            sys.stdout.flush()
             values = {"text": text} | values
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
@@ -1862,10 +1863,9 @@ class Report:
             f" D {stats['d_loss']:.3f}, G {stats['g_loss']:.3f},"
             f" past margin {stats['past_margin']:.2f}, {max(0, left) / 60:.0f} min left"
         )
-        if self.bar is not None:
-            self.bar.n = share
-            self.bar.set_postfix_str(line)
-        elif last or now >= self.printed + 60:
+        self.bar.n = share
+        self.bar.set_postfix_str(line)
+        if self.bar.disable and (last or now >= self.printed + 60):
             print(f"{share:4.0%} {line}", flush=True)
             self.printed = now
         if last or now >= self.logged + 10:
@@ -1877,11 +1877,6 @@ class Report:
             self.logged, self.last_steps, self.last_time = now, steps, now
         self.shown = now
         return stats
-
-    def close(self) -> None:
-        """End the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def write_checkpoint(
@@ -2244,7 +2239,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
             train_within_budget(trainer, clock, report, stop, out)
         finish(trainer, report, out)
     finally:
-        report.close()
+        report.bar.close()
     return 130 if stop.stopped else 0
 
 
