@@ -1757,16 +1757,6 @@ def write_submission(path: Path, batches: Iterable[np.ndarray]) -> int:
 
 NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
 
 
 class Clock:
@@ -2207,10 +2197,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     print(f"{describe_device(device)}, {choose_precision(config.precision, device)}", flush=True)
     if options.dry_run:
         return show_plan(config, device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}): give another.") from error
+    out.mkdir(parents=True, exist_ok=True)
     if options.sample_only or options.breed:
         return sample_only(options, device)
     found = find_dogs(config.data)
@@ -2374,7 +2361,7 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     except torch.cuda.OutOfMemoryError:
         message = ""  # the attempt below must not keep the failed one alive
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno is None:  # a library's, not the system's
             raise
         message = (
             f"{error.strerror} ({error.filename or options.config.out}): make room or give another"
