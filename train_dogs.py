@@ -1912,27 +1912,24 @@ def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
     raise UserError(f"{path} is damaged, or no checkpoint of this version: give another file.")
 
 
-def first_whole(out: Path, names: Sequence[str], *parts: str) -> dict[str, object] | None:
-    """The first of the files in `out` that can be loaded; damaged ones are set aside."""
-    for path in (out / name for name in names):
-        if path.exists():
-            try:
-                return load_checkpoint(path, *parts)
-            except UserError:
-                aside = path.with_suffix(".damaged.pt")
-                os.replace(path, aside)
-                print(f"{path} is damaged: set aside as {aside.name}.", file=sys.stderr)
-    return None
+def find_checkpoint(options: Options, *parts: str) -> dict[str, object] | None:
+    """`--resume`, else the newest whole file in `--out` with one of `parts` in it, else None.
 
-
-CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
-
-
-def find_checkpoint(options: Options) -> dict[str, object] | None:
-    """The state to go on from: `--resume`, else the newest whole one in `--out`, else None."""
+    "trainer" is in checkpoints, "state_dict" in `generator.pt`. Damaged files are set aside.
+    """
     if options.resume:
-        return load_checkpoint(Path(options.resume), "trainer")
-    return None if options.fresh else first_whole(Path(options.config.out), CHECKPOINTS, "trainer")
+        return load_checkpoint(Path(options.resume), *parts)
+    names = ["checkpoint.pt", "checkpoint.previous.pt"]
+    names += ["generator.pt"] if "state_dict" in parts else []
+    for path in (Path(options.config.out, name) for name in names):
+        try:
+            if path.exists():
+                return load_checkpoint(path, *parts)
+        except UserError:
+            aside = path.with_suffix(".damaged.pt")
+            os.replace(path, aside)
+            print(f"{path} is damaged: set aside as {aside.name}.", file=sys.stderr)
+    return None
 
 
 def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterable[str]) -> None:
@@ -2201,7 +2198,8 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     if options.sample_only or options.breed:
         return sample_only(options, device)
     found = find_dogs(config.data)
-    state = find_checkpoint(options)
+    anew = options.fresh and not options.resume
+    state = None if anew else find_checkpoint(options, "trainer")
     if state:
         try:
             refuse_other_recipe(config, state["config"], state["config"])
@@ -2241,35 +2239,29 @@ SAMPLING = {"seed", "images", "average", "truncation"}  # fields that --sample-o
 
 def sample_only(options: Options, device: torch.device) -> int:
     """Write `images.zip` from a checkpoint or from `generator.pt`."""
-    out, parts = Path(options.config.out), ("trainer", "state_dict")
-    if options.resume:
-        state = load_checkpoint(Path(options.resume), *parts)
-    else:
-        state = first_whole(out, (*CHECKPOINTS, "generator.pt"), *parts)
+    out, state = Path(options.config.out), find_checkpoint(options, "trainer", "state_dict")
     if state is None:
         raise UserError(f"{out} holds no checkpoint.pt and no generator.pt: give another --out.")
     refuse_other_recipe(options.config, state["config"], options.named - SAMPLING)
     free = {n: getattr(options.config, n) for n in options.named & SAMPLING}
     saved = Config(**state["config"])
     config = replace(saved, **free, out=str(out))
-    if "state_dict" in state:
-        G, choice, breeds = Generator(**state["shape"]), state["weights"], state["breeds"]
-        G.load_state_dict(state["state_dict"])
-        G = G.to(device, memory_format=memory_layout(device)).eval()
-    else:
-        trained = state["trainer"]
-        tensors, breeds = trained["tensors"], trained["breeds"]
+    trained = state.get("trainer", state)  # both know the breeds
+    G, _ = build_networks(saved, device, len(trained["breeds"]))
+    if "trainer" in state:
+        tensors = trained["tensors"]
+        G.load_state_dict({n[2:]: t for n, t in tensors.items() if n.startswith("G.")})
         choice = weights_to_submit(config.average, trained["swa_count"], trained["averages_done"])
-        G, _ = build_networks(saved, device, len(breeds))
-        names = [n for n, _ in G.named_parameters()]
-        averages = [f"{choice}.{i}" for i in range(len(names))]
-        weights = [
-            tensors[n] for n in (averages if choice != "none" else (f"G.{n}" for n in names))
-        ]
-        G.frequency.copy_(tensors["G.frequency"])
+        weights = list(G.parameters())
+        if choice != "none":
+            weights = [tensors[f"{choice}.{i}"] for i in range(len(weights))]
         recipe = replace(saved, truncation=config.truncation)
         G = averaged_generator(G, weights, NORM_BATCHES, recipe)
-    breed = find_breed(options.breed, breeds, G.breeds > 0)
+    else:
+        choice = state["weights"]
+        G.load_state_dict(state["state_dict"])
+        G.eval()
+    breed = find_breed(options.breed, trained["breeds"], G.breeds > 0)
     submit(G, config, out, breed)
     print(f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}")
     return 0
