@@ -33,6 +33,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import timeit
 import warnings
 import zipfile
 import zlib
@@ -2012,18 +2013,15 @@ def measure_finish(trainer: Trainer) -> float:
     G = trainer.averaged_generator("none", 1)
     inputs = draw_latents(SAMPLE_BATCH, G.latent_dim, 0), draw_breeds(G, SAMPLE_BATCH, 0)
     images = next(sample_images(G, *inputs))
-    sampling, total = math.ceil(trainer.config.images / SAMPLE_BATCH), 0.0
-    for batches, work in (
-        (NORM_BATCHES, lambda: estimate_norms(G, 1, 0)),
-        (sampling, lambda: list(sample_images(G, *inputs))),
-        (sampling, lambda: list(in_threads(encode_png, images))),
-    ):
-        times = [time.monotonic()]
-        for _ in range(2):
-            work()
-            times.append(time.monotonic())
-        total += batches * min(times[1] - times[0], times[2] - times[1])
-    return total
+
+    def seconds(work: Callable) -> float:
+        return min(timeit.repeat(work, number=1, repeat=2))
+
+    norms = seconds(lambda: estimate_norms(G, 1, 0))
+    sampling = seconds(lambda: list(sample_images(G, *inputs)))
+    encoding = seconds(lambda: list(in_threads(encode_png, images)))
+    batches = math.ceil(trainer.config.images / SAMPLE_BATCH)
+    return NORM_BATCHES * norms + batches * (sampling + encoding)
 
 
 def roll_back(trainer: Trainer, report: Report, out: Path) -> bool:
