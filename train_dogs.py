@@ -1829,10 +1829,6 @@ class Report:
         """Count images per second from here."""
         self.last_steps, self.last_time = trainer.steps_done, time.monotonic()
 
-    def is_due(self) -> bool:
-        """Once a second: reading the losses waits for the device."""
-        return time.monotonic() >= self.shown + 1
-
     def event(self, text: str = "", **values: object) -> None:
         """Say `text`, and log it with `values` as one JSON line."""
         if text:
@@ -2051,7 +2047,7 @@ def train(trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out:
         averaging = trainer.steps_done % config.swa_every == 0
         if averaging:
             trainer.average(progress)
-        due = report.is_due()
+        due = time.monotonic() >= report.shown + 1  # reading the losses waits for the device
         saving = time.monotonic() >= saved + config.checkpoint_seconds
         asking = due or saving or (averaging and on_cpu)  # a GPU is waited for at log points alone
         if asking and not trainer.is_finite():
