@@ -1816,10 +1816,8 @@ def interrupts() -> Iterator[Interrupts]:
 class Report:
     """`log.jsonl`, and what a person sees: a bar on a terminal or in a notebook, else lines."""
 
-    def __init__(self, out: Path, resumed: bool) -> None:
+    def __init__(self, out: Path) -> None:
         self.path = out / "log.jsonl"
-        if not resumed:
-            self.path.unlink(missing_ok=True)
         form = "{percentage:3.0f}%|{bar}| {postfix}"
         self.bar = tqdm(total=1.0, bar_format=form, disable=not is_live())
         self.shown = self.logged = self.printed = -math.inf
@@ -2150,13 +2148,6 @@ def spoken(breed: str) -> str:
     return breed.partition("-")[2] or breed
 
 
-def start_samples(out: Path, dogs: CropSet, config: Config, fresh: bool) -> None:
-    """Draw the sheet of real crops; a fresh run clears the sheets of an earlier one."""
-    for old in (out / "samples").glob("step_*.png") if fresh else ():
-        old.unlink()
-    save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
-
-
 def announce(
     report: Report, trainer: Trainer, dogs: CropSet, where: str, state: dict[str, object] | None
 ) -> None:
@@ -2208,8 +2199,11 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     clock = Clock(config, started, state["seconds_used"] if state else 0.0)
     if state:
         trainer.load_state_dict(state["trainer"])
-    start_samples(out, dogs, config, fresh=state is None)
-    report = Report(out, resumed=state is not None)
+    else:  # nothing of an earlier run is mixed with this one's
+        for old in (out / "log.jsonl", *(out / "samples").glob("step_*.png")):
+            old.unlink(missing_ok=True)
+    save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
+    report = Report(out)
     try:
         announce(report, trainer, dogs, found.where, state)
         with whole_file(out / "config.json") as part:
