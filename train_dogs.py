@@ -302,14 +302,12 @@ def choose_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
         raise UserError(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"--device {name}: no CUDA GPU is usable here; give --device cpu, or turn the GPU on."
-        )
     device = torch.device("cuda", int(index or 0))
-    if device.index >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.index >= gpus:
         raise UserError(
-            f"--device {name}: there are {torch.cuda.device_count()} GPUs, from cuda:0."
+            f"--device {name}: {gpus} CUDA GPUs are usable here; give one of them from cuda:0 on,"
+            " or --device cpu, or turn a GPU on."
         )
     capability = torch.cuda.get_device_capability(device)
     remedy = (
@@ -335,10 +333,8 @@ def describe_device(device: torch.device) -> str:
     """One line for the log: device, capability, torch and CUDA versions."""
     if device.type == "cpu":
         return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    name, (major, minor) = (
-        torch.cuda.get_device_name(device),
-        torch.cuda.get_device_capability(device),
-    )
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
     return f"{name} (sm_{major}{minor}), torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
