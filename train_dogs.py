@@ -630,8 +630,8 @@ def decode_picture(picture: Image.Image, shrink: int = 1) -> Image.Image:
         if shrink > 1:  # a no-op for anything but a JPEG
             picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
         picture.load()
-        turn = turn_of(picture)[0]
-        picture = picture if turn is None else picture.transpose(turn)
+        for wanted, turn in zip(turns_of(picture), TURNS):
+            picture = picture.transpose(turn) if wanted else picture
         if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
             picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -648,25 +648,21 @@ def decode_photo(data: bytes) -> Image.Image:
     return decode_picture(open_picture(data))
 
 
-# EXIF orientation: how pixels are turned upright; the same for boxes (mirror x, mirror y, swap).
-TURNS = {
-    1: (None, False, False, False),
-    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False, False),
-    3: (Image.Transpose.ROTATE_180, True, True, False),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True, False),
-    5: (Image.Transpose.TRANSPOSE, False, False, True),
-    6: (Image.Transpose.ROTATE_270, False, True, True),
-    7: (Image.Transpose.TRANSVERSE, True, True, True),
-    8: (Image.Transpose.ROTATE_90, True, False, True),
-}
+TURNS = (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+)  # fmt: skip
+ORIENTATIONS = {  # of EXIF: which of the turns, one after another, make a picture upright
+    2: (True, False, False), 3: (True, True, False), 4: (False, True, False),
+    5: (False, False, True), 6: (False, True, True), 7: (True, True, True), 8: (True, False, True),
+}  # fmt: skip
 
 
-def turn_of(picture: Image.Image) -> tuple[Image.Transpose | None, bool, bool, bool]:
-    """The row of `TURNS` of a picture; damaged EXIF turns nothing."""
+def turns_of(picture: Image.Image) -> tuple[bool, bool, bool]:
+    """Whether to mirror a picture in x, in y, and to swap x and y; damaged EXIF turns nothing."""
     try:
-        return TURNS.get(picture.getexif().get(0x0112, 1), TURNS[1])
+        return ORIENTATIONS.get(picture.getexif().get(0x0112), (False, False, False))
     except DAMAGE:
-        return TURNS[1]
+        return (False, False, False)
 
 
 def upright_boxes(picture: Image.Image, stated: tuple[float, float], boxes: list[Box]) -> list[Box]:
@@ -677,7 +673,7 @@ def upright_boxes(picture: Image.Image, stated: tuple[float, float], boxes: list
     if stated != picture.size:
         return boxes
     width, height = picture.size
-    _, mirror_x, mirror_y, swap = turn_of(picture)
+    mirror_x, mirror_y, swap = turns_of(picture)
     turned = []
     for left, top, right, bottom in boxes:
         if mirror_x:
@@ -767,9 +763,8 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     """
     picture = open_picture(photo.read())
     xml = photo.read_annotation()
-    frame = picture.size
-    if turn_of(picture)[3]:
-        frame = frame[::-1]
+    *_, swap = turns_of(picture)
+    frame = picture.size[::-1] if swap else picture.size
     if xml is None:
         boxes: list[Box] = [(0, 0, *frame)]
     else:
