@@ -825,11 +825,8 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
 
 def cache_folder() -> Path:
     """Where prepared crops are kept: `$XDG_CACHE_HOME/train_dogs`; on Kaggle its scratch disk."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"], "train_dogs")
-    if Path("/kaggle").is_dir():
-        return Path("/kaggle/temp/train_dogs")
-    return Path.home() / ".cache" / "train_dogs"
+    usual = Path("/kaggle/temp") if Path("/kaggle").is_dir() else Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual, "train_dogs")
 
 
 def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
