@@ -457,21 +457,21 @@ def _zip_entries(place: Path) -> Iterator[Entry]:
     for info in archive.infolist():
         if not info.is_dir():
             path = f"{place.stem}/{info.filename.removeprefix('./')}"
-            yield Entry(path, info.file_size, stamp, lambda i=info: archive.read(i))
+            yield Entry(path, info.file_size, stamp, partial(archive.read, info))
 
 
 def _tar_entries(place: Path) -> Iterator[Entry]:
-    def read(offset: int, size: int) -> bytes:
+    def read(info: tarfile.TarInfo) -> bytes:
         with place.open("rb") as file:  # a file of its own: threads do not share a position
-            file.seek(offset)
-            return file.read(size)
+            file.seek(info.offset_data)
+            return file.read(info.size)
 
     stamp = place.stat().st_mtime_ns
     with tarfile.open(place, "r:") as archive:
         for info in archive:
             if info.isreg():
                 path = f"{place.stem}/{info.name.removeprefix('./')}"
-                yield Entry(path, info.size, stamp, partial(read, info.offset_data, info.size))
+                yield Entry(path, info.size, stamp, partial(read, info))
 
 
 def places_below(folder: Path, levels: int) -> list[Path]:
