@@ -1592,11 +1592,8 @@ def draw_latents(count: int, latent_dim: int, seed: int, truncation: float = 0.0
     `truncation` t > 0: normal given |z| <= t, by the inverse of its distribution function.
     """
     generator = torch.Generator().manual_seed(seed)
-    blocks = [
-        torch.randn(SAMPLE_BATCH, latent_dim, generator=generator)
-        for _ in range(math.ceil(count / SAMPLE_BATCH))
-    ]
-    z = torch.cat(blocks)[:count]
+    shape, batches = (SAMPLE_BATCH, latent_dim), math.ceil(count / SAMPLE_BATCH)
+    z = torch.cat([torch.randn(shape, generator=generator) for _ in range(batches)])[:count]
     if truncation:
         least = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
         share = least + torch.special.ndtr(z.double()) * (1 - 2 * least)
@@ -1623,11 +1620,12 @@ def draw_inputs(G: Generator, config: Config, count: int) -> tuple[Tensor, Tenso
     return latents, draw_breeds(G, count, config.seed)
 
 
+STREAMS = ("training", "submission", "norms", "sheet", "reals", "breeds")
+
+
 def stream(seed: int, name: str) -> int:
     """A seed for one use of randomness, far from those of the others."""
-    return seed + (
-        ("training", "submission", "norms", "sheet", "reals", "breeds").index(name) << 32
-    )
+    return seed + (STREAMS.index(name) << 32)
 
 
 def averaged_generator(
