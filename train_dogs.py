@@ -2134,17 +2134,14 @@ def spoken(breed: str) -> str:
     return breed.partition("-")[2] or breed
 
 
-def announce(
-    report: Report, trainer: Trainer, dogs: CropSet, where: str, state: dict[str, object] | None
-) -> None:
+def announce(report: Report, trainer: Trainer, where: str, state: dict[str, object] | None) -> None:
     """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
-    config = trainer.config
-    flops = flops_per_image(config)
+    dogs = trainer.dogs
     report.event(
         device=describe_device(trainer.device),
         precision=trainer.precision,
-        config=asdict(config),
-        flops=flops,
+        config=asdict(trainer.config),
+        flops=flops_per_image(trainer.config),
     )
     left_out = count_reasons(dogs.skipped) or "nothing"
     report.event(
@@ -2191,7 +2188,7 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
     report = Report(out)
     try:
-        announce(report, trainer, dogs, found.where, state)
+        announce(report, trainer, found.where, state)
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(asdict(config), indent=2))
         if not (state and state["finished"]) or asks_for_more(config, state["config"]):
