@@ -2241,10 +2241,10 @@ def sample_only(options: Options, device: torch.device) -> int:
 def show_plan(config: Config, device: torch.device) -> int:
     """`--dry-run`: print what would be done, at what cost, and train nothing that is kept."""
     found = find_dogs(config.data)
-    breeds = len({photo.breed for photo in found.photos})
-    print(f"{len(found.photos)} photos of {breeds} breeds in {found.where}")
+    breeds = sorted({photo.breed for photo in found.photos})
+    print(f"{len(found.photos)} photos of {len(breeds)} breeds in {found.where}")
     print(json.dumps(asdict(config), indent=2))
-    trainer = Trainer(config, random_crops(256), device)
+    trainer = Trainer(config, random_crops(256, breeds), device)
     for name, network in (("G", trainer.G), ("D", trainer.D)):
         print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
     flops = flops_per_image(config)
@@ -2262,16 +2262,15 @@ def show_plan(config: Config, device: torch.device) -> int:
     return 0
 
 
-def random_crops(count: int) -> CropSet:
+def random_crops(count: int, breeds: Sequence[str] = ("noise",)) -> CropSet:
     """Noise in the place of dogs, for measuring time and memory."""
-    ones = torch.ones((count, 1), dtype=torch.int64)
     return CropSet(
         crops=torch.randint(256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8),
         first=torch.arange(count)[:, None],
-        count=ones,
+        count=torch.ones((count, 1), dtype=torch.int64),
         weights=torch.ones(1),
-        breed=ones[:, 0],
-        breeds=["noise"],
+        breed=torch.arange(count) % len(breeds),
+        breeds=list(breeds),
         skipped=[],
         key="noise",
     )
