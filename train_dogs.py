@@ -34,7 +34,6 @@ import tempfile
 import threading
 import time
 import timeit
-import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -1881,14 +1880,14 @@ def keep_checkpoint(new: Path) -> None:
 def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
     """A checkpoint or `generator.pt` with one of `parts` in it. Raises `UserError` without."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own about strange files; ours follows
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None  # torch itself does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True) if whole else None
         if isinstance(state, dict) and state.get("format") == 1 and {*parts} & {*state}:
             return state
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
+    except (*DAMAGE, pickle.UnpicklingError):
         pass
     raise UserError(f"{path} is damaged, or no checkpoint of this version: give another file.")
 
