@@ -345,7 +345,7 @@ class BadItem(Exception):
 
 
 LARGEST_FILE = 64 << 20  # bytes; an archive member that claims more is a mistake or an attack
-DAMAGE = (  # what zipfile and Pillow raise for damaged files
+DAMAGE = (  # what zipfile, Pillow and torch raise for damaged files
     OSError, RuntimeError, ValueError, SyntaxError, TypeError, EOFError, LookupError,
     ArithmeticError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
 )  # fmt: skip
