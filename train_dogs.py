@@ -33,13 +33,13 @@ import tarfile
 import tempfile
 import threading
 import time
-import warnings
+import timeit
 import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -301,14 +301,12 @@ def choose_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind != "cuda" or (index and not index.isdigit()):
         raise UserError(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
-    if not torch.cuda.is_available():
-        raise UserError(
-            f"--device {name}: no CUDA GPU is usable here; give --device cpu, or turn the GPU on."
-        )
     device = torch.device("cuda", int(index or 0))
-    if device.index >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.index >= gpus:
         raise UserError(
-            f"--device {name}: there are {torch.cuda.device_count()} GPUs, from cuda:0."
+            f"--device {name}: {gpus} CUDA GPUs are usable here; give one of them from cuda:0 on,"
+            " or --device cpu, or turn a GPU on."
         )
     capability = torch.cuda.get_device_capability(device)
     remedy = (
@@ -334,10 +332,8 @@ def describe_device(device: torch.device) -> str:
     """One line for the log: device, capability, torch and CUDA versions."""
     if device.type == "cpu":
         return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    name, (major, minor) = (
-        torch.cuda.get_device_name(device),
-        torch.cuda.get_device_capability(device),
-    )
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
     return f"{name} (sm_{major}{minor}), torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
@@ -348,13 +344,29 @@ class BadItem(Exception):
     """A picture, annotation or box that is left out; the text is the reason it is counted under."""
 
 
+LARGEST_FILE = 64 << 20  # bytes; an archive member that claims more is a mistake or an attack
+DAMAGE = (  # what zipfile, Pillow and torch raise for damaged files
+    OSError, RuntimeError, ValueError, SyntaxError, TypeError, EOFError, LookupError,
+    ArithmeticError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
 class Entry(NamedTuple):
     """A file in a folder or an archive."""
 
     path: str  # below its root, with forward slashes
     size: int  # bytes
     stamp: int  # modification time in ns, or the archive's
-    read: Callable[[], bytes]
+    load: Callable[[], bytes]
+
+    def read(self) -> bytes:
+        """Its bytes. Raises `BadItem` where it is too large or damaged."""
+        if self.size > LARGEST_FILE:
+            raise BadItem("file larger than 64 MB")
+        try:
+            return self.load()
+        except DAMAGE as error:
+            raise BadItem("unreadable file") from error
 
 
 @dataclass(frozen=True)
@@ -368,11 +380,11 @@ class Photo:
 
     def read(self) -> bytes:
         """The encoded picture. Raises `BadItem`."""
-        return read_entry(self.picture)
+        return self.picture.read()
 
     def read_annotation(self) -> bytes | None:
         """The annotation's XML, or None in a set without annotations. Raises `BadItem`."""
-        return None if self.annotation is None else read_entry(self.annotation)
+        return None if self.annotation is None else self.annotation.read()
 
 
 @dataclass(frozen=True)
@@ -386,7 +398,6 @@ class DogSet:
 
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-LARGEST_FILE = 64 << 20  # bytes; an archive member that claims more is a mistake or an attack
 PICTURE_PLACES = (  # where a set keeps its pictures: the official layout, and Kaggle's since 2019
     "Images", "images/Images", "all-dogs/all-dogs", "all-dogs", "all-dogs.zip", "images.tar",
 )  # fmt: skip
@@ -396,37 +407,18 @@ ANNOTATION_PLACES = (
 )  # fmt: skip
 
 
-def read_entry(entry: Entry) -> bytes:
-    """The bytes of an entry. Raises `BadItem` where it is too large or cannot be read."""
-    if entry.size > LARGEST_FILE:
-        raise BadItem("file larger than 64 MB")
-    try:
-        return entry.read()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        zlib.error,
-        lzma.LZMAError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise BadItem("unreadable file") from error
-
-
 def list_files(place: Path) -> list[Entry]:
     """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked."""
-    reader = _folder_entries if place.is_dir() else _tar_entries
     try:
-        if place.is_file() and zipfile.is_zipfile(place):
-            reader = _zip_entries
-        return sorted((e for e in reader(place) if is_shown(e.path)), key=lambda e: e.path)
-    except FileNotFoundError as error:
-        raise UserError(f"{place} does not exist: give the folder or archive of dogs.") from error
-    except PermissionError as error:
-        raise UserError(f"{error.filename} may not be read: give yourself permission.") from error
+        if place.is_dir():
+            entries = _folder_entries(place)
+        else:
+            entries = _zip_entries(place) if zipfile.is_zipfile(place) else _tar_entries(place)
+        return sorted((e for e in entries if is_shown(e.path)), key=lambda e: e.path)
     except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"{place} is damaged, or no zip and no uncompressed tar.") from error
+        raise UserError(
+            f"{place} cannot be read as a folder, zip or uncompressed tar ({error}): give another."
+        ) from error
 
 
 def is_shown(path: str) -> bool:
@@ -464,24 +456,21 @@ def _zip_entries(place: Path) -> Iterator[Entry]:
     for info in archive.infolist():
         if not info.is_dir():
             path = f"{place.stem}/{info.filename.removeprefix('./')}"
-            yield Entry(path, info.file_size, stamp, lambda i=info: archive.read(i))
+            yield Entry(path, info.file_size, stamp, partial(archive.read, info))
 
 
 def _tar_entries(place: Path) -> Iterator[Entry]:
-    def read(offset: int, size: int) -> bytes:
+    def read(info: tarfile.TarInfo) -> bytes:
         with place.open("rb") as file:  # a file of its own: threads do not share a position
-            file.seek(offset)
-            data = file.read(size)
-        if len(data) != size:
-            raise EOFError
-        return data
+            file.seek(info.offset_data)
+            return file.read(info.size)
 
     stamp = place.stat().st_mtime_ns
     with tarfile.open(place, "r:") as archive:
         for info in archive:
             if info.isreg():
                 path = f"{place.stem}/{info.name.removeprefix('./')}"
-                yield Entry(path, info.size, stamp, partial(read, info.offset_data, info.size))
+                yield Entry(path, info.size, stamp, partial(read, info))
 
 
 def places_below(folder: Path, levels: int) -> list[Path]:
@@ -569,10 +558,6 @@ def match_photos(
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 80_000_000  # pixels; Pillow warns from 89 million on
-DAMAGE = (  # what Pillow raises for damaged pictures
-    OSError, ValueError, SyntaxError, TypeError, EOFError, LookupError, ArithmeticError,
-    struct.error,
-)  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -581,11 +566,11 @@ class _NoDoctype(ElementTree.TreeBuilder):
         raise BadItem("annotation with a DOCTYPE")  # the way in for entity bombs
 
 
-def parse_annotation(xml: bytes) -> tuple[tuple[int, int], list[Box]]:
-    """The picture's size as the annotation states it, (0, 0) if it does not, and its boxes.
+def parse_annotation(xml: bytes) -> tuple[tuple[float, float], list[Box]]:
+    """The picture's width and height as the annotation states them, and its boxes.
 
-    Raises `BadItem` for XML that is broken, hostile, or has no box. A corner that is no number is
-    kept as nan, for `clip_box` to refuse.
+    Raises `BadItem` for XML that is broken, hostile, or has no box. What is no number is kept as
+    nan: such a size equals no picture's, such a box `clip_box` refuses.
     """
     try:
         root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=_NoDoctype()))
@@ -602,10 +587,7 @@ def parse_annotation(xml: bytes) -> tuple[tuple[int, int], list[Box]]:
     boxes = [tuple(number(box, corner) for corner in corners) for box in root.iter("bndbox")]
     if not boxes:
         raise BadItem("annotation without boxes")
-    size = root.find("size")
-    width, height = (0.0, 0.0) if size is None else (number(size, "width"), number(size, "height"))
-    stated = tuple(int(n) if 0 < n < math.inf else 0 for n in (width, height))
-    return stated, boxes
+    return (number(root, "size/width"), number(root, "size/height")), boxes
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:
@@ -647,8 +629,8 @@ def decode_picture(picture: Image.Image, shrink: int = 1) -> Image.Image:
         if shrink > 1:  # a no-op for anything but a JPEG
             picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
         picture.load()
-        turn = turn_of(picture)[0]
-        picture = picture if turn is None else picture.transpose(turn)
+        for wanted, turn in zip(turns_of(picture), TURNS):
+            picture = picture.transpose(turn) if wanted else picture
         if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
             picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -665,36 +647,32 @@ def decode_photo(data: bytes) -> Image.Image:
     return decode_picture(open_picture(data))
 
 
-# EXIF orientation: how pixels are turned upright; the same for boxes (mirror x, mirror y, swap).
-TURNS = {
-    1: (None, False, False, False),
-    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False, False),
-    3: (Image.Transpose.ROTATE_180, True, True, False),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True, False),
-    5: (Image.Transpose.TRANSPOSE, False, False, True),
-    6: (Image.Transpose.ROTATE_270, False, True, True),
-    7: (Image.Transpose.TRANSVERSE, True, True, True),
-    8: (Image.Transpose.ROTATE_90, True, False, True),
-}
+TURNS = (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+)  # fmt: skip
+ORIENTATIONS = {  # of EXIF: which of the turns, one after another, make a picture upright
+    2: (True, False, False), 3: (True, True, False), 4: (False, True, False),
+    5: (False, False, True), 6: (False, True, True), 7: (True, True, True), 8: (True, False, True),
+}  # fmt: skip
 
 
-def turn_of(picture: Image.Image) -> tuple[Image.Transpose | None, bool, bool, bool]:
-    """The row of `TURNS` of a picture; damaged EXIF turns nothing."""
+def turns_of(picture: Image.Image) -> tuple[bool, bool, bool]:
+    """Whether to mirror a picture in x, in y, and to swap x and y; damaged EXIF turns nothing."""
     try:
-        return TURNS.get(picture.getexif().get(0x0112, 1), TURNS[1])
+        return ORIENTATIONS.get(picture.getexif().get(0x0112), (False, False, False))
     except DAMAGE:
-        return TURNS[1]
+        return (False, False, False)
 
 
-def upright_boxes(picture: Image.Image, stated: tuple[int, int], boxes: list[Box]) -> list[Box]:
+def upright_boxes(picture: Image.Image, stated: tuple[float, float], boxes: list[Box]) -> list[Box]:
     """Boxes in the upright picture, turned where the annotation states the size as it is stored.
 
     Boxes of Stanford Dogs were drawn in browsers that showed pictures as they are stored.
     """
-    width, height = picture.size
-    _, mirror_x, mirror_y, swap = turn_of(picture)
-    if stated != (width, height):
+    if stated != picture.size:
         return boxes
+    width, height = picture.size
+    mirror_x, mirror_y, swap = turns_of(picture)
     turned = []
     for left, top, right, bottom in boxes:
         if mirror_x:
@@ -784,9 +762,8 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     """
     picture = open_picture(photo.read())
     xml = photo.read_annotation()
-    frame = picture.size
-    if turn_of(picture)[3]:
-        frame = frame[::-1]
+    *_, swap = turns_of(picture)
+    frame = picture.size[::-1] if swap else picture.size
     if xml is None:
         boxes: list[Box] = [(0, 0, *frame)]
     else:
@@ -847,11 +824,8 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
 
 def cache_folder() -> Path:
     """Where prepared crops are kept: `$XDG_CACHE_HOME/train_dogs`; on Kaggle its scratch disk."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"], "train_dogs")
-    if Path("/kaggle").is_dir():
-        return Path("/kaggle/temp/train_dogs")
-    return Path.home() / ".cache" / "train_dogs"
+    usual = Path("/kaggle/temp") if Path("/kaggle").is_dir() else Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual, "train_dogs")
 
 
 def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
@@ -917,7 +891,7 @@ def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
         except BadItem as bad:
             return [], [str(bad)]
 
-    first, count, breed, skipped, views = [], [], [], list(dogs.skipped), 0
+    count, breed, skipped = [], [], list(dogs.skipped)
     breeds = sorted({p.breed for p in dogs.photos})
     bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
     with open(folder / "crops.bin", "wb") as file:
@@ -925,37 +899,40 @@ def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
         for (found, reasons), photo in zip(results, dogs.photos):
             skipped += [(photo.name, reason) for reason in reasons]
             for dog in found:
-                first.append([])
-                count.append([len(kind_views) for kind_views in dog])
+                count.append([len(views) for views in dog])
                 breed.append(breeds.index(photo.breed))
-                for kind_views in dog:
-                    first[-1].append(views)
-                    views += len(kind_views)
-                    file.write(kind_views.tobytes())
-    reasons = ", ".join(f"{n} {r}" for r, n in Counter(r for _, r in skipped).most_common())
-    if len(skipped) > 0.05 * (len(skipped) + len(first)):
+                file.write(np.concatenate(dog).tobytes())
+    items = len(skipped) + len(count)
+    if len(skipped) > 0.05 * items:
         raise UserError(
-            f"{len(skipped)} of {len(skipped) + len(first)} items in {dogs.where} are bad"
-            f" ({reasons}): repair the set or give another --data; at most 5 % may be."
+            f"{len(skipped)} of {items} items in {dogs.where} are bad ({count_reasons(skipped)}):"
+            " repair the set or give another --data; at most 5 % may be."
         )
-    if len(first) < 16:
-        raise UserError(f"{dogs.where} holds {len(first)} dogs: at least 16 are needed to train.")
-    table = {"views": views, "first": first, "count": count, "breed": breed, "breeds": breeds}
-    (folder / "index.json").write_text(json.dumps(table | {"skipped": skipped}))
+    if len(count) < 16:
+        raise UserError(f"{dogs.where} holds {len(count)} dogs: at least 16 are needed to train.")
+    table = {"count": count, "breed": breed, "breeds": breeds, "skipped": skipped}
+    (folder / "index.json").write_text(json.dumps(table))
+
+
+def count_reasons(skipped: list[tuple[str, str]]) -> str:
+    """How many were left out for which reason, as in "2 empty file, 1 reversed box"."""
+    reasons = Counter(reason for _, reason in skipped).most_common()
+    return ", ".join(f"{n} {reason}" for reason, n in reasons)
 
 
 def load_crops(folder: Path, weights: dict[str, float], key: str) -> CropSet | None:
     """A prepared crop set, its pixels mapped from disk; None where there is no whole one."""
     try:
         table = json.loads((folder / "index.json").read_text())
-        shape = (table["views"], IMAGE_SIZE, IMAGE_SIZE, 3)
+        count = torch.tensor(table["count"])
+        shape = (int(count.sum()), IMAGE_SIZE, IMAGE_SIZE, 3)
         if (folder / "crops.bin").stat().st_size != math.prod(shape):
             return None
         pixels = np.memmap(folder / "crops.bin", np.uint8, "c", shape=shape)
         return CropSet(
             crops=torch.from_numpy(pixels),
-            first=torch.tensor(table["first"]),
-            count=torch.tensor(table["count"]),
+            first=count.flatten().cumsum(0).view_as(count) - count,
+            count=count,
             weights=torch.tensor([weights[kind] for kind in sorted(weights)]),
             breed=torch.tensor(table["breed"]),
             breeds=table["breeds"],
@@ -1617,11 +1594,8 @@ def draw_latents(count: int, latent_dim: int, seed: int, truncation: float = 0.0
     `truncation` t > 0: normal given |z| <= t, by the inverse of its distribution function.
     """
     generator = torch.Generator().manual_seed(seed)
-    blocks = [
-        torch.randn(SAMPLE_BATCH, latent_dim, generator=generator)
-        for _ in range(math.ceil(count / SAMPLE_BATCH))
-    ]
-    z = torch.cat(blocks)[:count]
+    shape, batches = (SAMPLE_BATCH, latent_dim), math.ceil(count / SAMPLE_BATCH)
+    z = torch.cat([torch.randn(shape, generator=generator) for _ in range(batches)])[:count]
     if truncation:
         least = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
         share = least + torch.special.ndtr(z.double()) * (1 - 2 * least)
@@ -1648,11 +1622,12 @@ def draw_inputs(G: Generator, config: Config, count: int) -> tuple[Tensor, Tenso
     return latents, draw_breeds(G, count, config.seed)
 
 
+STREAMS = ("training", "submission", "norms", "sheet", "reals", "breeds")
+
+
 def stream(seed: int, name: str) -> int:
     """A seed for one use of randomness, far from those of the others."""
-    return seed + (
-        ("training", "submission", "norms", "sheet", "reals", "breeds").index(name) << 32
-    )
+    return seed + (STREAMS.index(name) << 32)
 
 
 def averaged_generator(
@@ -1693,13 +1668,11 @@ def in_batches(latents: Tensor, breeds: Tensor | None) -> Iterator[tuple[Tensor,
         yield (latents[rows],) if breeds is None else (latents[rows], breeds[rows])
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager:
     """Plain float32 convolutions by one fixed algorithm, for images that do not vary."""
-    with torch.backends.cudnn.flags(
+    return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    ):
-        yield
+    )
 
 
 def sample_images(
@@ -1773,16 +1746,6 @@ def write_submission(path: Path, batches: Iterable[np.ndarray]) -> int:
 
 NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
 
 
 class Clock:
@@ -1841,12 +1804,10 @@ def interrupts() -> Iterator[Interrupts]:
 class Report:
     """`log.jsonl`, and what a person sees: a bar on a terminal or in a notebook, else lines."""
 
-    def __init__(self, out: Path, resumed: bool) -> None:
+    def __init__(self, out: Path) -> None:
         self.path = out / "log.jsonl"
-        if not resumed:
-            self.path.unlink(missing_ok=True)
         form = "{percentage:3.0f}%|{bar}| {postfix}"
-        self.bar = tqdm(total=1.0, bar_format=form) if is_live() else None
+        self.bar = tqdm(total=1.0, bar_format=form, disable=not is_live())
         self.shown = self.logged = self.printed = -math.inf
         self.last_steps, self.last_time = 0, time.monotonic()
 
@@ -1854,14 +1815,11 @@ class Report:
         """Count images per second from here."""
         self.last_steps, self.last_time = trainer.steps_done, time.monotonic()
 
-    def is_due(self) -> bool:
-        """Once a second: reading the losses waits for the device."""
-        return time.monotonic() >= self.shown + 1
-
     def event(self, text: str = "", **values: object) -> None:
         """Say `text`, and log it with `values` as one JSON line."""
         if text:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            tqdm.write(text)  # above the bar
+            sys.stdout.flush()
             values = {"text": text} | values
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
@@ -1878,10 +1836,9 @@ class Report:
             f" D {stats['d_loss']:.3f}, G {stats['g_loss']:.3f},"
             f" past margin {stats['past_margin']:.2f}, {max(0, left) / 60:.0f} min left"
         )
-        if self.bar is not None:
-            self.bar.n = share
-            self.bar.set_postfix_str(line)
-        elif last or now >= self.printed + 60:
+        self.bar.n = share
+        self.bar.set_postfix_str(line)
+        if self.bar.disable and (last or now >= self.printed + 60):
             print(f"{share:4.0%} {line}", flush=True)
             self.printed = now
         if last or now >= self.logged + 10:
@@ -1893,11 +1850,6 @@ class Report:
             self.logged, self.last_steps, self.last_time = now, steps, now
         self.shown = now
         return stats
-
-    def close(self) -> None:
-        """End the bar."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def write_checkpoint(
@@ -1931,39 +1883,36 @@ def keep_checkpoint(new: Path) -> None:
 def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
     """A checkpoint or `generator.pt` with one of `parts` in it. Raises `UserError` without."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own about strange files; ours follows
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None  # torch itself does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True) if whole else None
         if isinstance(state, dict) and state.get("format") == 1 and {*parts} & {*state}:
             return state
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
+    except (*DAMAGE, pickle.UnpicklingError):
         pass
     raise UserError(f"{path} is damaged, or no checkpoint of this version: give another file.")
 
 
-def first_whole(out: Path, names: Sequence[str], *parts: str) -> dict[str, object] | None:
-    """The first of the files in `out` that can be loaded; damaged ones are set aside."""
-    for path in (out / name for name in names):
-        if path.exists():
-            try:
-                return load_checkpoint(path, *parts)
-            except UserError:
-                aside = path.with_suffix(".damaged.pt")
-                os.replace(path, aside)
-                print(f"{path} is damaged: set aside as {aside.name}.", file=sys.stderr)
-    return None
+def find_checkpoint(options: Options, *parts: str) -> dict[str, object] | None:
+    """`--resume`, else the newest whole file in `--out` with one of `parts` in it, else None.
 
-
-CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
-
-
-def find_checkpoint(options: Options) -> dict[str, object] | None:
-    """The state to go on from: `--resume`, else the newest whole one in `--out`, else None."""
+    "trainer" is in checkpoints, "state_dict" in `generator.pt`. Damaged files are set aside.
+    """
     if options.resume:
-        return load_checkpoint(Path(options.resume), "trainer")
-    return None if options.fresh else first_whole(Path(options.config.out), CHECKPOINTS, "trainer")
+        return load_checkpoint(Path(options.resume), *parts)
+    names = ["checkpoint.pt", "checkpoint.previous.pt"]
+    names += ["generator.pt"] if "state_dict" in parts else []
+    for path in (Path(options.config.out, name) for name in names):
+        try:
+            if path.exists():
+                return load_checkpoint(path, *parts)
+        except UserError:
+            aside = path.with_suffix(".damaged.pt")
+            os.replace(path, aside)
+            print(f"{path} is damaged: set aside as {aside.name}.", file=sys.stderr)
+    return None
 
 
 def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterable[str]) -> None:
@@ -2046,18 +1995,15 @@ def measure_finish(trainer: Trainer) -> float:
     G = trainer.averaged_generator("none", 1)
     inputs = draw_latents(SAMPLE_BATCH, G.latent_dim, 0), draw_breeds(G, SAMPLE_BATCH, 0)
     images = next(sample_images(G, *inputs))
-    sampling, total = math.ceil(trainer.config.images / SAMPLE_BATCH), 0.0
-    for batches, work in (
-        (NORM_BATCHES, lambda: estimate_norms(G, 1, 0)),
-        (sampling, lambda: list(sample_images(G, *inputs))),
-        (sampling, lambda: list(in_threads(encode_png, images))),
-    ):
-        times = [time.monotonic()]
-        for _ in range(2):
-            work()
-            times.append(time.monotonic())
-        total += batches * min(times[1] - times[0], times[2] - times[1])
-    return total
+
+    def seconds(work: Callable) -> float:
+        return min(timeit.repeat(work, number=1, repeat=2))
+
+    norms = seconds(lambda: estimate_norms(G, 1, 0))
+    sampling = seconds(lambda: list(sample_images(G, *inputs)))
+    encoding = seconds(lambda: list(in_threads(encode_png, images)))
+    batches = math.ceil(trainer.config.images / SAMPLE_BATCH)
+    return NORM_BATCHES * norms + batches * (sampling + encoding)
 
 
 def roll_back(trainer: Trainer, report: Report, out: Path) -> bool:
@@ -2087,7 +2033,7 @@ def train(trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out:
         averaging = trainer.steps_done % config.swa_every == 0
         if averaging:
             trainer.average(progress)
-        due = report.is_due()
+        due = time.monotonic() >= report.shown + 1  # reading the losses waits for the device
         saving = time.monotonic() >= saved + config.checkpoint_seconds
         asking = due or saving or (averaging and on_cpu)  # a GPU is waited for at log points alone
         if asking and not trainer.is_finite():
@@ -2190,27 +2136,16 @@ def spoken(breed: str) -> str:
     return breed.partition("-")[2] or breed
 
 
-def start_samples(out: Path, dogs: CropSet, config: Config, fresh: bool) -> None:
-    """Draw the sheet of real crops; a fresh run clears the sheets of an earlier one."""
-    for old in (out / "samples").glob("step_*.png") if fresh else ():
-        old.unlink()
-    save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
-
-
-def announce(
-    report: Report, trainer: Trainer, dogs: CropSet, where: str, state: dict[str, object] | None
-) -> None:
+def announce(report: Report, trainer: Trainer, where: str, state: dict[str, object] | None) -> None:
     """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
-    config = trainer.config
-    flops = flops_per_image(config)
+    dogs = trainer.dogs
     report.event(
         device=describe_device(trainer.device),
         precision=trainer.precision,
-        config=asdict(config),
-        flops=flops,
+        config=asdict(trainer.config),
+        flops=flops_per_image(trainer.config),
     )
-    reasons = Counter(reason for _, reason in dogs.skipped).most_common()
-    left_out = ", ".join(f"{n} {reason}" for reason, n in reasons) or "nothing"
+    left_out = count_reasons(dogs.skipped) or "nothing"
     report.event(
         f"{len(dogs.first)} dogs of {len(dogs.breeds)} breeds in {where}; left out: {left_out}",
         skipped=dogs.skipped,
@@ -2229,14 +2164,12 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     print(f"{describe_device(device)}, {choose_precision(config.precision, device)}", flush=True)
     if options.dry_run:
         return show_plan(config, device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made ({error.strerror}): give another.") from error
+    out.mkdir(parents=True, exist_ok=True)
     if options.sample_only or options.breed:
         return sample_only(options, device)
     found = find_dogs(config.data)
-    state = find_checkpoint(options)
+    anew = options.fresh and not options.resume
+    state = None if anew else find_checkpoint(options, "trainer")
     if state:
         try:
             refuse_other_recipe(config, state["config"], state["config"])
@@ -2251,17 +2184,20 @@ def run(options: Options, started: float, stop: Interrupts) -> int:
     clock = Clock(config, started, state["seconds_used"] if state else 0.0)
     if state:
         trainer.load_state_dict(state["trainer"])
-    start_samples(out, dogs, config, fresh=state is None)
-    report = Report(out, resumed=state is not None)
+    else:  # nothing of an earlier run is mixed with this one's
+        for old in (out / "log.jsonl", *(out / "samples").glob("step_*.png")):
+            old.unlink(missing_ok=True)
+    save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
+    report = Report(out)
     try:
-        announce(report, trainer, dogs, found.where, state)
+        announce(report, trainer, found.where, state)
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(asdict(config), indent=2))
         if not (state and state["finished"]) or asks_for_more(config, state["config"]):
             train_within_budget(trainer, clock, report, stop, out)
         finish(trainer, report, out)
     finally:
-        report.close()
+        report.bar.close()
     return 130 if stop.stopped else 0
 
 
@@ -2276,35 +2212,29 @@ SAMPLING = {"seed", "images", "average", "truncation"}  # fields that --sample-o
 
 def sample_only(options: Options, device: torch.device) -> int:
     """Write `images.zip` from a checkpoint or from `generator.pt`."""
-    out, parts = Path(options.config.out), ("trainer", "state_dict")
-    if options.resume:
-        state = load_checkpoint(Path(options.resume), *parts)
-    else:
-        state = first_whole(out, (*CHECKPOINTS, "generator.pt"), *parts)
+    out, state = Path(options.config.out), find_checkpoint(options, "trainer", "state_dict")
     if state is None:
         raise UserError(f"{out} holds no checkpoint.pt and no generator.pt: give another --out.")
     refuse_other_recipe(options.config, state["config"], options.named - SAMPLING)
     free = {n: getattr(options.config, n) for n in options.named & SAMPLING}
     saved = Config(**state["config"])
     config = replace(saved, **free, out=str(out))
-    if "state_dict" in state:
-        G, choice, breeds = Generator(**state["shape"]), state["weights"], state["breeds"]
-        G.load_state_dict(state["state_dict"])
-        G = G.to(device, memory_format=memory_layout(device)).eval()
-    else:
-        trained = state["trainer"]
-        tensors, breeds = trained["tensors"], trained["breeds"]
+    trained = state.get("trainer", state)  # both know the breeds
+    G, _ = build_networks(saved, device, len(trained["breeds"]))
+    if "trainer" in state:
+        tensors = trained["tensors"]
+        G.load_state_dict({n[2:]: t for n, t in tensors.items() if n.startswith("G.")})
         choice = weights_to_submit(config.average, trained["swa_count"], trained["averages_done"])
-        G, _ = build_networks(saved, device, len(breeds))
-        names = [n for n, _ in G.named_parameters()]
-        averages = [f"{choice}.{i}" for i in range(len(names))]
-        weights = [
-            tensors[n] for n in (averages if choice != "none" else (f"G.{n}" for n in names))
-        ]
-        G.frequency.copy_(tensors["G.frequency"])
+        weights = list(G.parameters())
+        if choice != "none":
+            weights = [tensors[f"{choice}.{i}"] for i in range(len(weights))]
         recipe = replace(saved, truncation=config.truncation)
         G = averaged_generator(G, weights, NORM_BATCHES, recipe)
-    breed = find_breed(options.breed, breeds, G.breeds > 0)
+    else:
+        choice = state["weights"]
+        G.load_state_dict(state["state_dict"])
+        G.eval()
+    breed = find_breed(options.breed, trained["breeds"], G.breeds > 0)
     submit(G, config, out, breed)
     print(f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}")
     return 0
@@ -2336,11 +2266,10 @@ def show_plan(config: Config, device: torch.device) -> int:
 
 def random_crops(count: int, breeds: int = 120) -> CropSet:
     """Noise in the place of dogs of so many breeds, for measuring time and memory."""
-    ones = torch.ones((count, 1), dtype=torch.int64)
     return CropSet(
         crops=torch.randint(256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8),
         first=torch.arange(count)[:, None],
-        count=ones,
+        count=torch.ones((count, 1), dtype=torch.int64),
         weights=torch.ones(1),
         breed=torch.arange(count) % breeds,
         breeds=["noise"] * breeds,
@@ -2396,7 +2325,7 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     except torch.cuda.OutOfMemoryError:
         message = ""  # the attempt below must not keep the failed one alive
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno is None:  # a library's, not the system's
             raise
         message = (
             f"{error.strerror} ({error.filename or options.config.out}): make room or give another"

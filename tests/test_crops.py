@@ -516,7 +516,7 @@ def spoil(cache: Path, how: str) -> None:
         index.write_text(how)
     elif how == "index of other shape":
         table = json.loads(index.read_text())
-        table["first"][0] = [1, 2, 3]
+        table["count"][0] = [1, 2, 3]
         index.write_text(json.dumps(table))
 
 

@@ -288,6 +288,15 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     assert re.findall(r"^P100-hours: (.*)$", text, re.MULTILINE) == [f"{hours:.2f}"]
 
 
+def test_a_dry_run_of_a_conditional_recipe_counts_the_breeds_of_the_data(tmp_path, capsys):
+    words = ["--data", SAMPLE, "--out", tmp_path / "out", "--width", 1, "--latent-dim", 16]
+    words += ["--images", 64, "--device", "cpu", "--condition", "breed", "--dry-run"]
+    assert main([*map(str, words)]) == 0
+    text = capsys.readouterr().out.replace(",", "")
+    for network in (Generator(16, 1, breeds=6), train_dogs.Discriminator(1, breeds=6)):
+        assert f"{sum(p.numel() for p in network.parameters())} parameters" in text
+
+
 def test_a_dry_run_without_dogs_is_refused(tmp_path, capsys):
     words = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--width", "1"]
     assert main([*words, "--dry-run"]) == 2
