@@ -320,7 +320,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("changes", nargs="*", default=["base"], help="names or field=value,…")
     parser.add_argument("--data", type=Path, help="Stanford Dogs, as for train_dogs.py")
-    parser.add_argument("--out", type=Path, default=Path("ablation"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("output/ablation"), help="folder of the runs")
     parser.add_argument("--preset", default="dogs", choices=list(train_dogs.PRESETS))
     parser.add_argument("--base", type=fields_of, default={}, help="field=value,… for all runs")
     parser.add_argument("--hours", type=float, default=0.85, help="P100-hours of each run")
@@ -347,7 +347,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table:
         print(show_tables(args.out))
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = True
     device = train_dogs.choose_device(args.device)
     about = {
@@ -361,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dogs.prepared(Run(args, change, 0).config.crops)
         train_dogs.save(args.pack, dogs.packed)
         return 0
+    args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:  # all changes at one seed first: a stop leaves whole comparisons
         for change in args.changes:
             if args.minutes and time.monotonic() > begin + 60 * args.minutes:
