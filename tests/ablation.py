@@ -320,7 +320,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("changes", nargs="*", default=["base"], help="names or field=value,…")
     parser.add_argument("--data", type=Path, help="Stanford Dogs, as for train_dogs.py")
-    parser.add_argument("--out", type=Path, default=Path("output/ablation"), help="folder of the runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("output/ablation"), help="folder of the runs"
+    )
     parser.add_argument("--preset", default="dogs", choices=list(train_dogs.PRESETS))
     parser.add_argument("--base", type=fields_of, default={}, help="field=value,… for all runs")
     parser.add_argument("--hours", type=float, default=0.85, help="P100-hours of each run")
