@@ -1235,7 +1235,7 @@ def score(
     if fast and "float32" in (made.precision, real.precision):
         notes.append("--fast: this machine has no bf16 instructions, so float32 was used")
     elif fast:
-        notes.append(f"--fast: features in {made.precision}, which moves the FID by up to 0.1")
+        notes.append(f"--fast: features are computed in {made.precision}, so no score is exact")
     if (fewest := min(len(made.values), len(real.values))) < 2048:
         notes.append(
             f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
@@ -1272,8 +1272,13 @@ def score(
 # ---------------------------------------------------------------- command line
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help.")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="The memorization-informed FID of generated dogs, as the competition scored it."
     )
     add = parser.add_argument
@@ -1323,9 +1328,9 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = vars(parse_arguments(argv))
-    as_json = options.pop("json")
     try:
+        options = vars(parse_arguments(argv))
+        as_json = options.pop("json")
         result = score(options.pop("generated"), options.pop("reference"), **options, progress=True)
     except UserError as error:
         print(f"mifid.py: {error}", file=sys.stderr)
