@@ -89,12 +89,29 @@ class BadImage(Exception):
 # ---------------------------------------------------------------- finding and reading the images
 
 
+DAMAGE = (  # what zipfile, tarfile, Pillow and NumPy raise for damaged files
+    OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, struct.error, zlib.error,
+    lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError,
+)  # fmt: skip
+
+
 class Picture(NamedTuple):
-    """One picture, still encoded. Both functions are thread-safe and raise BadImage."""
+    """One picture, still encoded. Its functions may be called from several threads."""
 
     name: str
-    read: Callable[[], bytes]
-    crops: Callable[[bytes], list[np.ndarray]]  # uint8 64x64x3; several only under rule `box`
+    size: int  # bytes, as its archive declares them
+    fetch: Callable[[], bytes]
+    crops: Callable[[bytes], list[np.ndarray]]  # uint8 64x64x3, several only under rule `box`
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises BadImage, as `crops` does."""
+        if self.size > MAX_FILE_BYTES:
+            size, limit = self.size / 2**20, MAX_FILE_BYTES >> 20
+            raise BadImage(f"declares {size:,.0f} MB, over the {limit} MB limit")
+        try:
+            return self.fetch()
+        except DAMAGE as error:
+            raise BadImage(f"cannot be read ({error})") from error
 
 
 @dataclass
@@ -109,68 +126,46 @@ class ImageSet:
     notes: list[str] = field(default_factory=list)
 
 
-Listing = list[tuple[str, Callable[[], bytes]]]  # (name, how to read it)
-UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, NotImplementedError, SyntaxError, IndexError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError, struct.error),
-)
+def list_files(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """(name, size in bytes, how to read it) of every file in a folder, zip or tar."""
+    if path.is_dir():
+        for file in path.rglob("*"):
+            if file.is_file():
+                yield file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield member.filename, member.file_size, partial(archive.read, member)
+    else:
+        with tarfile.open(path) as archive:  # compressed ones are read front to back, so once, now
+            for member in archive:
+                if member.isreg():
+                    data = archive.extractfile(member).read(MAX_FILE_BYTES)
+                    yield member.name, member.size, lambda data=data: data
 
 
 def is_litter(name: str) -> bool:
     """Files that macOS and Windows leave in folders and archives."""
     parts = name.replace("\\", "/").split("/")
-    return (
-        "__MACOSX" in parts
-        or any(part.startswith(".") and part not in (".", "..") for part in parts)
-        or parts[-1].lower() in ("thumbs.db", "desktop.ini")
-    )
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
+    return hidden or "__MACOSX" in parts or parts[-1].lower() in ("thumbs.db", "desktop.ini")
 
 
-def sized(size: int, read: Callable[[], bytes]) -> bytes:
-    """`read()`, unless the member declares more bytes than a picture of 64 pixels can need."""
-    if size > MAX_FILE_BYTES:
-        raise BadImage(f"declares {size / 2**20:,.0f} MB, over the {MAX_FILE_BYTES >> 20} MB limit")
-    return read()
-
-
-def list_folder(path: Path) -> Listing:
-    files = (f for f in path.rglob("*") if f.is_file())
-    return [
-        (f.relative_to(path).as_posix(), lambda f=f: sized(f.stat().st_size, f.read_bytes))
-        for f in files
-    ]
-
-
-def list_zip(path: Path) -> Listing:
-    archive = zipfile.ZipFile(path)
-
-    def read(member: zipfile.ZipInfo) -> bytes:
-        if member.flag_bits & 1:
-            raise BadImage("is encrypted")
-        return sized(member.file_size, partial(archive.read, member))
-
-    return [(m.filename, partial(read, m)) for m in archive.infolist() if not m.is_dir()]
-
-
-def list_tar(path: Path) -> Listing:
+def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
+    """The pictures in a zip, tar or folder and its subfolders."""
     try:
-        plain = tarfile.open(path, "r:")  # noqa: SIM115 (the name says what it is: uncompressed)
-    except tarfile.ReadError:  # compressed: it can only be read from front to back, so once, now
-        listing: Listing = []
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                if member.isreg() and not is_litter(member.name):
-                    data = sized(member.size, lambda m=member: archive.extractfile(m).read())
-                    listing.append((member.name, lambda data=data: data))
-        return listing
-
-    def read(member: tarfile.TarInfo) -> bytes:
-        with open(path, "rb") as file:  # its own handle: safe from several threads
-            file.seek(member.offset_data)
-            return sized(member.size, lambda: file.read(member.size))
-
-    with plain:
-        return [(m.name, partial(read, m)) for m in plain.getmembers() if m.isreg()]
+        files = sorted((f for f in list_files(path) if not is_litter(f[0])), key=lambda f: f[0])
+    except DAMAGE as error:
+        raise UserError(
+            f"{path} is not a readable zip, tar, folder or .npz of features (a damaged or "
+            "half-copied archive looks so too: copy it again)."
+        ) from error
+    notes = []
+    if not path.is_dir() and any("/" in name.removeprefix("./") for name, *_ in files):
+        notes.append(f"{path} holds folders; the competition wants its PNGs at the root")
+    pictures = [Picture(*file, lambda data: [decode(data, exact)]) for file in files]
+    return ImageSet(str(path), pictures, strict, notes=notes)
 
 
 def decode(data: bytes, exact: bool) -> np.ndarray:
@@ -181,71 +176,38 @@ def decode(data: bytes, exact: bool) -> np.ndarray:
     Raises BadImage.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP"))
+        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP"))
     except Image.DecompressionBombError as error:
-        raise BadImage(f"declares more than {MAX_PIXELS:,} pixels") from error
-    except UNREADABLE as error:
+        raise BadImage("declares too many pixels") from error
+    except DAMAGE as error:
         raise BadImage("is not an image (PNG, JPEG, WebP or BMP)") from error
     width, height = picture.size
     if exact and (width, height) != (SIDE, SIDE):
         raise BadImage(f"is {width}x{height}, not {SIDE}x{SIDE} (--resize squashes it by Lanczos)")
     if exact and picture.mode != "RGB":
-        kind = {"L": "grey", "1": "black and white", "P": "a palette image", "I;16": "16-bit grey"}
-        kind |= {"RGBA": "RGB with alpha", "LA": "grey with alpha"}
-        raise BadImage(f"is {kind.get(picture.mode, picture.mode)}, not RGB (--resize converts it)")
+        kinds = {"L": "grey", "LA": "grey with alpha", "RGBA": "RGB with alpha", "P": "by palette"}
+        kind = kinds.get(picture.mode, picture.mode)
+        raise BadImage(f"is {kind}, not RGB (--resize converts it)")
     if width * height > MAX_PIXELS:
-        raise BadImage(f"declares more than {MAX_PIXELS:,} pixels")
+        raise BadImage("declares too many pixels")
     try:
         picture.load()
-        if not exact:
-            picture = squash(ImageOps.exif_transpose(picture).convert("RGB"))
-    except UNREADABLE as error:
+        return squash(picture if exact else ImageOps.exif_transpose(picture).convert("RGB"))
+    except DAMAGE as error:
         raise BadImage("is truncated or damaged") from error
-    return np.asarray(picture)
 
 
-def squash(picture: Image.Image) -> Image.Image:
-    """A whole RGB picture at 64x64 by Lanczos, its aspect ratio not kept."""
-    return picture if picture.size == (SIDE, SIDE) else picture.resize((SIDE, SIDE), Image.LANCZOS)
+def squash(picture: Image.Image) -> np.ndarray:
+    """A whole RGB picture as uint8 64x64x3 by Lanczos, its aspect ratio not kept."""
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
 def is_dog_set(path: Path) -> bool:
     """Whether a path is a Stanford Dogs set (with annotations, or under its archives' names)."""
     marks = {"annotation", "annotations", "annotation.zip", "annotation.tar"}
     marks |= {"all-dogs", "all-dogs.zip", "images.tar"}
-    if path.is_dir():
-        return any(child.name.lower() in marks for child in path.iterdir())
-    return path.name.lower() in marks
-
-
-def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
-    """A zip, tar or folder of pictures; subfolders are read, macOS' extras are not."""
-    try:
-        if path.is_dir():
-            listing = list_folder(path)
-        elif zipfile.is_zipfile(path):
-            listing = list_zip(path)
-        elif tarfile.is_tarfile(path):
-            listing = list_tar(path)
-        else:
-            raise UserError(
-                f"{path} is not a readable zip, tar, folder or .npz of features (a damaged or "
-                "half-copied archive looks so too: copy it again)."
-            )
-    except BadImage as error:
-        raise UserError(f"{path} holds a member that {error}: remove it.") from error
-    except UNREADABLE as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({error}): make or copy it again.") from error
-    listing = sorted((item for item in listing if not is_litter(item[0])), key=lambda item: item[0])
-    notes = []
-    if not path.is_dir() and any("/" in name.removeprefix("./") for name, _ in listing):
-        notes.append(f"{path} holds folders; the competition wants its PNGs at the root")
-    pictures = [Picture(name, read, lambda data: [decode(data, exact)]) for name, read in listing]
-    return ImageSet(str(path), pictures, strict, notes=notes)
+    names = path.iterdir() if path.is_dir() else [path]
+    return any(name.name.lower() in marks for name in names)
 
 
 def open_dogs(path: Path, rule: str) -> ImageSet:
@@ -257,6 +219,30 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
             f"{path} needs train_dogs.py beside mifid.py to be read as a Stanford Dogs set: put it "
             "there, or give a zip, tar, folder or .npz of 64x64 images."
         ) from error
+    try:
+        dogs = train_dogs.find_dogs([path])
+    except train_dogs.UserError as error:
+        raise UserError(str(error)) from error
+    if rule == "box" and not dogs.annotated:
+        raise UserError(f"{path} has no annotations, and so no boxes: give --crop whole.")
+
+    def crops(photo: Any, data: bytes) -> list[np.ndarray]:
+        picture = train_dogs.decode_photo(data)
+        if rule == "whole":
+            return [squash(picture)]
+        stated, boxes = train_dogs.parse_annotation(photo.read_annotation())
+        stored = train_dogs.open_picture(data)  # boxes turn with the photo's EXIF
+        found, reasons = [], []
+        for box in train_dogs.upright_boxes(stored, stated, boxes):
+            try:
+                clipped = train_dogs.clip_box(box, *picture.size)
+            except train_dogs.BadItem as reason:
+                reasons.append(reason)
+            else:
+                found.append(squash(picture.crop(tuple(map(round, clipped)))))
+        if not found:
+            raise reasons[-1]
+        return found
 
     def checked(function: Callable, *arguments: Any) -> Any:
         try:
@@ -264,36 +250,15 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
         except train_dogs.BadItem as error:
             raise BadImage(str(error)) from error
 
-    def box_crops(photo: Any, data: bytes, picture: Image.Image) -> list[np.ndarray]:
-        annotation = checked(photo.read_annotation)
-        if annotation is None:
-            raise BadImage("no annotation")
-        stated, boxes = checked(train_dogs.parse_annotation, annotation)
-        stored = checked(train_dogs.open_picture, data)  # boxes turn with the photo's EXIF
-        crops, reason = [], BadImage("no box")
-        for box in train_dogs.upright_boxes(stored, stated, boxes):
-            try:
-                left, top, right, bottom = map(round, checked(clip_box, box, *picture.size))
-            except BadImage as error:
-                reason = error
-            else:
-                crops.append(np.asarray(squash(picture.crop((left, top, right, bottom)))))
-        if not crops:
-            raise reason
-        return crops
-
-    def crops(photo: Any, data: bytes) -> list[np.ndarray]:
-        picture = checked(train_dogs.decode_photo, data)
-        if rule == "whole":
-            return [np.asarray(squash(picture))]
-        return box_crops(photo, data, picture)
-
-    clip_box = train_dogs.clip_box
-    try:
-        dogs = train_dogs.find_dogs([path])
-    except train_dogs.UserError as error:
-        raise UserError(str(error)) from error
-    pictures = [Picture(p.name, partial(checked, p.read), partial(crops, p)) for p in dogs.photos]
+    pictures = [
+        Picture(
+            photo.name,
+            photo.picture.size,
+            partial(checked, photo.read),
+            partial(checked, crops, photo),
+        )
+        for photo in dogs.photos
+    ]
     return ImageSet(dogs.where, pictures, strict=False, rule=rule)
 
 
@@ -309,20 +274,12 @@ def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator
             yield waiting.popleft().result()
 
 
-def read_picture(picture: Picture) -> bytes:
-    """The encoded bytes of a picture; every way in which reading can fail becomes BadImage."""
-    try:
-        return picture.read()
-    except UNREADABLE as error:
-        raise BadImage(f"cannot be read ({error})") from error
-
-
 def content_of(images: ImageSet) -> tuple[str, int]:
     """(key over the encoded pictures in their order, how many repeat another byte for byte)."""
 
     def digest(picture: Picture) -> bytes:
         try:
-            return hashlib.blake2b(read_picture(picture), digest_size=20).digest()
+            return hashlib.blake2b(picture.read(), digest_size=20).digest()
         except BadImage:  # told, or skipped and counted, when it is decoded
             return b"unreadable"
 
@@ -747,7 +704,7 @@ def compute_features(
 
     def crops_of(picture: Picture) -> list[np.ndarray] | BadImage:
         try:
-            return picture.crops(read_picture(picture))
+            return picture.crops(picture.read())
         except BadImage as error:
             return error
 
@@ -802,7 +759,7 @@ def cached_features(
             values, owners, notes = saved["features"], saved["owners"], str(saved["notes"])
             if values.ndim == 2 and len(values) == len(owners) and values.dtype == np.float32:
                 return values, owners, json.loads(notes)
-    except (KeyError, *UNREADABLE):
+    except DAMAGE:
         pass  # not there yet, or damaged
     values, owners, notes = compute_features(images, model, batch_size, progress)
     try:
@@ -850,7 +807,7 @@ def load_features(path: Path) -> Features:
         raise UserError(f"{path} has no array named features: make it by --save-features.") from (
             error
         )
-    except UNREADABLE as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is not a readable .npz ({error}): make it again.") from error
     if values.ndim != 2 or values.dtype.kind != "f" or not np.isfinite(values).all():
         raise UserError(f"{path} does not hold finite N x 2048 features: make it again.")
@@ -1149,7 +1106,7 @@ def open_source(
         elif array.dtype == np.uint8 and array.shape[1:] == (SIDE, SIDE, 3):
             found = ImageSet(
                 where,
-                [Picture(f"{i}", x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)],
+                [Picture(f"{i}", 0, x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)],
                 strict=True,
             )
         else:
