@@ -32,6 +32,7 @@ import io
 import json
 import lzma
 import os
+import platform
 import struct
 import sys
 import tarfile
@@ -43,7 +44,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -541,21 +542,18 @@ def kept_memory() -> Iterator[None]:
     glibc returns every large buffer to the kernel when it is freed; taking the same activations
     back page by page costs a quarter of the network's time at a batch of 32.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library: nothing to tune
+    if platform.libc_ver()[0] != "glibc":
         yield
         return
-    m_trim_threshold, m_mmap_max = -1, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 1 << 30)
+    libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 1 << 30)
     try:
         yield
     finally:
-        mallopt(m_mmap_max, 65536)
-        mallopt(m_trim_threshold, 128 << 10)
-        trim(0)
+        libc.mallopt(m_mmap_max, 65536)  # glibc's defaults
+        libc.mallopt(m_trim_threshold, 128 << 10)
+        libc.malloc_trim(0)
 
 
 @torch.inference_mode()
@@ -565,13 +563,13 @@ def run_network(model: Inception, batches: Iterable[np.ndarray | torch.Tensor]) 
     # TF32 is off: its effect on the score has not been measured on a GPU.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
     with kept_memory(), exact:
-        for batch in batches:
-            out.append(model(torch.as_tensor(batch)).cpu().numpy())
+        out += (model(torch.as_tensor(batch)).cpu().numpy() for batch in batches)
     return np.concatenate(out)
 
 
-def default_batch_size(device: torch.device) -> int:
-    return 16 if device.type == "cpu" else 256  # on 2 cores 8 to 32 are alike; 16 uses less memory
+def default_batch_size(model: Inception) -> int:
+    """On 2 cores 8 to 32 are alike, and 16 uses less memory."""
+    return 16 if model.layers[0].weight.device.type == "cpu" else 256
 
 
 def extract_features(
@@ -588,48 +586,32 @@ def extract_features(
         )
     if tensor.shape[3] != 3:
         tensor = tensor.permute(0, 2, 3, 1)
-    size = batch_size or default_batch_size(model.layers[0].weight.device)
+    size = batch_size or default_batch_size(model)
     features = run_network(model, tensor.split(size) if len(tensor) else ())
     return torch.from_numpy(features) if isinstance(images, torch.Tensor) else features
 
 
 @dataclass
 class Features:
-    """One side's features, with what a reader must know of them.
+    """One side's features and where they are from."""
 
-    values: float32 N x 2048; owners: which picture of `images` each row is a crop of; the rest
-    is None where the features came from an .npz or an array.
-    """
-
-    values: np.ndarray
+    values: np.ndarray  # float32 N x 2048
     where: str
-    rule: str | None = None
-    weights: str | None = None
-    sha256: str | None = None
-    fingerprint: str | None = None
-    precision: str = "float32"
-    images: ImageSet | None = None
-    owners: np.ndarray | None = None
+    about: dict[str, str] = field(default_factory=dict)  # rule, weights, sha256, fingerprint, ...
     notes: list[str] = field(default_factory=list)
+    images: ImageSet | None = None  # None if they came from an .npz or an array
+    owners: np.ndarray | None = None  # which picture of `images` each row is a crop of
 
-    def limited(self, limit: int | None) -> Features:
-        """At most `limit` rows, of 2 or more: the first of images, which were shuffled when they
-        were opened, else drawn with a fixed seed."""
-        if limit is not None and len(self.values) > limit:
-            rows = np.arange(limit)
-            if self.images is None:
-                rows = np.random.default_rng(0).permutation(len(self.values))[:limit]
-            self.values = self.values[rows]
-        if len(self.values) < 2:
-            raise UserError(f"{self.where} holds fewer than 2 usable images: nothing to compare.")
-        return self
+    @property
+    def rule(self) -> str | None:
+        """How photos became 64x64, where that is known."""
+        return self.about.get("rule")
 
     def picture(self, row: int) -> np.ndarray:
         """uint8 64 x 64 x 3: the picture of one row, decoded anew."""
-        owner = int(self.owners[row])
+        owner = self.owners[row]
         picture = self.images.pictures[owner]
-        crops = picture.crops(picture.read())
-        return crops[row - int(np.searchsorted(self.owners, owner))]
+        return picture.crops(picture.read())[row - np.searchsorted(self.owners, owner)]
 
 
 def compute_features(
@@ -638,6 +620,7 @@ def compute_features(
     """(features, owners, notes) of a set: decoded by threads while the network runs."""
     owners: list[int] = []
     bad: Counter[str] = Counter()
+    total = len(images.pictures)
 
     def crops_of(picture: Picture) -> list[np.ndarray] | BadImage:
         try:
@@ -645,32 +628,29 @@ def compute_features(
         except BadImage as error:
             return error
 
-    def batches() -> Iterator[np.ndarray]:
-        size = batch_size or default_batch_size(model.layers[0].weight.device)
-        batch: list[np.ndarray] = []
-        bar = tqdm(total=len(images.pictures), unit="img", disable=not progress, desc="features")
-        with bar:
-            for i, crops in enumerate(map_ahead(crops_of, images.pictures)):
-                bar.update()
-                if isinstance(crops, BadImage):
-                    if images.strict:
-                        raise UserError(f"{images.pictures[i].name} in {images.where} {crops}.")
+    def all_crops() -> Iterator[np.ndarray]:
+        results = map_ahead(crops_of, images.pictures)
+        with tqdm(results, "features", total, unit="img", disable=not progress) as bar:
+            for i, crops in enumerate(bar):
+                if not isinstance(crops, BadImage):
+                    owners.extend([i] * len(crops))
+                    yield from crops
+                elif images.strict:
+                    raise UserError(f"{images.pictures[i].name} in {images.where} {crops}.")
+                else:
                     bad[str(crops)] += 1
-                    continue
-                owners.extend([i] * len(crops))
-                batch += crops
-                while len(batch) >= size:
-                    yield np.stack(batch[:size])
-                    batch = batch[size:]
-            if batch:
-                yield np.stack(batch)
+
+    def batches() -> Iterator[np.ndarray]:
+        crops, size = all_crops(), batch_size or default_batch_size(model)
+        while batch := list(islice(crops, size)):
+            yield np.stack(batch)
 
     values = run_network(model, batches())
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
-    if bad.total() > MAX_BAD_SHARE * len(images.pictures):
+    if bad.total() > MAX_BAD_SHARE * total:
         raise UserError(
-            f"{bad.total():,} of the {len(images.pictures):,} pictures in {images.where} cannot be "
-            f"used ({reasons}): is this the right data set?"
+            f"{bad.total():,} of the {total:,} pictures in {images.where} cannot be used "
+            f"({reasons}): is this the right data set?"
         )
     notes = [f"{bad.total()} pictures of {images.where} were skipped ({reasons})"] if bad else []
     return values, np.asarray(owners, np.int64), notes
@@ -687,87 +667,58 @@ def written_beside(target: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """An .npz, written whole or not at all."""
+    with written_beside(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)
+
+
 def cache_folder() -> Path:
     """Where a reference's features are kept: $XDG_CACHE_HOME/mifid, Kaggle's scratch disk, or
     ~/.cache/mifid."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "mifid"
-    return (KAGGLE / "temp" if KAGGLE.is_dir() else Path.home() / ".cache") / "mifid"
-
-
-def cached_features(
-    images: ImageSet, content: str, model: Inception, batch_size: int | None, progress: bool
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """`compute_features` through the cache. Two processes may share it: an entry appears whole,
-    by renaming, and one that cannot be read is made again."""
-    key = f"1 {content} {images.rule} {model.fingerprint} {model.precision}"
-    entry = cache_folder() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
-    try:
-        with np.load(entry, allow_pickle=False) as saved:
-            values, owners, notes = saved["features"], saved["owners"], str(saved["notes"])
-            if values.ndim == 2 and len(values) == len(owners) and values.dtype == np.float32:
-                return values, owners, json.loads(notes)
-    except DAMAGE:
-        pass  # not there yet, or damaged
-    values, owners, notes = compute_features(images, model, batch_size, progress)
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(entry) as part, open(part, "wb") as file:
-            np.savez(file, features=values, owners=owners, notes=json.dumps(notes))
-    except OSError as error:
-        notes = [*notes, f"the features could not be cached in {entry.parent} ({error})"]
-    return values, owners, notes
+    usual = KAGGLE / "temp" if KAGGLE.is_dir() else Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "mifid"
 
 
 def features_of(
     images: ImageSet, model: Inception, batch_size: int | None, cache: bool, progress: bool
 ) -> Features:
-    """The features of a set, from the cache where that is allowed."""
+    """The features of a set, from the cache where that is allowed. Two processes may share it: an
+    entry appears whole, by renaming, and one that cannot be read is made again."""
     content, repeated = content_of(images)
+    key = f"1 {content} {images.rule} {model.fingerprint} {model.precision}"
+    entry = cache_folder() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
+    found = None
     if cache:
-        made = cached_features(images, content, model, batch_size, progress)
-    else:
-        made = compute_features(images, model, batch_size, progress)
-    values, owners, notes = made
+        with contextlib.suppress(*DAMAGE), np.load(entry) as saved:  # not there yet, or damaged
+            found = saved["features"], saved["owners"], json.loads(str(saved["notes"]))
+    values, owners, notes = found or compute_features(images, model, batch_size, progress)
+    if cache and not found:
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            save_arrays(entry, features=values, owners=owners, notes=json.dumps(notes))
+        except OSError as error:
+            notes.append(f"the features could not be cached in {entry.parent} ({error})")
     if repeated:
-        notes = [*notes, f"{repeated:,} files of {images.where} repeat another byte for byte"]
-    return Features(
-        values,
-        images.where,
-        images.rule,
-        model.weights,
-        model.sha256,
-        model.fingerprint,
-        model.precision,
-        images,
-        owners,
-        images.notes + notes,
-    )
+        notes.append(f"{repeated:,} files of {images.where} repeat another byte for byte")
+    about = {"rule": images.rule, "weights": model.weights, "sha256": model.sha256}
+    about |= {"fingerprint": model.fingerprint, "precision": model.precision}
+    return Features(values, images.where, about, images.notes + notes, images, owners)
 
 
 def load_features(path: Path) -> Features:
     """Features that --save-features wrote, or any .npz with an N x D array `features`."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with np.load(path) as saved:
             values = saved["features"]
             about = json.loads(str(saved["about"])) if "about" in saved else {}
     except KeyError as error:
-        raise UserError(f"{path} has no array named features: make it by --save-features.") from (
-            error
-        )
+        raise UserError(f"{path} has no array features: make it by --save-features.") from error
     except DAMAGE as error:
         raise UserError(f"{path} is not a readable .npz ({error}): make it again.") from error
     if values.ndim != 2 or values.dtype.kind != "f" or not np.isfinite(values).all():
         raise UserError(f"{path} does not hold finite N x 2048 features: make it again.")
-    known = ("rule", "weights", "sha256", "fingerprint", "precision")
-    return Features(values, str(path), **{k: about[k] for k in known if about.get(k) is not None})
-
-
-def save_features(path: Path, features: Features) -> None:
-    about = {k: getattr(features, k) for k in ("rule", "weights", "sha256", "fingerprint")}
-    about["precision"] = features.precision
-    with written_beside(path) as part, open(part, "wb") as file:
-        np.savez(file, features=features.values, about=json.dumps(about))
+    return Features(values, str(path), about)
 
 
 # ---------------------------------------------------------------- the three numbers
@@ -1035,30 +986,30 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or "cuda")
         torch.ones(1, device=device).add(1).item()  # a GPU may be there and run no kernel
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         if name is None:
             return torch.device("cpu")
         reason = str(error).strip().split("\n")[0][:100]
         raise UserError(f"The device {name} does not work ({reason}): try --device cpu.") from error
 
 
+def open_array(source: np.ndarray | torch.Tensor, where: str) -> ImageSet | Features:
+    """Images or features that a caller of `score` holds in memory."""
+    array = torch.as_tensor(source).detach().cpu().numpy()
+    if array.dtype.kind == "f" and array.ndim == 2 and np.isfinite(array).all():
+        return Features(array, where)
+    if array.dtype != np.uint8 or array.shape[1:] != (SIDE, SIDE, 3):
+        raise UserError(f"{where} is neither uint8 N x 64 x 64 x 3 nor finite float N x 2048.")
+    pictures = [Picture(str(i), 0, x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)]
+    return ImageSet(where, pictures, strict=True)
+
+
 def open_source(
     source: Any, is_reference: bool, crop: str | None, resize: bool, limit: int | None
 ) -> ImageSet | Features:
-    """One side of the score: pictures to be read, or features; shuffled, cut to `limit`."""
+    """One side of the score: pictures to be read, or features; shuffled and cut to `limit`."""
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
-        where = "the reference array" if is_reference else "the generated array"
-        if array.dtype.kind == "f" and array.ndim == 2 and np.isfinite(array).all():
-            found = Features(array, where)
-        elif array.dtype == np.uint8 and array.shape[1:] == (SIDE, SIDE, 3):
-            found = ImageSet(
-                where,
-                [Picture(f"{i}", 0, x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)],
-                strict=True,
-            )
-        else:
-            raise UserError(f"{where} is neither uint8 N x 64 x 64 x 3 nor finite float N x 2048.")
+        found = open_array(source, "the reference array" if is_reference else "the generated array")
     elif not (path := Path(source)).exists():
         raise UserError(f"{path} is not there.")
     elif path.suffix == ".npz":
@@ -1066,16 +1017,17 @@ def open_source(
     elif is_reference and (crop == "box" or is_dog_set(path)):
         found = open_dogs(path, crop or "whole")
     else:
-        found = open_images(path, not is_reference, not is_reference and not resize)
+        found = open_images(path, strict=not is_reference, exact=not (is_reference or resize))
+    rng = np.random.default_rng(0)
     if isinstance(found, Features):
-        return found.limited(limit)
-    if not found.pictures:
-        raise UserError(f"{found.where} holds no images.")
-    if limit is not None:
-        order = np.random.default_rng(0).permutation(len(found.pictures))[:limit]
-        found.pictures = [found.pictures[i] for i in order]
+        found.values = found.values if limit is None else rng.permutation(found.values)[:limit]
+        return found
     if len(found.pictures) < 2:
-        raise UserError(f"{found.where} holds 1 image: a covariance needs 2 or more.")
+        count = "1 image" if found.pictures else "no images"
+        raise UserError(f"{found.where} holds {count}: a covariance needs 2 or more.")
+    if limit is not None:
+        order = rng.permutation(len(found.pictures))[:limit]
+        found.pictures = [found.pictures[i] for i in order]
     return found
 
 
@@ -1114,33 +1066,37 @@ def score(
         if target is not None and not Path(target).absolute().parent.is_dir():
             raise UserError(f"The folder of {target} is not there: make it first.")
     place = choose_device(device)
-    sides = [
-        open_source(generated, False, "whole", resize, limit),
-        open_source(reference, True, crop, resize, limit),
-    ]
-    if crop is not None and sides[1].rule not in (None, crop):
-        raise UserError(f"{sides[1].where} was made under --crop {sides[1].rule}, not {crop}.")
-    if sheet is not None and any(isinstance(side, Features) for side in sides):
+    made = open_source(generated, False, "whole", resize, limit)
+    real = open_source(reference, True, crop, resize, limit)
+    if crop is not None and real.rule not in (None, crop):
+        raise UserError(f"{real.where} was made under --crop {real.rule}, not {crop}.")
+    images = [side for side in (made, real) if isinstance(side, ImageSet)]
+    if sheet is not None and len(images) < 2:
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
-    if any(isinstance(side, ImageSet) for side in sides):
-        model = load_inception(find_weights(weights, offline), place, fast)
-        for i, side in enumerate(sides):
-            if isinstance(side, ImageSet):
-                keep = cache and i == 1
-                sides[i] = features_of(side, model, batch_size, keep, progress).limited(limit)
-            if i == 0 and save is not None:
-                save_features(Path(save), sides[0])
-    made, real = sides
+    model = load_inception(find_weights(weights, offline), place, fast) if images else None
+
+    def features(side: ImageSet | Features, keep: bool) -> Features:
+        if isinstance(side, ImageSet):
+            side = features_of(side, model, batch_size, keep, progress)
+        side.values = side.values[:limit]  # a photo may have given several
+        if len(side.values) < 2:
+            raise UserError(f"{side.where} holds fewer than 2 usable images: nothing to compare.")
+        return side
+
+    made = features(made, keep=False)
+    if save is not None:
+        save_arrays(Path(save), features=made.values, about=json.dumps(made.about))
+    real = features(real, keep=cache)
     if made.values.shape[1] != real.values.shape[1]:
         raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
-    if None not in (made.fingerprint, real.fingerprint) and made.fingerprint != real.fingerprint:
+    if len({side.about.get("fingerprint") for side in (made, real)} - {None}) > 1:
         raise UserError(f"{made.where} and {real.where} come from different weights.")
 
     notes = made.notes + real.notes
-    if fast and "float32" in (made.precision, real.precision):
+    if fast and model and model.precision == "float32":
         notes.append("--fast: this machine has no bf16 instructions, so float32 was used")
-    elif fast:
-        notes.append(f"--fast: features are computed in {made.precision}, so no score is exact")
+    elif fast and model:
+        notes.append(f"--fast: features are computed in {model.precision}, so no score is exact")
     if (fewest := min(len(made.values), len(real.values))) < 2048:
         notes.append(
             f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
@@ -1150,6 +1106,7 @@ def score(
     distance_of, index = nearest_references(made.values, real.values, place)
     distance = float(np.nanmean(distance_of))
     unseen = unseen_distance(real.values, place)
+    about = real.about | made.about
     result = {
         "fid": fid,
         "memorization_distance": distance,
@@ -1157,8 +1114,8 @@ def score(
         "n_generated": len(made.values),
         "n_reference": len(real.values),
         "reference_rule": real.rule,
-        "weights": made.weights or real.weights,
-        "weights_sha256": made.sha256 or real.sha256,
+        "weights": about.get("weights"),
+        "weights_sha256": about.get("sha256"),
         "threshold": threshold,
         "unseen_distance": unseen,
         "verdict": verdict(distance, unseen, threshold, len(real.values)),
