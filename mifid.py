@@ -894,20 +894,10 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
-def distances(rows: torch.Tensor, columns: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, Euclidean distances of up to 1,024 rows to all columns), block by block."""
-    for start in range(0, len(rows), 1024):
-        yield start, torch.cdist(rows[start : start + 1024], columns)
-
-
-def neighbour_radius(x: torch.Tensor, k: int = NEIGHBOURS) -> torch.Tensor:
-    """The distance of each row of x to its k-th nearest other row."""
-    radius = []
-    for start, block in distances(x, x):
-        own = torch.arange(len(block))
-        block[own, start + own] = float("inf")
-        radius.append(block.kthvalue(k, dim=1).values)
-    return torch.cat(radius)
+def neighbour_radius(x: torch.Tensor) -> torch.Tensor:
+    """The distance of each row of x to its k-th nearest other row; the nearest is itself."""
+    blocks = (torch.cdist(part, x) for part in x.split(1024))
+    return torch.cat([block.kthvalue(NEIGHBOURS + 1, dim=1).values for block in blocks])
 
 
 def manifold_scores(generated: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -916,17 +906,16 @@ def manifold_scores(generated: np.ndarray, reference: np.ndarray) -> dict[str, f
     if min(len(generated), len(reference)) <= NEIGHBOURS:
         raise UserError(f"--all needs more than {NEIGHBOURS} images on both sides.")
     centre = reference.mean(0)  # a common shift changes no distance and makes cdist more exact
-    g, t = (
-        torch.from_numpy(np.ascontiguousarray(f - centre)).float() for f in (generated, reference)
-    )
+    g, t = (torch.from_numpy(features - centre).float() for features in (generated, reference))
     radius_g, radius_t = neighbour_radius(g), neighbour_radius(t)
     inside, balls = 0, 0  # generated rows in any reference ball; (row, ball) pairs
     recalled, nearest = torch.zeros(len(t), dtype=torch.bool), torch.full((len(t),), float("inf"))
-    for start, block in distances(g, t):
+    for part, radius in zip(g.split(1024), radius_g.split(1024)):
+        block = torch.cdist(part, t)
         within = block <= radius_t
         inside += int(within.any(1).sum())
         balls += int(within.sum())
-        recalled |= (block <= radius_g[start : start + len(block), None]).any(0)
+        recalled |= (block <= radius[:, None]).any(0)
         nearest = torch.minimum(nearest, block.amin(0))
     return {
         "precision": inside / len(g),
@@ -945,32 +934,30 @@ def draw_sheet(
     """A PNG of pairs, generated on the left and its nearest reference on the right: the 32 nearest
     of all, then 32 drawn at random."""
     known = np.flatnonzero(np.isfinite(distance))
-    nearest = known[np.argsort(distance[known], kind="stable")][:SHEET_PAIRS]
-    chosen = np.random.default_rng(0).permutation(known)[:SHEET_PAIRS]
+    count = min(SHEET_PAIRS, len(known))
+    halves = {
+        "nearest to a reference image": known[np.argsort(distance[known], kind="stable")][:count],
+        "drawn at random": np.random.default_rng(0).permutation(known)[:count],
+    }
     zoom, gap, line, across = 2 * SIDE, 12, 20, 4
+    width = gap + across * (2 * zoom + gap)
+    half_height = 2 * line + -(-count // across) * (zoom + line)
+    sheet = Image.new("RGB", (width, 2 * half_height), "white")
+    draw = ImageDraw.Draw(sheet)
     try:
         font = ImageFont.load_default(size=14)
     except TypeError:  # Pillow 10.0
         font = ImageFont.load_default()
-    titles = ("nearest to a reference image", "drawn at random")
-    down = [-(-len(rows) // across) for rows in (nearest, chosen)]
-    width = gap + across * (2 * zoom + gap)
-    height = sum(2 * line + n * (zoom + line) for n in down)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
-    for title, rows, n in zip(titles, (nearest, chosen), down):
-        text = f"{len(rows)} generated images {title}: generated left, nearest reference right"
-        draw.text((gap, top + line // 2), text, "black", font)
-        top += 2 * line
+    for half, (title, rows) in enumerate(halves.items()):
+        text = f"{count} generated images {title}: generated left, nearest reference right"
+        draw.text((gap, half * half_height + line // 2), text, "black", font)
         for place, row in enumerate(rows):
             x = gap + place % across * (2 * zoom + gap)
-            y = top + place // across * (zoom + line)
-            pair = (generated.picture(int(row)), reference.picture(int(index[row])))
-            for side, pixels in enumerate(pair):
-                picture = Image.fromarray(pixels).resize((zoom, zoom), Image.BICUBIC)
+            y = half * half_height + 2 * line + place // across * (zoom + line)
+            for side, pixels in enumerate((generated.picture(row), reference.picture(index[row]))):
+                picture = Image.fromarray(pixels).resize((zoom, zoom), Image.Resampling.BICUBIC)
                 sheet.paste(picture, (x + side * zoom, y))
             draw.text((x, y + zoom), f"{distance[row]:.4f}", "black", font)
-        top += n * (zoom + line)
     with written_beside(path) as part:
         sheet.save(part, format="PNG")
 
@@ -1164,19 +1151,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def report(result: dict[str, Any]) -> str:
-    rules = {
-        "whole": "whole (each whole photo squashed to 64x64 by Lanczos)",
-        "box": "box (each annotated box, squashed to 64x64 by Lanczos)",
-        None: "unknown (features given)",
-    }
-    weights = "unknown (features given)"
-    if result["weights"]:
-        weights = f"{result['weights']}, sha256 {result['weights_sha256'][:12]}"
+    """What is printed without `--json`."""
+    unknown = "unknown (features given)"
+    what = {"whole": "whole photo", "box": "annotated box"}.get(result["reference_rule"])
+    rule = f"{result['reference_rule']} (each {what} squashed to 64x64 by Lanczos)"
+    weights = f"{result['weights']}, sha256 {str(result['weights_sha256'])[:12]}"
     lines = [
         f"generated  {result['n_generated']:>7,}  {result['generated']}",
         f"reference  {result['n_reference']:>7,}  {result['reference']}",
-        f"rule       {rules[result['reference_rule']]}",
-        f"weights    {weights}",
+        f"rule       {rule if what else unknown}",
+        f"weights    {weights if result['weights'] else unknown}",
         "",
         f"FID                    {result['fid']:.6f}",
         f"memorization distance  {result['memorization_distance']:.6f}",
@@ -1184,8 +1168,8 @@ def report(result: dict[str, Any]) -> str:
     ]
     if "kid" in result:
         lines.append(f"KID                    {result['kid']:.6f} +- {result['kid_std']:.6f}")
-        for name in ("precision", "recall", "density", "coverage"):
-            lines.append(f"{name:22} {result[name]:.4f}")
+        others = ("precision", "recall", "density", "coverage")
+        lines += [f"{name:22} {result[name]:.4f}" for name in others]
     return "\n".join([*lines, "", result["verdict"]])
 
 
