@@ -87,7 +87,7 @@ class BadImage(Exception):
     """One picture that cannot be used; the text says why."""
 
 
-# ---------------------------------------------------------------- finding and reading the images
+# ---------------------------------------------------------------- pictures in a folder, zip or tar
 
 
 DAMAGE = (  # what zipfile, tarfile, Pillow and NumPy raise for damaged files
@@ -203,6 +203,9 @@ def squash(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
 
 
+# ---------------------------------------------------------------- photos of Stanford Dogs
+
+
 def is_dog_set(path: Path) -> bool:
     """Whether a path is a Stanford Dogs set (with annotations, or under its archives' names)."""
     marks = {"annotation", "annotations", "annotation.zip", "annotation.tar"}
@@ -228,63 +231,33 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
         raise UserError(f"{path} has no annotations, and so no boxes: give --crop whole.")
 
     def crops(photo: Any, data: bytes) -> list[np.ndarray]:
-        picture = train_dogs.decode_photo(data)
-        if rule == "whole":
-            return [squash(picture)]
-        stated, boxes = train_dogs.parse_annotation(photo.read_annotation())
-        stored = train_dogs.open_picture(data)  # boxes turn with the photo's EXIF
-        found, reasons = [], []
-        for box in train_dogs.upright_boxes(stored, stated, boxes):
-            try:
-                clipped = train_dogs.clip_box(box, *picture.size)
-            except train_dogs.BadItem as reason:
-                reasons.append(reason)
-            else:
-                found.append(squash(picture.crop(tuple(map(round, clipped)))))
-        if not found:
-            raise reasons[-1]
-        return found
-
-    def checked(function: Callable, *arguments: Any) -> Any:
         try:
-            return function(*arguments)
+            picture = train_dogs.decode_photo(data)
+            if rule == "whole":
+                return [squash(picture)]
+            stated, boxes = train_dogs.parse_annotation(photo.read_annotation())
+            stored = train_dogs.open_picture(data)  # boxes turn with the photo's EXIF
+            boxes = train_dogs.upright_boxes(stored, stated, boxes)
         except train_dogs.BadItem as error:
             raise BadImage(str(error)) from error
+        found, bad = [], BadImage("annotation without boxes")
+        for box in boxes:
+            try:
+                edges = map(round, train_dogs.clip_box(box, *picture.size))
+                found.append(squash(picture.crop(tuple(edges))))
+            except train_dogs.BadItem as error:
+                bad = BadImage(str(error))
+        if not found:
+            raise bad
+        return found
 
     pictures = [
-        Picture(p.name, p.picture.size, partial(checked, p.read), partial(checked, crops, p))
-        for p in dogs.photos
+        Picture(p.name, p.picture.size, p.picture.read, partial(crops, p)) for p in dogs.photos
     ]
     return ImageSet(dogs.where, pictures, strict=False, about={"rule": rule})
 
 
-def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator:
-    """function(item) for each item, in order, computed by threads up to `ahead` early."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        waiting: deque = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def content_of(images: ImageSet) -> tuple[str, int]:
-    """(key over the encoded pictures in their order, how many repeat another byte for byte)."""
-
-    def digest(picture: Picture) -> bytes:
-        try:
-            return hashlib.blake2b(picture.read(), digest_size=20).digest()
-        except BadImage:  # told, or skipped and counted, when it is decoded
-            return b"unreadable"
-
-    digests = list(map_ahead(digest, images.pictures))
-    repeated = len(digests) - len(set(digests))
-    return hashlib.blake2b(b"".join(digests), digest_size=20).hexdigest(), repeated
-
-
-# ---------------------------------------------------------------- the network and its weights
+# ---------------------------------------------------------------- the network's weights
 
 
 def find_weights(given: str | Path | None = None, offline: bool = False) -> Path:
@@ -359,6 +332,9 @@ def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, nn.Conv2d]
         conv.weight = nn.Parameter((weight.double() * scale[:, None, None, None]).float(), False)
         conv.bias = nn.Parameter((beta.double() - mean.double() * scale).float(), False)
     return folded, sha.hexdigest()
+
+
+# ---------------------------------------------------------------- the network
 
 
 class Convolution(nn.Module):
@@ -441,7 +417,8 @@ class Inception(nn.Module):
     """The FID Inception (TensorFlow's of 2015-12-05) up to pool_3, arranged for speed.
 
     forward: uint8 N x H x W x 3 -> float32 N x 2048. `load_inception` adds what it was made of:
-    `weights` (the file's name), `sha256`, `fingerprint` (of its tensors) and `precision`.
+    `weights` (the file's name), `sha256`, `fingerprint` (of its tensors), `precision` and the
+    `batch_size` that suits the device.
     """
 
     def __init__(self, folded: dict[str, nn.Conv2d]) -> None:
@@ -501,6 +478,7 @@ def load_inception(
     model = Inception(folded).eval().to(device, dtype)
     model.weights, model.sha256, model.fingerprint = path.name, sha256, fingerprint
     model.precision = str(dtype).removeprefix("torch.")
+    model.batch_size = 16 if device.type == "cpu" else 256  # on 2 cores 8 to 32 are equally fast
     return model
 
 
@@ -539,11 +517,6 @@ def run_network(model: Inception, batches: Iterable[np.ndarray | torch.Tensor]) 
     return np.concatenate(out)
 
 
-def default_batch_size(model: Inception) -> int:
-    """On 2 cores 8 to 32 are alike, and 16 uses less memory."""
-    return 16 if model.layers[0].weight.device.type == "cpu" else 256
-
-
 def extract_features(
     model: Inception, images: np.ndarray | torch.Tensor, batch_size: int | None = None
 ) -> np.ndarray | torch.Tensor:
@@ -558,8 +531,8 @@ def extract_features(
         )
     if tensor.shape[3] != 3:
         tensor = tensor.permute(0, 2, 3, 1)
-    size = batch_size or default_batch_size(model)
-    features = run_network(model, tensor.split(size) if len(tensor) else ())
+    batches = tensor.split(batch_size or model.batch_size) if len(tensor) else ()
+    features = run_network(model, batches)
     return torch.from_numpy(features) if isinstance(images, torch.Tensor) else features
 
 
@@ -579,6 +552,18 @@ class Features:
         owner = self.owners[row]
         picture = self.images.pictures[owner]
         return picture.crops(picture.read())[row - np.searchsorted(self.owners, owner)]
+
+
+def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator:
+    """function(item) for each item, in order, computed by threads up to `ahead` early."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def compute_features(
@@ -608,8 +593,8 @@ def compute_features(
                     bad[str(crops)] += 1
 
     def batches() -> Iterator[np.ndarray]:
-        crops, size = all_crops(), batch_size or default_batch_size(model)
-        while batch := list(islice(crops, size)):
+        crops = all_crops()
+        while batch := list(islice(crops, batch_size or model.batch_size)):
             yield np.stack(batch)
 
     values = run_network(model, batches())
@@ -621,6 +606,9 @@ def compute_features(
         )
     notes = [f"{bad.total()} pictures of {images.where} were skipped ({reasons})"] if bad else []
     return values, np.asarray(owners, np.int64), notes
+
+
+# ---------------------------------------------------------------- features kept in files
 
 
 @contextlib.contextmanager
@@ -645,6 +633,20 @@ def cache_folder() -> Path:
     ~/.cache/mifid."""
     usual = KAGGLE / "temp" if KAGGLE.is_dir() else Path.home() / ".cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "mifid"
+
+
+def content_of(images: ImageSet) -> tuple[str, int]:
+    """(key over the encoded pictures in their order, how many repeat another byte for byte)."""
+
+    def digest(picture: Picture) -> bytes:
+        try:
+            return hashlib.blake2b(picture.read(), digest_size=20).digest()
+        except BadImage:  # told, or skipped and counted, when it is decoded
+            return b"unreadable"
+
+    digests = list(map_ahead(digest, images.pictures))
+    repeated = len(digests) - len(set(digests))
+    return hashlib.blake2b(b"".join(digests), digest_size=20).hexdigest(), repeated
 
 
 def features_of(
@@ -688,7 +690,7 @@ def load_features(path: Path) -> Features:
     return Features(values, str(path), about)
 
 
-# ---------------------------------------------------------------- the three numbers
+# ---------------------------------------------------------------- Fréchet distance
 
 
 def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -753,6 +755,9 @@ def fid_of_features(x: np.ndarray, y: np.ndarray) -> float:
     mean_many, sigma = mean_and_covariance(many)
     half = (few - mean).T / np.sqrt(len(few) - 1)  # D x N: half half^T is the covariance
     return distance_by_half(mean, mean_many, half, sigma)
+
+
+# ---------------------------------------------------------------- memorization distance, and MiFID
 
 
 def nearest_references(
@@ -985,6 +990,44 @@ def open_source(
     return found
 
 
+def compare(
+    made: Features, real: Features, threshold: float, device: torch.device
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """(the result that `score` returns; distance and index of each row's nearest reference)."""
+    if made.values.shape[1] != real.values.shape[1]:
+        raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
+    if len({side.about.get("fingerprint") for side in (made, real)} - {None}) > 1:
+        raise UserError(f"{made.where} and {real.where} come from different weights.")
+    notes = made.notes + real.notes
+    if (fewest := min(len(made.values), len(real.values))) < 2048:
+        notes.append(
+            f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
+            "so compare it only with scores at the same counts"
+        )
+    fid = fid_of_features(made.values, real.values)
+    distance_of, index = nearest_references(made.values, real.values, device)
+    distance = float(np.nanmean(distance_of))
+    unseen = unseen_distance(real.values, device)
+    about = real.about | made.about
+    result = {
+        "fid": fid,
+        "memorization_distance": distance,
+        "mifid": memorization_informed_fid(fid, distance, threshold),
+        "n_generated": len(made.values),
+        "n_reference": len(real.values),
+        "reference_rule": real.about.get("rule"),
+        "weights": about.get("weights"),
+        "weights_sha256": about.get("sha256"),
+        "threshold": threshold,
+        "unseen_distance": unseen,
+        "verdict": verdict(distance, unseen, threshold, len(real.values)),
+        "notes": notes,
+        "generated": made.where,
+        "reference": real.where,
+    }
+    return result, distance_of, index
+
+
 def score(
     generated: Any,
     reference: Any,
@@ -1042,47 +1085,16 @@ def score(
     if save is not None:
         save_arrays(Path(save), features=made.values, about=json.dumps(made.about))
     real = features(real, keep=cache)
-    if made.values.shape[1] != real.values.shape[1]:
-        raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
-    if len({side.about.get("fingerprint") for side in (made, real)} - {None}) > 1:
-        raise UserError(f"{made.where} and {real.where} come from different weights.")
-
-    notes = made.notes + real.notes
+    result, distance, index = compare(made, real, threshold, place)
     if fast and model and model.precision == "float32":
-        notes.append("--fast: this machine has no bf16 instructions, so float32 was used")
+        result["notes"] += ["--fast: this machine has no bf16 instructions, so float32 was used"]
     elif fast and model:
-        notes.append(f"--fast: features are computed in {model.precision}, so no score is exact")
-    if (fewest := min(len(made.values), len(real.values))) < 2048:
-        notes.append(
-            f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
-            "so compare it only with scores at the same counts"
-        )
-    fid = fid_of_features(made.values, real.values)
-    distance_of, index = nearest_references(made.values, real.values, place)
-    distance = float(np.nanmean(distance_of))
-    unseen = unseen_distance(real.values, place)
-    about = real.about | made.about
-    result = {
-        "fid": fid,
-        "memorization_distance": distance,
-        "mifid": memorization_informed_fid(fid, distance, threshold),
-        "n_generated": len(made.values),
-        "n_reference": len(real.values),
-        "reference_rule": rule,
-        "weights": about.get("weights"),
-        "weights_sha256": about.get("sha256"),
-        "threshold": threshold,
-        "unseen_distance": unseen,
-        "verdict": verdict(distance, unseen, threshold, len(real.values)),
-        "notes": notes,
-        "generated": made.where,
-        "reference": real.where,
-    }
+        result["notes"] += [f"--fast: features are in {model.precision}, so no score is exact"]
     if everything:
         kid, spread = kernel_distance(made.values, real.values)
         result |= {"kid": kid, "kid_std": spread, **manifold_scores(made.values, real.values)}
     if sheet is not None:
-        draw_sheet(Path(sheet), made, real, distance_of, index)
+        draw_sheet(Path(sheet), made, real, distance, index)
     return result
 
 
