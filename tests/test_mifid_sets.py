@@ -459,3 +459,19 @@ def test_options_out_of_range_are_refused(
 ) -> None:
     sentence = refusal(run, generated, reference, *options)
     assert options[0].strip("-") in sentence and options[1] in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "required: generated, reference"),
+        (("a.zip", "b.zip", "--limit", "many"), "--limit: invalid int value: 'many'"),
+        (("a.zip", "b.zip", "--crop", "head"), "--crop: invalid choice: 'head'"),
+        (("a.zip", "b.zip", "--nonsense"), "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(
+    arguments: tuple[str, ...], words: str, run: Run
+) -> None:
+    sentence = refusal(run, *arguments)
+    assert words in sentence and "--help" in sentence and "usage" not in sentence
