@@ -1880,6 +1880,10 @@ def keep_checkpoint(new: Path) -> None:
     os.replace(new, current)
 
 
+class Damaged(UserError):
+    """A checkpoint of which nothing can be trusted."""
+
+
 def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
     """A checkpoint or `generator.pt` with one of `parts` in it. Raises `UserError` without."""
     try:
@@ -1892,7 +1896,7 @@ def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
         raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
     except (*DAMAGE, pickle.UnpicklingError):
         pass
-    raise UserError(f"{path} is damaged, or no checkpoint of this version: give another file.")
+    raise Damaged(f"{path} is damaged, or no checkpoint of this version: give another file.")
 
 
 def find_checkpoint(options: Options, *parts: str) -> dict[str, object] | None:
@@ -1908,7 +1912,7 @@ def find_checkpoint(options: Options, *parts: str) -> dict[str, object] | None:
         try:
             if path.exists():
                 return load_checkpoint(path, *parts)
-        except UserError:
+        except Damaged:
             aside = path.with_suffix(".damaged.pt")
             os.replace(path, aside)
             print(f"{path} is damaged: set aside as {aside.name}.", file=sys.stderr)
@@ -1999,7 +2003,7 @@ def measure_finish(trainer: Trainer) -> float:
     def seconds(work: Callable) -> float:
         return min(timeit.repeat(work, number=1, repeat=2))
 
-    norms = seconds(lambda: estimate_norms(G, 1, 0))
+    norms = seconds(lambda: estimate_norms(G, 1, 0).to_rgb.bias.tolist())  # waits for the device
     sampling = seconds(lambda: list(sample_images(G, *inputs)))
     encoding = seconds(lambda: list(in_threads(encode_png, images)))
     batches = math.ceil(trainer.config.images / SAMPLE_BATCH)
