@@ -335,7 +335,7 @@ def test_one_generator_is_scored_by_the_real_inception(trained, tmp_path):
     model = mifid.load_inception(mifid.find_weights(None))
     crops = train_dogs.prepare_crops(train_dogs.find_dogs([SAMPLE]), "square", show=False).crops
     real = mifid.extract_features(model, crops.numpy()[::20][:6])
-    mifid.save_features(tmp_path / "dogs.npz", mifid.Features(real, "dogs", "whole"))
+    np.savez(tmp_path / "dogs.npz", features=real)
     args = argparse.Namespace(
         device="cpu", weights=None, data=None, reference=tmp_path / "dogs.npz", box_reference=None
     )
