@@ -737,9 +737,12 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
     if not all(np.isfinite(values).all() for values in (mu1, mu2, *sigmas)):
         raise ValueError("a mean or covariance is not finite")
     sigmas = [(s + s.T) / 2 for s in sigmas]
-    halves = [half_of(s) for s in sigmas]
-    narrow = int(halves[1].shape[1] < halves[0].shape[1])  # the one of the lower rank
-    return distance_by_half(mu1, mu2, halves[narrow], sigmas[1 - narrow])
+    half, other = half_of(sigmas[0]), sigmas[1]
+    if half.shape[1] < len(mu1):  # singular: the other may be of a lower rank still
+        half2 = half_of(sigmas[1])
+        if half2.shape[1] < half.shape[1]:
+            half, other = half2, sigmas[0]
+    return distance_by_half(mu1, mu2, half, other)
 
 
 def fid_of_features(x: np.ndarray, y: np.ndarray) -> float:

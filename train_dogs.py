@@ -9,6 +9,9 @@ a script, as a Kaggle kernel, or pasted into a notebook cell (there with options
     python train_dogs.py --data PATH/TO/stanford-dogs     # 8.5 hours, everything in output/
     python train_dogs.py --data data/sample --width 16 --minutes 3     # drawn dogs, no GPU needed
 
+What it costs is counted: 8.49 P100-hours for the default recipe. What it scores after them has not
+been measured yet; after 0.4 % of the images, at a third of the width, FID was 200 (n = 1; README).
+
 Read from top to bottom, it follows one photo from its JPEG to the networks, and one latent from the
 networks to its PNG.
 """
