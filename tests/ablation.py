@@ -16,8 +16,8 @@ at any time and give the same command.
 `--floor` trains nothing: it scores real dogs, cropped as each change says, against photos that show
 others: what a perfect generator of those crops would reach.
 
-For a machine without the photos: `--pack dogs.pt` writes the crops that the changes need, which is
-then its `--data`; its references are files that mifid.py's `--save-features` wrote.
+For a machine without the photos: `--pack dogs.pt` writes the crops that the changes need and the
+references' features to one file, which is then its `--data`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Dogs:
     """The crops of a data set, or of a file that `--pack` wrote, each mixture prepared once."""
 
     def __init__(self, data: Path) -> None:
-        self.packed = torch.load(data, weights_only=True) if data.suffix == ".pt" else {}
+        self.packed = load_pack(data)["crops"] if data.suffix == ".pt" else {}
         self.found = None if self.packed else train_dogs.find_dogs([data])
 
     def prepared(self, crops: str) -> train_dogs.CropSet:
@@ -133,6 +133,11 @@ class Dogs:
                 sys.exit(f"these dogs were packed without --crops {crops}: pack them again.")
             self.packed[crops] = vars(train_dogs.prepare_crops(self.found, crops))
         return train_dogs.CropSet(**self.packed[crops])
+
+
+def load_pack(path: Path) -> dict[str, dict]:
+    """What `--pack` wrote: "crops" by mixture, and "references" by rule."""
+    return torch.load(path, weights_only=True, mmap=True)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -257,7 +262,12 @@ class Scorer:
 def reference(
     source: Path, rule: str, model: mifid.Inception, without: frozenset[str] = frozenset()
 ) -> np.ndarray:
-    """The features of an .npz, or of a data set under a rule, `without` the photos so named."""
+    """The features of a packed file, of an .npz, or of a data set under a rule.
+
+    `without`: the names of photos of a data set that are left out.
+    """
+    if source.suffix == ".pt":
+        return load_pack(source)["references"][rule].numpy()
     found = mifid.open_source(source, True, None if source.suffix == ".npz" else rule, False, None)
     if isinstance(found, mifid.ImageSet):
         found = mifid.features_of(found, model, None, cache=True, progress=True)
@@ -372,7 +382,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", help="Inception's, as for mifid.py")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so long")
-    parser.add_argument("--pack", type=Path, help="write the crops to this .pt file and stop")
+    parser.add_argument("--pack", type=Path, help="write crops and references to this .pt")
     parser.add_argument("--floor", action="store_true", help="score real crops and stop")
     parser.add_argument("--table", action="store_true", help="show the tables and stop")
     args = parser.parse_args(argv)
@@ -403,7 +413,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.pack:
         for change in args.changes:
             dogs.prepared(Run(args, change, 0).config.crops)
-        train_dogs.save(args.pack, dogs.packed)
+        references = {k: torch.from_numpy(f) for k, f in Scorer(args).features.items()}
+        train_dogs.save(args.pack, {"crops": dogs.packed, "references": references})
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:  # all changes at one seed first: a stop leaves whole comparisons

@@ -34,6 +34,7 @@ class StandIn:
     """In Scorer's place: a number from the weights, and how often each file was asked for."""
 
     asked: ClassVar[list[str]] = []
+    features: ClassVar[dict[str, np.ndarray]] = {"whole": np.ones((3, 2), np.float32)}
 
     def __init__(self, args: argparse.Namespace) -> None:
         pass
@@ -243,6 +244,7 @@ def test_before_swa_begins_there_is_none_of_it(call):
 def test_packed_crops_train_the_same_generators_without_the_photos(call, tmp_path):
     pack = tmp_path / "dogs.pt"
     assert ablation.main(["--data", str(SAMPLE), "--pack", str(pack), "base", "box"]) == 0
+    assert np.array_equal(ablation.reference(pack, "whole", None), StandIn.features["whole"])
     from_photos = call("base", "box")
     from_pack = call("--data", pack, "base", "box", out="elsewhere")
     assert [line["fid"] for line in from_photos] == [line["fid"] for line in from_pack]
