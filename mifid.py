@@ -718,7 +718,8 @@ def distance_by_half(
     The product of the covariances has the eigenvalues of the symmetric half1^T sigma2 half1, whose
     roots sum to the last trace. Tiny negative ones are 0, and so is a negative result.
     """
-    product = torch.from_numpy(half1.T @ sigma2 @ half1)
+    half = torch.from_numpy(half1)  # torch multiplies too: NumPy's threads would get in its way
+    product = half.T @ torch.from_numpy(sigma2) @ half
     roots = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum().item()
     total = ((mu1 - mu2) ** 2).sum() + (half1**2).sum() + np.trace(sigma2) - 2 * roots
     return max(0.0, float(total))
