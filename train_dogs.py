@@ -134,7 +134,7 @@ class Config:
     checkpoint_seconds: float = option(300.0, "run", "seconds between checkpoints", False)
 
 
-# dogs: ours. first-public: the notebook that was first in public, its crops by our nearest kinds,
+# dogs: ours. first-public: the notebook that says it was first in public, crops by nearest kinds,
 # without its quirks (a margin for G too, rotation that leaves black wedges, samples in training
 # mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434).
 PRESET_NAMES = ("dogs", "first-public", "dcgan")
@@ -1032,7 +1032,7 @@ def augment(x: Tensor, names: Sequence[str], generator: torch.Generator | None) 
 # From the latent or to the logit: (channels per unit of width, kernel); a 4 doubles or halves the
 # side, a 3 keeps it. "rgb": the kernel of G's last layer. D norms all but its first "plain" layers.
 LAYERS = {
-    "deep": {  # made deeper and wider in the competition's public-first notebook
+    "deep": {  # made deeper and wider, as in the notebook of preset first-public
         "G": ((32, 4), (16, 4), (8, 4), (8, 3), (4, 4), (4, 3), (2, 4)), "rgb": 3,
         "D": ((2, 4), (4, 4), (4, 3), (8, 4), (8, 3), (16, 4)), "plain": 2,
     },
