@@ -79,7 +79,7 @@ class Run:
         self.key = {
             "preset": args.preset,
             "base": args.base,
-            "change": self.change,
+            "change": change,
             "seed": seed,
             "hours": hours,
         }
@@ -240,8 +240,7 @@ class Scorer:
             sheet = train_dogs.draw_sheet(np.concatenate(images)[:100])
             train_dogs.save_picture(path.with_suffix(".png"), [sheet])
             features = mifid.extract_features(self.model, np.concatenate(images))
-            with train_dogs.whole_file(kept) as part, open(part, "wb") as file:
-                np.savez(file, features=features)
+            mifid.save_arrays(kept, features=features)
         return self.compare(features)
 
     def compare(self, features: np.ndarray) -> dict[str, float]:
