@@ -7,20 +7,23 @@ a script, as a Kaggle kernel, or pasted into a notebook cell (there with options
 `main(["--minutes", "30"])`).
 
     python train_dogs.py --data PATH/TO/stanford-dogs     # 8.5 hours, everything in output/
-    python train_dogs.py --data data/sample --width 16 --minutes 3     # drawn dogs, no GPU needed
+    python train_dogs.py --preset sample --minutes 3      # drawn dogs, no GPU and no data needed
 
 What it costs is counted: 8.49 P100-hours for the default recipe. What it scores after them has not
 been measured yet; after 0.4 % of the images, at a third of the width, FID was 200 (n = 1; README).
 
-Read from top to bottom, it follows one photo from its JPEG to the networks, and one latent from the
-networks to its PNG.
+How the dogs are made comes first: configuration, networks, losses, one step, averages. Then what a
+run needs around it: the data in the order in which it flows, the device, the submission, the run.
 """
 
 from __future__ import annotations
 
+import time
+
+STARTED = time.monotonic()  # before torch, whose import takes seconds of the budget
+
 import argparse
 import copy
-import errno
 import hashlib
 import io
 import json
@@ -28,21 +31,18 @@ import lzma
 import math
 import os
 import pickle
-import shutil
+import re
 import signal
 import struct
 import sys
 import tarfile
-import tempfile
 import threading
-import time
-import timeit
 import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
@@ -54,10 +54,15 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not told apart there
+    fcntl = None
 
 IMAGE_SIZE = 64
 SAMPLE_BATCH = 128  # latents per forward when sampling; fixed, so that an image never depends on N
@@ -71,286 +76,937 @@ class UserError(Exception):
     """What the user or the machine must change: one sentence with the remedy; exit code 2."""
 
 
-def option(default: object, group: str, text: str, fixed: bool = True) -> object:
-    """A field of `Config`; `fixed` ones may not change when a run is resumed."""
-    return field(default=default, metadata={"group": group, "help": text, "fixed": fixed})
+def option(
+    default: object,
+    group: str,
+    text: str,
+    span: tuple[float, float] = (-math.inf, math.inf),
+    among: tuple[str, ...] = (),
+    fixed: bool = True,
+) -> object:
+    """A field of `Config`: a flag of the command line with all that is known of it.
+
+    `span`: the least and the most; `among`: the choices; `fixed`: not to change on a resume.
+    """
+    known = {"group": group, "help": text, "span": span, "among": among, "fixed": fixed}
+    return field(default=default, metadata=known)
 
 
 @dataclass(frozen=True)
 class Config:
     """The only source of options: each field is a flag and goes into the checkpoint and log."""
 
-    data: tuple[str, ...] = option((), "files", "folder, zip or tar of dogs; repeatable", False)
-    out: str = option("", "files", "folder for results (/kaggle/working or output)", False)
-
-    crops: str = option("square", "data", "crop kinds with weights, as in square:3,context:1")
-
-    noise: float = option(
-        0.0, "data", "reals get uniform noise from 0 to this; [-1, 1] is the range"
+    data: tuple[str, ...] = option(
+        (), "files", "folder, zip or tar of dogs; repeatable", fixed=False
     )
+    out: str = option("", "files", "folder for results (/kaggle/working or output)", fixed=False)
+
+    crops: str = option("square", "data", "kinds of crop with weights, as in square:3,context:1")
+    noise: float = option(0.0, "data", "reals get uniform noise from 0 to this", (0, 1))
     augment: str = option(
         "", "data", "differentiable augmentation of reals and fakes: color,translation,cutout"
     )
 
-    layers: str = option("deep", "networks", "deep, or paper: the DCGAN of 2015")
-    latent_dim: int = option(256, "networks", "numbers in a latent z")
-    width: int = option(48, "networks", "channels per unit of G's table (and D's)")
-    d_width: int = option(0, "networks", "the same for D alone; 0 = width")
-    init_std: float = option(0.0, "networks", "std of normal initial weights; 0 = PyTorch's own")
-    condition: str = option("none", "networks", "what G and D are told of a dog: none or breed")
+    layers: str = option(
+        "deep", "networks", "deep, or paper: the DCGAN of 2015", among=("deep", "paper")
+    )
+    latent_dim: int = option(256, "networks", "numbers in a latent z", (1, 4096))
+    width: int = option(48, "networks", "channels per unit of G's table (and D's)", (1, 1024))
+    d_width: int = option(0, "networks", "the same for D alone; 0 = width", (0, 1024))
+    init_std: float = option(
+        0.0, "networks", "std of normal initial weights; 0 = PyTorch's own", (0, 1)
+    )
+    condition: str = option(
+        "none", "networks", "what G and D are told of a dog: none or breed", among=("none", "breed")
+    )
 
-    margin: float = option(0.8, "loss", "probability past which a real costs nothing; 1 = never")
+    loss: str = option(
+        "margin", "loss", "margin, or rals: relativistic least squares", among=("margin", "rals")
+    )
+    margin: float = option(
+        0.8, "loss", "probability past which a real costs nothing; 1 = never", (0.01, 1)
+    )
     smoothing: float = option(
-        0.0, "loss", "one-sided label smoothing: the reals' label is 1 - this"
+        0.0, "loss", "one-sided label smoothing: the reals' label is 1 - this", (0, 0.5)
     )
-    classify: float = option(0.0, "loss", "weight of telling breeds apart, if conditioned on them")
-    r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals")
-
-    batch_size: int = option(32, "optimisation", "reals (and fakes) per step")
-    g_lr: float = option(5e-4, "optimisation", "Adam's learning rate for G")
-    d_lr: float = option(5e-4, "optimisation", "Adam's learning rate for D")
-    beta1: float = option(0.3, "optimisation", "Adam's beta1")
-    beta2: float = option(0.999, "optimisation", "Adam's beta2")
-    lr_decay_start: float = option(1.0, "optimisation", "progress where lr begins to fall to 0")
-
-    average: str = option("swa", "averaging", "weights to submit: swa, ema or none", False)
-    swa_start: float = option(0.5, "averaging", "progress at which SWA begins, 0 to 1")
-    swa_every: int = option(20, "averaging", "steps between updates of the averages")
-    ema_beta: float = option(
-        0.9995, "averaging", "EMA's decay per step; 0 = stepped, 0.9 to 0.9999"
+    classify: float = option(
+        0.0, "loss", "weight of telling breeds apart, if conditioned on them", (0, 10)
     )
+    r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals", (0, 1000))
+
+    batch_size: int = option(32, "optimisation", "reals (and fakes) per step", (2, 65536))
+    g_lr: float = option(5e-4, "optimisation", "Adam's learning rate for G", (0, 1))
+    d_lr: float = option(5e-4, "optimisation", "Adam's learning rate for D", (0, 1))
+    beta1: float = option(0.3, "optimisation", "Adam's beta1", (0, 0.9999))
+    beta2: float = option(0.999, "optimisation", "Adam's beta2", (0, 0.999999))
+    lr_decay_start: float = option(
+        1.0, "optimisation", "progress where lr begins to fall to 0", (0, 1)
+    )
+
+    average: str = option(
+        "swa", "averaging", "weights to submit: swa, ema or none",
+        among=("swa", "ema", "none"), fixed=False,
+    )  # fmt: skip
+    average_every: int = option(20, "averaging", "steps between updates of both", (1, 10**9))
+    swa_start: float = option(0.5, "averaging", "progress at which SWA begins, 0 to 1", (0, 1))
+    ema_beta: float = option(0.9995, "averaging", "EMA's decay per step", (0, 0.9999999))
+    ema_schedule: str = option(
+        "constant", "averaging", "of that decay; stepped: 0.9, 0.99, 0.999, 0.9999 instead",
+        among=("constant", "stepped"),
+    )  # fmt: skip
     truncation: float = option(
-        0.0, "averaging", "latents beyond this are drawn anew; 0 = none", False
+        0.0, "averaging", "latents beyond this are drawn anew; 0 = none", (0, 100), fixed=False
     )
 
-    steps: int = option(397_000, "length", "steps of the whole recipe", False)
-    hours: float = option(8.5, "length", "wall-clock budget of all parts, zip included", False)
-    part_hours: float = option(0.0, "length", "end this part after so long, to be resumed", False)
+    steps: int = option(397_000, "length", "steps of the whole recipe", (1, 10**9), fixed=False)
+    hours: float = option(
+        8.5, "length", "wall-clock budget of all parts, zip included; inf = none", (0, math.inf),
+        fixed=False,
+    )  # fmt: skip
+    part_hours: float = option(
+        math.inf, "length", "end this part after so long, to be resumed", (0, math.inf), fixed=False
+    )
 
-    seed: int = option(0, "run", "seed of everything random")
-    device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", False)
-    precision: str = option("auto", "run", "of convolutions: auto, fp32, tf32, bf16 or fp16", False)
-    images: int = option(10_000, "run", "images in the zip", False)
-    checkpoint_seconds: float = option(300.0, "run", "seconds between checkpoints", False)
+    seed: int = option(0, "run", "seed of everything random", (0, 2**32 - 1))
+    device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", fixed=False)
+    precision: str = option(
+        "auto", "run", "of convolutions: auto, fp32, tf32, bf16 or fp16",
+        among=("auto", "fp32", "tf32", "bf16", "fp16"), fixed=False,
+    )  # fmt: skip
+    images: int = option(10_000, "run", "images in the zip", (1, 99_999), fixed=False)
+    checkpoint_seconds: float = option(
+        300.0, "run", "seconds between checkpoints", (0, 1e9), fixed=False
+    )
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the networks are told breeds."""
+        return self.condition == "breed"
 
 
 # dogs: ours. first-public: the notebook that says it was first in public, crops by nearest kinds,
 # without its quirks (a margin for G too, rotation that leaves black wedges, samples in training
-# mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434).
-PRESET_NAMES = ("dogs", "first-public", "dcgan")
-PRESET_TABLE = {  # field: its value in each preset
-    "layers":     ("deep",    "deep",                      "paper"),
-    "latent_dim": (256,       256,                         100),
-    "width":      (48,        48,                          128),
-    "init_std":   (0.0,       0.0,                         0.02),
-    "crops":      ("square",  "head:2,square:1,context:1", "square"),
-    "margin":     (0.8,       0.8,                         1.0),
-    "smoothing":  (0.0,       0.05,                        0.0),
-    "batch_size": (32,        32,                          128),
-    "g_lr":       (5e-4,      5e-4,                        2e-4),
-    "d_lr":       (5e-4,      5e-4,                        2e-4),
-    "beta1":      (0.3,       0.3,                         0.5),
-    "average":    ("swa",     "ema",                       "none"),
-    "swa_every":  (20,        1,                           20),
-    "ema_beta":   (0.9995,    0.0,                         0.9995),
-    "steps":      (397_000,   397_000,                     197_000),  # 8.5 P100-hours at most
+# mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434). sample: drawn
+# dogs, in three minutes of two cores.
+PRESET_NAMES = ("dogs", "first-public", "dcgan", "sample")
+PRESET_TABLE = {  # field: its value in each preset; fields that are not here have their defaults
+    "layers":        ("deep",     "deep",                      "paper",  "paper"),
+    "latent_dim":    (256,        256,                         100,      64),
+    "width":         (48,         48,                          128,      16),
+    "init_std":      (0.0,        0.0,                         0.02,     0.02),
+    "crops":         ("square",   "head:2,square:1,context:1", "square", "square"),
+    "margin":        (0.8,        0.8,                         1.0,      0.8),
+    "smoothing":     (0.0,        0.05,                        0.0,      0.0),
+    "batch_size":    (32,         32,                          128,      8),
+    "g_lr":          (5e-4,       5e-4,                        2e-4,     5e-4),
+    "d_lr":          (5e-4,       5e-4,                        2e-4,     5e-4),
+    "beta1":         (0.3,        0.3,                         0.5,      0.3),
+    "average":       ("swa",      "ema",                       "none",   "ema"),
+    "average_every": (20,         1,                           20,       20),
+    "ema_schedule":  ("constant", "stepped",                   "constant", "constant"),
+    "steps":         (397_000,    397_000,                     197_000,  100_000),
+    "images":        (10_000,     10_000,                      10_000,   1_000),
 }  # fmt: skip
 PRESETS = {
     name: {field: values[k] for field, values in PRESET_TABLE.items()}
     for k, name in enumerate(PRESET_NAMES)
 }
 
-CHOICES = {
-    "layers": ("deep", "paper"), "condition": ("none", "breed"), "average": ("swa", "ema", "none"),
-    "precision": ("auto", "fp32", "tf32", "bf16", "fp16"),
-}  # fmt: skip
-RANGES = {  # field: (least, most)
-    "noise": (0, 1), "latent_dim": (1, 4096), "width": (1, 1024), "d_width": (0, 1024),
-    "init_std": (0, 1), "margin": (0.01, 1), "smoothing": (0, 0.5), "classify": (0, 10),
-    "r1": (0, 1000), "truncation": (0, 100), "batch_size": (2, 65536), "g_lr": (0, 1),
-    "d_lr": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.999999), "lr_decay_start": (0, 1),
-    "swa_start": (0, 1), "swa_every": (1, 10**9), "ema_beta": (0, 0.9999999), "steps": (1, 10**9),
-    "hours": (0, 1e6), "part_hours": (0, 1e6), "seed": (0, 2**32 - 1), "images": (1, 99_999),
-    "checkpoint_seconds": (0, 1e9),
-}  # fmt: skip
-
 
 def check_config(config: Config) -> Config:
     """Raise `UserError` for a value out of its range; return `config` otherwise."""
-    for name, (least, most) in RANGES.items():
-        value = getattr(config, name)
-        if not least <= value <= most:  # also catches nan
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {value} is out of range: give {least} to {most}.")
-    for name, choices in CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise UserError(
-                f"--{name} {getattr(config, name)} is unknown: give one of {', '.join(choices)}."
-            )
-    if config.classify and config.condition != "breed":
+    for f in fields(Config):
+        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        (least, most), among = f.metadata["span"], f.metadata["among"]
+        if isinstance(value, (int, float)) and not least <= value <= most:  # also catches nan
+            raise UserError(f"{flag} {value} is out of range: give {least} to {most}.")
+        if among and value not in among:
+            raise UserError(f"{flag} {value} is unknown: give one of {', '.join(among)}.")
+    if config.classify and not config.conditional:
         raise UserError("--classify tells breeds apart: give --condition breed with it.")
     parse_crops(config.crops)
     parse_augment(config.augment)
     return config
 
 
-class Options(NamedTuple):
-    """A parsed command line: the configuration, which fields were named, and what to do."""
+# -------------------------------------------------------------------------------------- 2. Networks
 
+# What every pair of networks keeps to: `G(z, labels)` and `D(images, num_real, labels)`, where
+# labels are int64 breeds, which an unconditional network ignores. A row of `NETWORKS` makes a pair.
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm of an unconditional G: `(x, labels)` like the conditional one."""
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """`x`: (N, num_features, H, W); `labels` are ignored."""
+        return super().forward(x)
+
+
+class BreedBatchNorm2d(nn.Module):
+    """Batch norm with a gain and a bias for each breed (Dumoulin et al. 2017, arXiv 1610.07629)."""
+
+    def __init__(self, num_features: int, breeds: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.weight = nn.Parameter(torch.ones(breeds, num_features))
+        self.bias = nn.Parameter(torch.zeros(breeds, num_features))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """`x`: (N, num_features, H, W), `labels`: int64 (N,)."""
+        weight, bias = (F.embedding(labels, p)[:, :, None, None] for p in (self.weight, self.bias))
+        return torch.addcmul(bias, self.norm(x), weight)
+
+
+class SplitBatchNorm2d(nn.Module):
+    """Batch norm that gives reals and fakes in one batch their own statistics, but one affine pair.
+
+    Equal to two separate forwards through an ordinary batch norm in training mode, in one forward
+    of everything around it. Keeps no running statistics: D is never evaluated. Statistics of their
+    own for a second distribution: Xie et al. 2020 (AdvProp, arXiv 1911.09665).
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.eps = eps
+
+    def forward(self, x: Tensor, num_real: int) -> Tensor:
+        """`x`: (N, num_features, H, W), the `num_real` reals first; 0 or N make one group."""
+        if not 0 <= num_real <= len(x):
+            raise ValueError(f"num_real is {num_real}, but the batch holds {len(x)}")
+        groups = [g for g in x.split([num_real, len(x) - num_real]) if len(g)]
+        normed = [
+            F.batch_norm(g, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            for g in groups
+        ]
+        return normed[0] if len(normed) == 1 else torch.cat(normed)
+
+
+class NoNorm(nn.Module):
+    """Nothing in the place of a norm of D."""
+
+    def forward(self, x: Tensor, num_real: int) -> Tensor:
+        """`x` as it is."""
+        return x
+
+
+# From the latent or to the logit: (channels per unit of width, kernel); a 4 doubles or halves the
+# side, a 3 keeps it. "rgb": the kernel of G's last layer. D norms all but its first "plain" layers.
+LAYERS = {
+    "deep": {  # made deeper and wider, as in the notebook of preset first-public
+        "G": ((32, 4), (16, 4), (8, 4), (8, 3), (4, 4), (4, 3), (2, 4)), "rgb": 3,
+        "D": ((2, 4), (4, 4), (4, 3), (8, 4), (8, 3), (16, 4)), "plain": 2,
+    },
+    "paper": {  # Radford et al. 2015 (arXiv 1511.06434)
+        "G": ((8, 4), (4, 4), (2, 4), (1, 4)), "rgb": 4,
+        "D": ((1, 4), (2, 4), (4, 4), (8, 4)), "plain": 1,
+    },
+}  # fmt: skip
+
+
+class Generator(nn.Module):
+    """DCGAN: transposed convolutions, batch norm, ReLU, and tanh at the end."""
+
+    def __init__(
+        self, latent_dim: int = 256, width: int = 48, layers: str = "deep", breeds: int = 0
+    ) -> None:
+        """`breeds`: how many it is conditioned on; 0 = it draws a dog of any."""
+        super().__init__()
+        self.shape = {
+            "latent_dim": latent_dim, "width": width, "layers": layers, "breeds": breeds,
+        }  # fmt: skip
+        self.latent_dim, self.breeds = latent_dim, breeds
+        # The share of each breed in the data, so that dogs can be drawn as often as they occur.
+        self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        source, stride, padding = latent_dim, 1, 0
+        for units, kernel in LAYERS[layers]["G"]:
+            target = units * width
+            if self.convs:
+                stride, padding = kernel - 2, 1
+            self.convs.append(
+                nn.ConvTranspose2d(source, target, kernel, stride, padding, bias=False)
+            )
+            self.norms.append(BreedBatchNorm2d(target, breeds) if breeds else BatchNorm2d(target))
+            source = target
+        last = LAYERS[layers]["rgb"]
+        self.to_rgb = nn.ConvTranspose2d(source, 3, last, last - 2, 1)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(N, latent_dim) standard normal latents to float32 (N, 3, 64, 64) images in [-1, 1].
+
+        `labels`: int64 (N,) breeds, needed only by a G that is conditioned on them.
+        """
+        if labels is None and self.breeds:
+            raise ValueError(f"a generator of {self.breeds} breeds needs labels")
+        x = z[:, :, None, None]
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.relu(norm(conv(x), labels), inplace=True)
+        return widened(self.to_rgb(x)).tanh()  # bf16 has no number between 0.996 and 1
+
+
+class Verdict(NamedTuple):
+    """What D says of n images."""
+
+    logits: Tensor  # float32 (n,): of being real
+    features: Tensor  # (n, channels, 4, 4): what it says so by
+    classes: Tensor  # float32 (n, K): logits of the breeds; K = 0 without such a head
+
+    def split(self, count: int) -> tuple[Verdict, Verdict]:
+        """The verdict on the first `count` images and that on the others."""
+        return Verdict(*(t[:count] for t in self)), Verdict(*(t[count:] for t in self))
+
+
+class Discriminator(nn.Module):
+    """G's mirror: convolutions, split batch norm, leaky ReLU; of breeds, a projection besides.
+
+    Projection: Miyato and Koyama 2018 (arXiv 1802.05637); the classifier: Odena et al. 2017
+    (AC-GAN, arXiv 1610.09585).
+    """
+
+    def __init__(
+        self, width: int = 48, layers: str = "deep", breeds: int = 0, classify: bool = False
+    ) -> None:
+        super().__init__()
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        source = 3
+        for k, (units, kernel) in enumerate(LAYERS[layers]["D"]):
+            target = units * width
+            self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=False))
+            plain = k < LAYERS[layers]["plain"]
+            self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target))
+            source = target
+        self.head = nn.Conv2d(source, 1, 4)
+        # From 0: D begins as if it were told nothing.
+        self.projection = nn.Parameter(torch.zeros(breeds, source)) if breeds else None
+        self.classifier = nn.Linear(source, breeds) if classify else None
+
+    def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
+        """(N, 3, 64, 64) images in [-1, 1], the `num_real` reals first, and their int64 breeds."""
+        x = images
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.leaky_relu(norm(conv(x), num_real), 0.2, inplace=True)
+        logits, mean = widened(self.head(x).flatten()), x.mean((2, 3))
+        if self.projection is not None:
+            logits = logits + (F.embedding(labels, self.projection) * mean).sum(1)
+        classes = mean[:, :0] if self.classifier is None else self.classifier(mean)
+        return Verdict(logits, x, widened(classes))
+
+
+def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
+    """G and D of `config`'s layers, for `breeds` breeds."""
+    D_width = config.d_width or config.width
+    G = Generator(config.latent_dim, config.width, config.layers, breeds)
+    return G, Discriminator(D_width, config.layers, breeds, config.classify > 0)
+
+
+NETWORKS: dict[str, Callable[[Config, int], tuple[nn.Module, nn.Module]]] = {
+    "deep": dcgan,
+    "paper": dcgan,
+}
+NORMS = (nn.BatchNorm2d, SplitBatchNorm2d, BreedBatchNorm2d)
+
+
+def build_networks(
+    config: Config, device: torch.device, breeds: int = 0
+) -> tuple[nn.Module, nn.Module]:
+    """G and D, of `breeds` breeds if told of them, their weights from `config.seed` anywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        G, D = NETWORKS[config.layers](config, breeds if config.conditional else 0)
+        if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std), no bias
+            for module in (*G.modules(), *D.modules()):
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                    nn.init.normal_(module.weight, 0.0, config.init_std)
+                elif isinstance(module, NORMS) and module.weight is not None:
+                    nn.init.normal_(module.weight, 1.0, config.init_std)
+    layout = memory_layout(device)
+    return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half-precision numbers as float32; others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------------------------------- 3. Losses
+
+
+class Seen(NamedTuple):
+    """All that a loss may read: D's verdicts on the images of one step."""
+
+    images: Tensor  # (N, 3, 64, 64) as D saw them, the reals first
+    real: Verdict
+    fake: Verdict
+    labels: Tensor  # int64 (batch,): breeds of the reals and, the same, of the fakes
     config: Config
-    named: frozenset[str]
-    dry_run: bool
-    fresh: bool
-    resume: str
-    sample_only: bool
-    breed: str
+    scale: Tensor | float  # of gradients, so that half precision does not round them to 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help.")
+class Term(NamedTuple):
+    """A part of a loss, weighed by the field of `Config` that is called like it."""
+
+    loss: Callable[[Seen], Tensor]  # to a float32 scalar
+    reads_reals: bool = False  # in G's step: then D is shown the reals there too
 
 
-def parse(argv: Sequence[str]) -> Options:
-    """The command line, made from `Config`; `--steps` alone lifts the time limit."""
-    parser = _Parser(prog="train_dogs.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    actions = parser.add_argument_group("actions")
-    actions.add_argument(
-        "--preset",
-        default="dogs",
-        metavar="NAME",
-        help=f"recipe, of {', '.join(PRESETS)}; default dogs",
-    )
-    actions.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    actions.add_argument("--fresh", action="store_true", help="ignore the checkpoint in --out")
-    actions.add_argument("--resume", default="", metavar="FILE", help="start from this checkpoint")
-    actions.add_argument(
-        "--sample-only", action="store_true", help="write images.zip from what was trained"
-    )
-    actions.add_argument(
-        "--breed", default="", metavar="NAME", help="the same, of this breed alone, as in Pug"
-    )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for f in fields(Config):
-        name = f.metadata["group"]
-        group = groups.setdefault(name, parser.add_argument_group(name))
-        shown = f.metadata["help"] + (f"; default {f.default}" if f.default not in ("", ()) else "")
-        group.add_argument(
-            "--" + f.name.replace("_", "-"),
-            type=str if f.default == () else type(f.default),
-            action="append" if f.default == () else "store",
-            default=argparse.SUPPRESS,
-            metavar={int: "N", float: "X", str: "TEXT", tuple: "PATH"}[type(f.default)],
-            help=shown.replace("%", "%%"),
-        )
-    groups["length"].add_argument(
-        "--minutes", type=float, default=argparse.SUPPRESS, metavar="X", help="--hours, in minutes"
-    )
-    given = vars(parser.parse_args(list(argv)))
-    acts = {
-        k: given.pop(k) for k in ("preset", "dry_run", "fresh", "resume", "sample_only", "breed")
-    }
-    if "minutes" in given:
-        if "hours" in given:
-            raise UserError("--hours and --minutes are the same budget: give one of them.")
-        given["hours"] = given.pop("minutes") / 60
-    if not given.get("hours", 1) > 0:
-        raise UserError(f"a budget of {given['hours']:g} hours is none: give more than 0.")
-    if "steps" in given and "hours" not in given:
-        given["hours"] = 0.0  # no limit
-    if acts["preset"] not in PRESETS:
-        raise UserError(f"--preset {acts['preset']} is unknown: give one of {', '.join(PRESETS)}.")
-    if "data" in given:
-        given["data"] = tuple(given["data"])
-    config = check_config(replace(Config(**PRESETS[acts.pop("preset")]), **given))
-    if not config.out:
-        kaggle = Path("/kaggle/working")
-        config = replace(config, out=str(kaggle if kaggle.is_dir() else "output"))
-    return Options(config, frozenset(given), **acts)
+def d_margin(seen: Seen) -> Tensor:
+    """Logistic loss whose real side is exactly 0, with gradient 0, once sigmoid(logit) > margin.
 
+    real: (1 - s) * max(0, softplus(-l) - softplus(-l_m)) + s * softplus(l), l_m = logit(margin)
+    fake: softplus(l)
 
-# ---------------------------------------------------------------------------------------- 2. Device
-
-
-def architecture_is_built(capability: tuple[int, int], built: Sequence[str]) -> bool:
-    """Whether a GPU of `capability` can run kernels of a torch built for `built`.
-
-    `built` is `torch.cuda.get_arch_list()`: binaries ("sm_70") run on the same major version from
-    their minor version on; intermediate code ("compute_70") runs on anything as new or newer.
+    The constant makes the floor 0; below the margin the gradient is the logistic loss's own. The
+    margin keeps D from over-fitting reals it already knows. With smoothing s > 0 a real past the
+    margin is still pushed down by the second term, so that the two work against each other.
     """
-    major, minor = capability
-    for name in built:
-        kind, _, digits = name.partition("_")
-        digits = digits.rstrip("af")
-        if digits.isdigit():
-            built_major, built_minor = int(digits[:-1]), int(digits[-1])
-            if kind == "sm" and built_major == major and built_minor <= minor:
-                return True
-            if kind == "compute" and (built_major, built_minor) <= (major, minor):
-                return True
-    return False
+    smoothing = seen.config.smoothing
+    floor = -math.log(seen.config.margin)  # softplus(-logit(m)) = -log m
+    real = (F.softplus(-seen.real.logits) - floor).relu().mean()
+    if smoothing:
+        real = (1 - smoothing) * real + smoothing * F.softplus(seen.real.logits).mean()
+    return real + F.softplus(seen.fake.logits).mean()
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a real kernel has run.
+def g_logistic(seen: Seen) -> Tensor:
+    """The non-saturating loss softplus(-l), Goodfellow et al. 2014; its gradient is never 0."""
+    return F.softplus(-seen.fake.logits).mean()
 
-    Raises `UserError` where there is no such GPU, or the installed torch has no kernels for it (a
-    P100 under a CUDA 12.8+ build reports itself as available, and its first kernel dies).
+
+def d_rals(seen: Seen) -> Tensor:
+    """Relativistic average least squares (Jolicoeur-Martineau 2018, arXiv 1807.00734).
+
+    (mean (r - mean f - 1)^2 + mean (f - mean r + 1)^2) / 2; 0 only where all reals lie 1 above the
+    fakes' mean and all fakes 1 below the reals'.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    kind, _, index = name.partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
-        raise UserError(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
-    device = torch.device("cuda", int(index or 0))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.index >= gpus:
-        raise UserError(
-            f"--device {name}: {gpus} CUDA GPUs are usable here; give one of them from cuda:0 on,"
-            " or --device cpu, or turn a GPU on."
-        )
-    capability = torch.cuda.get_device_capability(device)
-    remedy = (
-        "choose a T4 or L4 instead, or pin the notebook to its original 2025 environment, or"
-        " install a CUDA 12.6 build of torch 2.14 or older (pip install --no-index"
-        " --find-links=FOLDER torch)."
+    real, fake = seen.real.logits, seen.fake.logits
+    return ((real - fake.mean() - 1).square().mean() + (fake - real.mean() + 1).square().mean()) / 2
+
+
+def g_rals(seen: Seen) -> Tensor:
+    """`d_rals` with reals and fakes in each other's place; the gradient reaches G by the fakes."""
+    return d_rals(seen._replace(real=seen.fake, fake=seen.real))
+
+
+def gradient_penalty(seen: Seen) -> Tensor:
+    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406).
+
+    The images' slope is taken of scaled logits, as large as the loss's own: else fp16 makes it 0.
+    """
+    total = seen.real.logits.mean() * seen.scale
+    (slope,) = torch.autograd.grad(total, seen.images, create_graph=True)
+    count = len(seen.real.logits)
+    return (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
+
+
+def classify_reals(seen: Seen) -> Tensor:
+    """Cross-entropy of the breeds; of reals alone: from fakes of no clear breed nothing is learnt."""
+    return F.cross_entropy(seen.real.classes, seen.labels)
+
+
+def classify_fakes(seen: Seen) -> Tensor:
+    """Cross-entropy of the breeds that the fakes were drawn as."""
+    return F.cross_entropy(seen.fake.classes, seen.labels)
+
+
+ADVERSARIAL = {  # `--loss`: the term of D and that of G, of weight 1
+    "margin": (Term(d_margin), Term(g_logistic)),
+    "rals": (Term(d_rals), Term(g_rals, reads_reals=True)),
+}
+D_TERMS = {"r1": Term(gradient_penalty), "classify": Term(classify_reals)}
+G_TERMS = {"classify": Term(classify_fakes)}
+
+
+class Objective(NamedTuple):
+    """The weighed terms of one network's loss, the adversarial one first."""
+
+    terms: dict[str, Term]
+    weights: list[float]
+
+    @property
+    def reads_reals(self) -> bool:
+        """Whether any term does."""
+        return any(term.reads_reals for term in self.terms.values())
+
+    def __call__(self, seen: Seen) -> tuple[Tensor, list[Tensor]]:
+        """The weighed sum, and each term's value without its weight."""
+        values = [term.loss(seen) for term in self.terms.values()]
+        return sum(weight * value for weight, value in zip(self.weights, values)), values
+
+
+def objectives(config: Config) -> tuple[Objective, Objective]:
+    """What D and what G minimise under `config`."""
+    chosen = []
+    for network, first, more in zip("dg", ADVERSARIAL[config.loss], (D_TERMS, G_TERMS)):
+        used = {name: term for name, term in more.items() if getattr(config, name)}
+        terms = {f"{network}_loss": first} | {f"{network}_{k}": term for k, term in used.items()}
+        chosen.append(Objective(terms, [1.0, *(getattr(config, name) for name in used)]))
+    return chosen[0], chosen[1]
+
+
+def logit(probability: float) -> float:
+    """log(p / (1 - p)); inf for 1."""
+    return math.inf if probability >= 1 else math.log(probability / (1 - probability))
+
+
+# -------------------------------------------------------------------------------------- 4. One step
+
+# The augmentations are differentiable, for reals and fakes alike, in D's step and in G's, drawn anew
+# for every image: Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32
+# (N, 3, 64, 64) to the same.
+
+
+def augment_color(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Brightness by up to 0.5, saturation times 0 to 2, contrast times 0.5 to 1.5."""
+    shape = (3, len(x), 1, 1, 1)
+    brightness, saturation, contrast = torch.rand(shape, generator=generator, device=x.device)
+    x = x + (brightness - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * (2 * saturation)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (contrast + 0.5)
+
+
+def augment_translation(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A shift by up to 8 pixels each way, mirrored at the border: no black wedges to learn.
+
+    Two products with shift matrices: exact, and with a gradient that is the same in every run,
+    where that of an indexed copy is summed in any order.
+    """
+    side = x.shape[-1]
+    reach = side // 8
+    chance = torch.rand((2, len(x), 1), generator=generator, device=x.device)
+    shift = (chance * (2 * reach + 1)).long() - reach
+    pixel = torch.arange(side, device=x.device)
+    source = (pixel + shift).abs()
+    source = side - 1 - (side - 1 - source).abs()
+    rows, columns = (source[..., None] == pixel).to(x.dtype)[:, :, None]  # each (N, 1, 64, 64)
+    return rows @ x @ columns.mT
+
+
+def augment_cutout(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A grey square of half the side, its centre anywhere."""
+    side = x.shape[-1]
+    chance = torch.rand((2, len(x), 1), generator=generator, device=x.device)
+    centre = (chance * (side + 1)).floor()
+    pixel = torch.arange(side, device=x.device)
+    rows, columns = (pixel >= centre - side // 4) & (pixel < centre + side // 4)
+    hole = rows[:, None, :, None] & columns[:, None, None, :]
+    return x.masked_fill(hole, 0.0)
+
+
+AUGMENTS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
+    "color": augment_color,
+    "translation": augment_translation,
+    "cutout": augment_cutout,
+}
+
+
+def parse_augment(text: str) -> tuple[str, ...]:
+    """`"color,cutout"` to `("color", "cutout")`, `""` to `()`. Raises `UserError`."""
+    names = tuple(name.strip() for name in text.split(",") if text)
+    if not set(names) <= set(AUGMENTS) or len(set(names)) < len(names):
+        raise UserError(f"--augment {text}: give some of {', '.join(AUGMENTS)}, once each.")
+    return names
+
+
+class Batches:
+    """Reals, their breeds and latents, drawn on the device; each dog once an epoch."""
+
+    def __init__(self, crops: CropSet, config: Config, rng: torch.Generator | None) -> None:
+        """`crops` on the device of the networks, as is `rng`."""
+        self.crops, self.config, self.rng = crops, config, rng
+        device, dogs = crops.pixels.device, len(crops.first)
+        self.order = torch.arange(dogs, device=device)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps_per_epoch = max(1, dogs // config.batch_size)
+
+    def shuffle(self) -> None:
+        """Begin an epoch."""
+        device = self.order.device
+        self.order.copy_(torch.randperm(len(self.order), generator=self.rng, device=device))
+        self.cursor.zero_()
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 (B, 3, 64, 64) reals in [-1, 1], int64 (B,) breeds, float32 (B, latent_dim) z."""
+        config, device = self.config, self.order.device
+        places = self.cursor + torch.arange(config.batch_size, device=device)
+        rows = self.order[places % len(self.order)]
+        self.cursor += config.batch_size
+        reals = draw_reals(self.crops, rows, self.rng)
+        if config.noise:  # (Soenderby et al. 2017, arXiv 1610.04490)
+            reals = reals + config.noise * torch.rand(
+                reals.shape, generator=self.rng, device=device
+            )
+        z = torch.randn(config.batch_size, config.latent_dim, generator=self.rng, device=device)
+        return reals, self.crops.breed[rows], z
+
+
+def draw_reals(crops: CropSet, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One view of each dog in `rows`, its kind drawn anew, half of them mirrored.
+
+    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], channels last in memory.
+    """
+    chance = torch.rand((3, len(rows)), generator=generator, device=rows.device)
+    kind = torch.bucketize(chance[0], crops.weights.cumsum(0)[:-1], right=True)
+    view = (chance[1] * crops.count[rows, kind]).long() + crops.first[rows, kind]
+    pixels = crops.pixels[view].permute(0, 3, 1, 2)
+    mirrored = (chance[2] < 0.5)[:, None, None, None]
+    return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
+
+
+class Trainer:
+    """G, D, their optimisers and averages, and all random state: one run, on one device.
+
+    `step()` does one update of D and one of G. On CUDA it may be captured once as a graph and
+    replayed (`capture`); elsewhere the same code runs eagerly. Everything that a replay touches is a
+    tensor that stays where it is: rollback and resume copy into it.
+    """
+
+    def __init__(self, config: Config, crops: CropSet, device: torch.device) -> None:
+        self.config, self.device, self.crops = config, device, crops.to(device)
+        self.G, self.D = build_networks(config, device, len(crops.breeds))
+        if self.G.breeds:
+            self.G.frequency.copy_(torch.bincount(crops.breed, minlength=self.G.breeds))
+            self.G.frequency.div_(self.G.frequency.sum())
+        self.d_objective, self.g_objective = objectives(config)
+        self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
+        self.precision = choose_precision(config.precision, device)
+        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
+        # A captured graph knows the default CUDA generator; on a CPU the run has one of its own.
+        on_gpu = device.type == "cuda"
+        self.rng = torch.cuda.default_generators[device.index] if on_gpu else torch.Generator()
+        self.rng.manual_seed(config.seed)
+        self.opt_g = make_adam(self.G, config.g_lr, config)
+        self.opt_d = make_adam(self.D, config.d_lr, config)
+        self.averages = Averages(self.G)
+        self.batches = Batches(self.crops, config, self.rng)
+        self.stats = (*self.d_objective.terms, *self.g_objective.terms, *D_OUTPUTS)
+        self.sums = torch.zeros(len(self.stats), device=device)
+        self.steps_done = self.rollbacks = self.summed = 0
+        self._rate_share = 1.0
+        self._means = dict.fromkeys(self.stats, 0.0)
+        self.update_both: Callable[[], None] = self.one_step  # or a replay of it
+        self._in_flight: deque[torch.cuda.Event] = deque()
+
+    def one_step(self) -> None:
+        """One update of D and one of G. What is trained stands in the registries, not here."""
+        reals, labels, z = self.batches.draw()
+        with self.autocast():
+            fakes = self.G(z, labels)  # one forward serves both steps
+            seen = self.show(reals, fakes.detach(), labels)
+            d_loss, d_values = self.d_objective(seen)
+        update(self.opt_d, d_loss, self.scale)
+        with self.autocast():  # anew: autocast remembers the weights from before the update
+            again = reals if self.g_objective.reads_reals else reals[:0]
+            g_loss, g_values = self.g_objective(self.show(again, fakes, labels))
+        update(self.opt_g, g_loss, self.scale)
+        past = (seen.real.logits > logit(self.config.margin)).float().mean()
+        outputs = [seen.real.logits.mean(), seen.fake.logits.mean(), past]
+        self.sums += torch.stack([*d_values, *g_values, *outputs]).detach()
+
+    def show(self, reals: Tensor, fakes: Tensor, labels: Tensor) -> Seen:
+        """D's verdicts on both, augmented; reals may be none. The images' slope can be asked for."""
+        images = torch.cat([reals, fakes])
+        for name in self.augments:
+            images = AUGMENTS[name](images, self.rng)
+        images = images.contiguous(memory_format=self.layout).requires_grad_()
+        told = torch.cat([labels[: len(reals)], labels])
+        real, fake = self.D(images, len(reals), told).split(len(reals))
+        scale = 1.0 if self.scale is None else self.scale
+        return Seen(images, real, fake, labels, self.config, scale)
+
+    def use_own_generator(self) -> None:
+        """Draw from a generator of this trainer's own from now on; its state is to be loaded."""
+        self.rng = self.batches.rng = torch.Generator(self.device)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which networks compute in this run's precision."""
+        dtype = PRECISIONS[self.precision]
+        kind = self.device.type if self.device.type == "cuda" else "cpu"
+        return torch.autocast(kind, dtype, enabled=dtype is not None)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The factor of a loss that keeps half-precision gradients off 0; only fp16 needs one."""
+        return self.loss_scale if self.precision == "fp16" else None
+
+    def step(self, progress: float) -> None:
+        """One update of D, of G, and where due of the averages; at most 4 steps in flight."""
+        if self.steps_done % self.batches.steps_per_epoch == 0:
+            self.batches.shuffle()
+        self._set_rates(progress)
+        self.update_both()
+        self.steps_done += 1
+        self.summed += 1
+        if self.steps_done % self.config.average_every == 0:
+            self.averages.update(self.G, progress, self.config)
+        if self.device.type == "cuda":
+            self._in_flight.append(torch.cuda.Event())
+            self._in_flight[-1].record()
+            if len(self._in_flight) > 4:
+                self._in_flight.popleft().synchronize()
+
+    def _set_rates(self, progress: float) -> None:
+        """The full rates until `lr_decay_start`, then linearly down to 0."""
+        start = self.config.lr_decay_start
+        share = min(1.0, (1 - progress) / (1 - start)) if start < 1 else 1.0
+        if share == self._rate_share:
+            return
+        self._rate_share = share
+        for adam, lr in ((self.opt_g, self.config.g_lr), (self.opt_d, self.config.d_lr)):
+            group = adam.param_groups[0]
+            if isinstance(group["lr"], Tensor):  # what a captured step reads
+                group["lr"].fill_(lr * share)
+            else:
+                group["lr"] = lr * share
+
+    @torch.no_grad()
+    def is_healthy(self) -> bool:
+        """Whether all weights are finite, and fp16 has not run out of range; waits for the device.
+
+        A loss that is not finite makes weights so at once, but for fp16, which skips such a step
+        and halves the scale.
+        """
+        norms = torch._foreach_norm([*self.G.parameters(), *self.D.parameters()])
+        return bool(torch.stack(norms).isfinite().all() & (self.loss_scale >= 1))
+
+    def read_stats(self) -> dict[str, float]:
+        """The means of `stats` over the steps since the last call; waits for the device."""
+        if self.summed:
+            self._means = dict(zip(self.stats, (self.sums / self.summed).tolist()))
+            self.sums.zero_()
+            self.summed = 0
+        return self._means
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name."""
+        found = {f"G.{k}": v for k, v in self.G.state_dict().items()}
+        found |= {f"D.{k}": v for k, v in self.D.state_dict().items()}
+        for name, adam in (("opt_g", self.opt_g), ("opt_d", self.opt_d)):
+            for i, state in enumerate(adam.state.values()):
+                found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
+        found |= {f"ema.{i}": v for i, v in enumerate(self.averages.ema)}
+        found |= {f"swa.{i}": v for i, v in enumerate(self.averages.swa)}
+        found |= {"order": self.batches.order, "cursor": self.batches.cursor}
+        return found | {"sums": self.sums, "loss_scale": self.loss_scale}
+
+    def counters(self) -> dict[str, int]:
+        """The numbers beside the tensors."""
+        return {
+            "steps_done": self.steps_done, "rollbacks": self.rollbacks, "summed": self.summed,
+            "ema_updates": self.averages.ema_updates, "swa_updates": self.averages.swa_updates,
+        }  # fmt: skip
+
+    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, object]:
+        """Everything that a bit-equal continuation needs, as copies on `device`, in plain types."""
+        tensors = {k: v.detach().to(device, copy=True) for k, v in self.tensors().items()}
+        data = {"data_key": self.crops.key, "breeds": self.crops.breeds}
+        return {"tensors": tensors, "rng": self.rng.get_state(), **data, **self.counters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, object]) -> bool:
+        """Copy a `state_dict` into the tensors that are there; False if its randomness is of
+        another kind of device (a CPU's generator and a GPU's differ), and was begun anew."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state["tensors"][name])
+        for name in ("steps_done", "rollbacks", "summed"):
+            setattr(self, name, state[name])
+        self.averages.ema_updates, self.averages.swa_updates = (
+            state["ema_updates"], state["swa_updates"],
+        )  # fmt: skip
+        same_kind = state["rng"].shape == self.rng.get_state().shape
+        if same_kind:
+            self.rng.set_state(state["rng"])
+        else:
+            self.rng.manual_seed(seed_for(self.config.seed, "training") + self.steps_done)
+        return same_kind
+
+
+D_OUTPUTS = ("d_real", "d_fake", "past_margin")  # D's mean logits; the share of reals past it
+
+
+def make_adam(network: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980), fused, its state made."""
+    parameters = list(network.parameters())
+    device = parameters[0].device
+    on_gpu = device.type == "cuda"
+    adam = torch.optim.Adam(
+        parameters,
+        lr=torch.tensor(lr, device=device) if on_gpu else lr,
+        betas=(config.beta1, config.beta2),
+        fused=device.type != "meta",
     )
-    if not architecture_is_built(capability, torch.cuda.get_arch_list()):
-        raise UserError(
-            f"this GPU's architecture is sm_{capability[0]}{capability[1]}, for which the installed"
-            f" torch {torch.__version__} has no kernels: {remedy}"
-        )
-    try:
-        torch.cuda.set_device(device)
-        torch.ones(8, device=device).sum().item()
-    except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
-        raise UserError(f"the GPU cannot run a kernel ({first_line}): {remedy}") from error
-    return device
+    for parameter in parameters:  # a first step of nothing makes its state exist
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    for state in adam.state.values():
+        state["step"].zero_()
+    return adam
 
 
-def describe_device(device: torch.device) -> str:
-    """One line for the log: device, capability, torch and CUDA versions."""
-    if device.type == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    major, minor = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    return f"{name} (sm_{major}{minor}), torch {torch.__version__}, CUDA {torch.version.cuda}"
+def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) -> None:
+    """One Adam step on `loss`; `autograd.grad` leaves the other network's weights alone.
+
+    `scale`: a factor of the loss that fused Adam divides out of the gradients. Where they overflow
+    the step is skipped and the scale halved; else it grows, twofold in 2,000 calls.
+    """
+    group = adam.param_groups[0]
+    parameters = group["params"]
+    gradients = torch.autograd.grad(
+        loss if scale is None else loss * scale,
+        parameters,
+        allow_unused=True,  # a head that no term reads
+        materialize_grads=True,
+    )
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = laid_out_like(gradient, parameter)
+    if scale is None:
+        adam.step()
+        return
+    finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+    if group["fused"]:
+        adam.grad_scale, adam.found_inf = scale, (~finite).float()
+        adam.step()
+    elif finite:  # waits for the device; only where fused Adam does not work
+        torch._foreach_div_([p.grad for p in parameters], scale)
+        adam.step()
+    scale.mul_(0.5 + finite * (2 ** (1 / 2000) - 0.5))  # no `where`: it would copy from the host
 
 
-# ---------------------------------------------------------------------------- 3. Data: finding dogs
+def laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """`gradient` with the strides of `parameter`.
+
+    Adam's fused kernels walk raw memory: CUDA's refuse other strides, a CPU's silently mix up the
+    elements. `autograd.grad` returns whatever a backward made, which is NCHW for channels-last
+    weights after a double backward (R1), and after cuDNN on a 1x1 input (G's first layer).
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def flops_per_image(config: Config, breeds: int = 120) -> int:
+    """FLOPs per image and step, forward and backward, by torch's counter on the very step itself.
+
+    Run on meta tensors; norms, activations, augmentation and optimisers count as nothing.
+    """
+    config = replace(config, batch_size=4, precision="fp32")
+    meta = torch.device("meta")
+    crops = CropSet(
+        pixels=torch.empty((4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, device=meta),
+        first=torch.zeros((4, 1), dtype=torch.int64, device=meta),
+        count=torch.ones((4, 1), dtype=torch.int64, device=meta),
+        weights=torch.ones(1, device=meta),
+        breed=torch.zeros(4, dtype=torch.int64, device=meta),
+        breeds=["any"] * breeds,
+        skipped=[],
+        key="",
+    )
+    trainer = Trainer(config, crops, meta)
+    with FlopCounterMode(display=False) as counter:
+        trainer.one_step()
+    return counter.get_total_flops() // config.batch_size
+
+
+def p100_hours(config: Config, steps: int) -> float:
+    """Equivalent P100-hours of `steps`: images x FLOPs per image-step / 7.4e12 / 3600."""
+    return steps * config.batch_size * flops_per_image(config) / P100_FLOPS / 3600
+
+
+# -------------------------------------------------------------------------------------- 5. Averages
+
+
+class Averages:
+    """The EMA and, late, the equal-weight SWA of G's parameters; norms are estimated afterwards.
+
+    SWA: Izmailov et al. 2018 (arXiv 1803.05407); of a GAN's G: Yazici et al. 2019 (arXiv
+    1806.04498).
+    """
+
+    def __init__(self, G: nn.Module) -> None:
+        self.ema = [p.detach().clone() for p in G.parameters()]
+        self.swa = [p.detach().clone() for p in G.parameters()]
+        self.ema_updates = self.swa_updates = 0
+
+    @torch.no_grad()
+    def update(self, G: nn.Module, progress: float, config: Config) -> None:
+        """Take in G as it is now, `average_every` steps after the last time."""
+        weights = list(G.parameters())
+        self.ema_updates += 1
+        # Early on an average over the last tenth of the updates: no trace of the initial weights.
+        warm = (1 + self.ema_updates) / (10 + self.ema_updates)
+        beta = stepped_beta(progress) if config.ema_schedule == "stepped" else config.ema_beta
+        torch._foreach_lerp_(self.ema, weights, 1 - min(beta**config.average_every, warm))
+        if progress >= config.swa_start:
+            self.swa_updates += 1
+            torch._foreach_lerp_(self.swa, weights, 1 / self.swa_updates)
+
+    def choose(self, average: str) -> str:
+        """Which weights are submitted, by a rule that needs no look at the images.
+
+        `average` says it; but SWA only from 10 snapshots on (until then the EMA stands in), and the
+        EMA only from its first update on (until then the raw weights do).
+        """
+        if average == "swa" and self.swa_updates < 10:
+            average = "ema"
+        return "none" if average == "ema" and self.ema_updates == 0 else average
+
+    @torch.no_grad()
+    def generator(self, like: nn.Module, choice: str, batches: int, config: Config) -> nn.Module:
+        """A copy of G with the weights of `choice`, norms estimated over `batches`, in eval mode."""
+        G = copy.deepcopy(like)
+        weights = {"swa": self.swa, "ema": self.ema, "none": list(like.parameters())}[choice]
+        for target, source in zip(G.parameters(), weights, strict=True):
+            target.copy_(source)
+        return estimate_norms(G, batches, config.seed, config.truncation)
+
+
+WEIGHTS = {"swa": "SWA generator", "ema": "EMA generator", "none": "raw generator"}
+
+
+def stepped_beta(progress: float) -> float:
+    """An EMA's decay that rises at epochs 200, 300 and 400 of 620, as first-public's did."""
+    return 1 - 0.1 ** (1 + sum(progress >= epoch / 620 for epoch in (200, 300, 400)))
+
+
+def estimate_norms(G: nn.Module, batches: int, seed: int, truncation: float = 0.0) -> nn.Module:
+    """Re-estimate G's batch-norm statistics over `batches` x 128 latents; returns it in eval mode.
+
+    Averaged weights have no statistics of their own: those of any single G are wrong for them
+    (Izmailov et al. 2018, section 3.2). Cumulative means, as PreciseBN (arXiv 2105.07576).
+    """
+    device = next(G.parameters()).device
+    for module in G.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    G.train()
+    latents = draw_latents(
+        batches * SAMPLE_BATCH, G.latent_dim, seed_for(seed, "norms"), truncation
+    )
+    labels = draw_labels(G, len(latents), seed)
+    with full_precision(), torch.no_grad():
+        for z, label in in_batches(latents, labels):
+            G(z.to(device), label.to(device))
+    return G.eval()
+
+
+# ---------------------------------------------------------------------------- 6. Data: finding dogs
 
 
 class BadItem(Exception):
     """A picture, annotation or box that is left out; the text is the reason it is counted under."""
 
 
-LARGEST_FILE = 64 << 20  # bytes; an archive member that claims more is a mistake or an attack
-DAMAGE = (  # what zipfile, Pillow and torch raise for damaged files
+LARGEST_FILE = 64 << 20  # bytes; an archive member that holds more is a mistake or an attack
+DAMAGE = (  # what zipfile, tarfile, Pillow and torch raise for damaged files
     OSError, RuntimeError, ValueError, SyntaxError, TypeError, EOFError, LookupError,
-    ArithmeticError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+    AttributeError, ArithmeticError, struct.error, zlib.error, lzma.LZMAError,
+    zipfile.BadZipFile, tarfile.TarError,
 )  # fmt: skip
 
 
@@ -358,7 +1014,7 @@ class Entry(NamedTuple):
     """A file in a folder or an archive."""
 
     path: str  # below its root, with forward slashes
-    size: int  # bytes
+    size: int  # bytes, as its folder or archive says
     stamp: int  # modification time in ns, or the archive's
     load: Callable[[], bytes]
 
@@ -379,19 +1035,11 @@ class Photo:
     name: str  # unique in its set, as in n02085620-Chihuahua/n02085620_10074.jpg
     breed: str
     picture: Entry
-    annotation: Entry | None
-
-    def read(self) -> bytes:
-        """The encoded picture. Raises `BadItem`."""
-        return self.picture.read()
-
-    def read_annotation(self) -> bytes | None:
-        """The annotation's XML, or None in a set without annotations. Raises `BadItem`."""
-        return None if self.annotation is None else self.annotation.read()
+    annotation: Entry | None  # None in a set without any
 
 
 @dataclass(frozen=True)
-class DogSet:
+class PhotoSet:
     """The photos found, in a fixed order, and what was left out already."""
 
     where: str
@@ -410,18 +1058,21 @@ ANNOTATION_PLACES = (
 )  # fmt: skip
 
 
-def list_files(place: Path) -> list[Entry]:
-    """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked."""
+def list_files(place: Path, results: Path | None = None) -> list[Entry]:
+    """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked.
+
+    `results`: a folder of this program's own, which is no data.
+    """
     try:
         if place.is_dir():
-            entries = _folder_entries(place)
+            entries = list(folder_entries(place, results))
         else:
-            entries = _zip_entries(place) if zipfile.is_zipfile(place) else _tar_entries(place)
-        return sorted((e for e in entries if is_shown(e.path)), key=lambda e: e.path)
-    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+            entries = list(zip_entries(place) if zipfile.is_zipfile(place) else tar_entries(place))
+    except (*DAMAGE, NotImplementedError, RecursionError) as error:
         raise UserError(
             f"{place} cannot be read as a folder, zip or uncompressed tar ({error}): give another."
         ) from error
+    return sorted((e for e in entries if is_shown(e.path)), key=lambda e: e.path)
 
 
 def is_shown(path: str) -> bool:
@@ -429,40 +1080,43 @@ def is_shown(path: str) -> bool:
     return not any(part.startswith((".", "__MACOSX")) for part in path.split("/")[1:])
 
 
-def _folder_entries(place: Path) -> Iterator[Entry]:
+def folder_entries(place: Path, results: Path | None) -> Iterator[Entry]:
+    """The files of a folder and of those below."""
+
     def stop(error: OSError) -> None:
         raise error
 
-    seen = set()
-    for folder, inner, names in os.walk(place, followlinks=True, onerror=stop):
-        if (real := os.path.realpath(folder)) in seen:  # a link back
-            inner.clear()
-            continue
-        seen.add(real)
-        inner[:] = [name for name in inner if not is_drawn(Path(folder, name))]
+    for folder, inner, names in os.walk(place, onerror=stop):
+        if results is not None and results.is_dir():
+            inner[:] = [name for name in inner if not results.samefile(Path(folder, name))]
         below = Path(place.name, Path(folder).relative_to(place))
-        for name in names:
-            file = Path(folder, name)
+        for file in (Path(folder, name) for name in names):
             if file.is_file():
                 status = file.stat()
-                path = (below / name).as_posix()
+                path = (below / file.name).as_posix()
                 yield Entry(path, status.st_size, status.st_mtime_ns, file.read_bytes)
 
 
-def is_drawn(folder: Path) -> bool:
-    """Whether a folder below a named one is `data/sample`, whose dogs count only when named."""
-    return folder.name == "sample" and (folder / "Annotation").is_dir()
-
-
-def _zip_entries(place: Path) -> Iterator[Entry]:
+def zip_entries(place: Path) -> Iterator[Entry]:
+    """The members of a zip; each is unpacked no further than `LARGEST_FILE`, whatever it claims."""
     archive, stamp = zipfile.ZipFile(place), place.stat().st_mtime_ns
+
+    def read(info: zipfile.ZipInfo) -> bytes:
+        with archive.open(info) as member:
+            data = member.read(info.file_size)
+            if len(data) != info.file_size or member.read(1):
+                raise BadItem("file of another size than its archive says")
+            return data
+
     for info in archive.infolist():
         if not info.is_dir():
             path = f"{place.stem}/{info.filename.removeprefix('./')}"
-            yield Entry(path, info.file_size, stamp, partial(archive.read, info))
+            yield Entry(path, info.file_size, stamp, partial(read, info))
 
 
-def _tar_entries(place: Path) -> Iterator[Entry]:
+def tar_entries(place: Path) -> Iterator[Entry]:
+    """The members of an uncompressed tar."""
+
     def read(info: tarfile.TarInfo) -> bytes:
         with place.open("rb") as file:  # a file of its own: threads do not share a position
             file.seek(info.offset_data)
@@ -486,18 +1140,17 @@ def places_below(folder: Path, levels: int) -> list[Path]:
             if pictures and annotations:
                 return [pictures[0], annotations[0]]
         inner = (p for c in level if os.access(c, os.R_OK) and c.is_dir() for p in c.iterdir())
-        level = sorted(
-            p for p in inner if p.is_dir() and is_shown(f"/{p.name}") and not is_drawn(p)
-        )
+        level = sorted(p for p in inner if p.is_dir() and is_shown(f"/{p.name}"))
     return []
 
 
-def find_dogs(paths: Sequence[str | Path] = ()) -> DogSet:
+def find_photos(paths: Sequence[str | Path] = (), results: str | Path | None = None) -> PhotoSet:
     """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
 
     A path may be a folder that holds the set in any of its published forms (folders, Kaggle's flat
     form, two zips, the two official tars), an archive, or a folder of pictures. Where there is no
-    annotation at all, the pictures are one class. Raises `UserError` where there are no dogs.
+    annotation at all, the pictures are one class. `results`: a folder whose pictures are this
+    program's own. Raises `UserError` where there are no dogs.
     """
     places = [p for path in map(Path, paths) for p in places_below(path, 4) or [path]]
     if not paths:
@@ -510,7 +1163,8 @@ def find_dogs(paths: Sequence[str | Path] = ()) -> DogSet:
             " drawn ones with --data data/sample."
         )
     pictures, annotations = [], {}
-    for entry in (e for place in places for e in list_files(place)):
+    own_folder = None if results is None else Path(results)
+    for entry in (e for place in places for e in list_files(place, own_folder)):
         folder, _, name = entry.path.rpartition("/")
         if Path(name).suffix.lower() in PICTURE_SUFFIXES:
             pictures.append(entry)
@@ -523,7 +1177,7 @@ def find_dogs(paths: Sequence[str | Path] = ()) -> DogSet:
     )
     if not photos:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
-    return DogSet(where, photos, skipped, annotated=bool(annotations))
+    return PhotoSet(where, photos, skipped, annotated=bool(annotations))
 
 
 def match_photos(
@@ -557,40 +1211,43 @@ def match_photos(
     return list(photos.values()), skipped
 
 
-# --------------------------------------------------------------------------- 4. Data: reading a dog
+# ------------------------------------------------------------------- 7. Data: reading and cropping
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
-LARGEST_PICTURE = 80_000_000  # pixels; Pillow warns from 89 million on
+LARGEST_PICTURE = 32_000_000  # pixels to decode, 12 bytes each on the way: 400 MB in each thread
+MOST_BOXES = 100  # in one annotation
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
-class _NoDoctype(ElementTree.TreeBuilder):
+class NoDoctype(ElementTree.TreeBuilder):
+    """Refuses what entity bombs come in by."""
+
     def doctype(self, name: str, pubid: str, system: str) -> None:
-        raise BadItem("annotation with a DOCTYPE")  # the way in for entity bombs
+        """Raises `BadItem`."""
+        raise BadItem("annotation with a DOCTYPE")
 
 
-def parse_annotation(xml: bytes) -> tuple[tuple[float, float], list[Box]]:
-    """The picture's width and height as the annotation states them, and its boxes.
+def parse_annotation(xml: bytes) -> list[Box]:
+    """The boxes of an annotation; what is no number is nan, which `clip_box` refuses.
 
-    Raises `BadItem` for XML that is broken, hostile, or has no box. What is no number is kept as
-    nan: such a size equals no picture's, such a box `clip_box` refuses.
+    Raises `BadItem` for XML that is broken, hostile, or has no box.
     """
     try:
-        root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=_NoDoctype()))
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=NoDoctype()))
+    except DAMAGE as error:
         raise BadItem("broken annotation") from error
 
-    def number(parent: ElementTree.Element, tag: str) -> float:
+    def number(text: str | None) -> float:
         try:
-            return float(parent.findtext(tag) or "nan")
+            return float(text or "nan")
         except ValueError:
             return math.nan
 
     corners = ("xmin", "ymin", "xmax", "ymax")
-    boxes = [tuple(number(box, corner) for corner in corners) for box in root.iter("bndbox")]
-    if not boxes:
-        raise BadItem("annotation without boxes")
-    return (number(root, "size/width"), number(root, "size/height")), boxes
+    found = list(root.iter("bndbox"))
+    if not 0 < len(found) <= MOST_BOXES:
+        raise BadItem("annotation with over 100 boxes" if found else "annotation without boxes")
+    return [tuple(number(box.findtext(corner)) for corner in corners) for box in found]
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:
@@ -613,80 +1270,73 @@ def open_picture(data: bytes) -> Image.Image:
     if not data:
         raise BadItem("empty file")
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadItem("absurd pixel count") from error
     except DAMAGE as error:
         raise BadItem("not a picture") from error
-    if picture.width * picture.height > LARGEST_PICTURE:
-        raise BadItem("absurd pixel count")
-    return picture
 
 
-def decode_picture(picture: Image.Image, shrink: int = 1) -> Image.Image:
-    """Decode to upright RGB, a JPEG at 1/`shrink` (1, 2, 4, 8) of its size by its DCT scaling.
+def is_turned(picture: Image.Image) -> bool:
+    """Whether EXIF says that the stored picture lies on its side; damaged EXIF says nothing."""
+    try:
+        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
+    except DAMAGE:
+        return False
 
-    EXIF rotation is applied, transparency is laid on white. Raises `BadItem` where it is truncated.
+
+def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) -> Image.Image:
+    """Decode to RGB, a JPEG at 1/`shrink` (1, 2, 4, 8) of its size by its DCT scaling.
+
+    `upright`: turned as EXIF says. Transparency is laid on white. Raises `BadItem` where the
+    picture is damaged, or too large for the memory.
     """
     try:
         if shrink > 1:  # a no-op for anything but a JPEG
             picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
+        if picture.width * picture.height > LARGEST_PICTURE:
+            raise BadItem("absurd pixel count")
         picture.load()
-        for wanted, turn in zip(turns_of(picture), TURNS):
-            picture = picture.transpose(turn) if wanted else picture
+        if upright:
+            with suppress(DAMAGE):  # of the EXIF block
+                picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
             picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        return picture.convert("RGB")
+        if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
+            return picture.convert("RGB")
+        picture = picture.convert("RGBA")
+        white = Image.new("RGB", picture.size, "white")
+        white.paste(picture, mask=picture.getchannel("A"))
+        return white
     except DAMAGE as error:
         raise BadItem("truncated or damaged picture") from error
 
 
-def decode_photo(data: bytes) -> Image.Image:
-    """Encoded bytes to an upright RGB picture at full size. Raises `BadItem`."""
-    return decode_picture(open_picture(data))
+def open_photo(photo: Photo) -> tuple[Image.Image, list[Box], list[str]]:
+    """A photo, not yet decoded; its dogs' boxes inside the frame; why others are left out.
 
-
-TURNS = (
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-)  # fmt: skip
-ORIENTATIONS = {  # of EXIF: which of the turns, one after another, make a picture upright
-    2: (True, False, False), 3: (True, True, False), 4: (False, True, False),
-    5: (False, False, True), 6: (False, True, True), 7: (True, True, True), 8: (True, False, True),
-}  # fmt: skip
-
-
-def turns_of(picture: Image.Image) -> tuple[bool, bool, bool]:
-    """Whether to mirror a picture in x, in y, and to swap x and y; damaged EXIF turns nothing."""
-    try:
-        return ORIENTATIONS.get(picture.getexif().get(0x0112), (False, False, False))
-    except DAMAGE:
-        return (False, False, False)
-
-
-def upright_boxes(picture: Image.Image, stated: tuple[float, float], boxes: list[Box]) -> list[Box]:
-    """Boxes in the upright picture, turned where the annotation states the size as it is stored.
-
-    Boxes of Stanford Dogs were drawn in browsers that showed pictures as they are stored.
+    Boxes of Stanford Dogs were drawn on the pictures as they are stored; one without annotation is
+    turned upright, and its box is the whole frame. Raises `BadItem` where there is no box.
     """
-    if stated != picture.size:
-        return boxes
-    width, height = picture.size
-    mirror_x, mirror_y, swap = turns_of(picture)
-    turned = []
-    for left, top, right, bottom in boxes:
-        if mirror_x:
-            left, right = width - right, width - left
-        if mirror_y:
-            top, bottom = height - bottom, height - top
-        turned.append((top, left, bottom, right) if swap else (left, top, right, bottom))
-    return turned
+    picture = open_picture(photo.picture.read())
+    if photo.annotation is None:
+        width, height = picture.size[::-1] if is_turned(picture) else picture.size
+        return picture, [(0, 0, width, height)], []
+    boxes, reasons = [], []
+    for box in parse_annotation(photo.annotation.read()):
+        try:
+            boxes.append(clip_box(box, *picture.size))
+        except BadItem as bad:
+            reasons.append(str(bad))
+    if not boxes:
+        raise BadItem(reasons[0])
+    return picture, boxes, reasons
 
 
-# -------------------------------------------------------------------------------- 5. Data: cropping
+def read_photo(photo: Photo) -> tuple[Image.Image, list[Box]]:
+    """A photo in RGB at its full size, and the boxes of its dogs inside it. Raises `BadItem`."""
+    picture, boxes, _ = open_photo(photo)
+    return decode_picture(picture, upright=photo.annotation is None), boxes
 
 
 def crop_box(box: Box, width: int, height: int) -> list[Box]:
@@ -763,62 +1413,49 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     which keeps the median PSNR against full decoding above 45 dB (`tests/bench_data.py`).
     Raises `BadItem` where the photo gives no dog.
     """
-    picture = open_picture(photo.read())
-    xml = photo.read_annotation()
-    *_, swap = turns_of(picture)
-    frame = picture.size[::-1] if swap else picture.size
-    if xml is None:
-        boxes: list[Box] = [(0, 0, *frame)]
-    else:
-        boxes = upright_boxes(picture, *parse_annotation(xml))
-    dogs, reasons = [], []
-    for box in boxes:
-        try:
-            clipped = clip_box(box, *frame)
-            dogs.append([CROPS[kind](clipped, *frame) for kind in kinds])
-        except BadItem as bad:
-            reasons.append(str(bad))
-    if not dogs:
-        raise BadItem(reasons[0])
+    picture, boxes, reasons = open_photo(photo)
+    upright = photo.annotation is None
+    frame = picture.size[::-1] if upright and is_turned(picture) else picture.size
+    dogs = [[CROPS[kind](box, *frame) for kind in kinds] for box in boxes]
     least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
     shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
-    upright = decode_picture(picture, shrink)
-    scale = 1 / shrink if upright.width < frame[0] else 1.0  # only JPEGs have shrunk
+    decoded = decode_picture(picture, shrink, upright)
+    scale = 1 / shrink if decoded.width < frame[0] else 1.0  # only JPEGs have shrunk
 
     def resize(crop: Box) -> np.ndarray:
         left, top, right, bottom = (edge * scale for edge in crop)
-        inside = (max(left, 0), max(top, 0), min(right, upright.width), min(bottom, upright.height))
+        inside = (max(left, 0), max(top, 0), min(right, decoded.width), min(bottom, decoded.height))
         size = (IMAGE_SIZE, IMAGE_SIZE)
-        return np.asarray(upright.resize(size, Image.Resampling.LANCZOS, box=inside))
+        return np.asarray(decoded.resize(size, Image.Resampling.LANCZOS, box=inside))
 
     return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs], reasons
 
 
-# ------------------------------------------------------------------- 6. Data: the prepared crop set
+# ------------------------------------------------------------------- 8. Data: the prepared crop set
 
 
 @dataclass(frozen=True)
 class CropSet:
-    """All crops: `crops[first[i, k] : first[i, k] + count[i, k]]` shows dog i as kind k."""
+    """All crops: `pixels[first[i, k] : first[i, k] + count[i, k]]` shows dog i as kind k."""
 
-    crops: Tensor  # uint8 (views, 64, 64, 3)
+    pixels: Tensor  # uint8 (views, 64, 64, 3)
     first: Tensor  # int64 (dogs, kinds)
     count: Tensor  # int64 (dogs, kinds)
     weights: Tensor  # float32 (kinds,): how often each kind is drawn
     breed: Tensor  # int64 (dogs,)
     breeds: list[str]
     skipped: list[tuple[str, str]]  # (name, reason)
-    key: str  # of what determines the crops; a resumed run must find the same
+    key: str  # of what the networks see; a resumed run must find the same
 
     def to(self, device: torch.device) -> CropSet:
         """The same with its tensors on `device`."""
-        names = ("crops", "first", "count", "weights", "breed")
+        names = ("pixels", "first", "count", "weights", "breed")
         return replace(self, **{n: getattr(self, n).to(device) for n in names})
 
 
 def in_threads(function: Callable, items: Iterable) -> Iterator:
     """`map` in order by a thread for each core; an interrupt drops what is still waiting."""
-    pool = ThreadPoolExecutor(os.cpu_count())
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         yield from pool.map(function, items)
     finally:
@@ -831,62 +1468,35 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or usual, "train_dogs")
 
 
-def prepare_crops(dogs: DogSet, crops: str, show: bool = True) -> CropSet:
+def prepare_crops(photos: PhotoSet, crops: str, show: bool = True) -> CropSet:
     """Crop every dog once, or find that done in the cache; the tensors lie on the CPU.
 
     Raises `UserError` above 5 % bad items, or with fewer than 16 dogs.
     """
-    weights = parse_crops(crops if dogs.annotated else "whole")
-    pairs = [[e for e in (p.picture, p.annotation) if e] for p in dogs.photos]
-    names = [
-        sorted(weights),
-        [(p.name, [e.size for e in pair]) for p, pair in zip(dogs.photos, pairs)],
-    ]
-    stamps = [[e.stamp for e in pair] for pair in pairs]
-    folder = cache_folder() / digest([names, stamps, dogs.skipped, PIL.__version__, "version 1"])
-    if found := load_crops(folder, weights, digest(names)):
+    weights = parse_crops(crops if photos.annotated else "whole")
+    kinds = sorted(weights)
+    pairs = [[e for e in (p.picture, p.annotation) if e] for p in photos.photos]
+    files = [(p.name, [(e.size, e.stamp) for e in pair]) for p, pair in zip(photos.photos, pairs)]
+    path = cache_folder() / f"{digest([kinds, files, photos.skipped, PIL.__version__, 2])}.pt"
+    if (found := load_crops(path, weights)) is not None:
         return found
+    table = crop_all(photos, kinds, show)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
-            made = Path(scratch, "crops")
-            made.mkdir()
-            crop_into(made, dogs, sorted(weights), show)
-            try:
-                made.rename(folder)
-            except OSError:  # something is there: another run's, or damaged
-                if load_crops(folder, weights, digest(names)) is None:
-                    shutil.rmtree(folder, ignore_errors=True)
-                    made.rename(folder)
-        if found := load_crops(folder, weights, digest(names)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_parts(path.parent, older=3600)  # of runs that were killed while writing
+        save(path, table)
+        if (found := load_crops(path, weights)) is not None:
             return found
-        raise OSError(errno.EIO, "what was written cannot be read back")
+        raise OSError("what was written cannot be read back")
     except OSError as error:
         raise UserError(
-            f"the crops cannot be kept in {folder.parent} ({error.strerror}): set XDG_CACHE_HOME to"
-            " a folder with 1 GB free for each kind of crop."
+            f"the crops cannot be kept in {path.parent} ({error.strerror or error}): set"
+            " XDG_CACHE_HOME to a folder with 1 GB free for each kind of crop."
         ) from error
 
 
-def in_notebook() -> bool:
-    """Whether this runs in a Jupyter kernel, not merely beside an imported one."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return type(shell).__name__ == "ZMQInteractiveShell"
-
-
-def is_live() -> bool:
-    """Whether somebody watches: a terminal or a notebook, not a log file as in a Kaggle commit."""
-    live = sys.stderr.isatty() or in_notebook()
-    return live and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch"
-
-
-def digest(value: object) -> str:
-    """A short name for a value of plain types."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
-
-
-def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
-    """Write the crops of all photos to `crops.bin` and their table to `index.json` in `folder`."""
+def crop_all(photos: PhotoSet, kinds: list[str], show: bool) -> dict[str, object]:
+    """The crops of all photos, as `load_crops` wants them. Raises `UserError`."""
 
     def attempt(photo: Photo) -> tuple[list, list[str]]:
         try:
@@ -894,27 +1504,42 @@ def crop_into(folder: Path, dogs: DogSet, kinds: list[str], show: bool) -> None:
         except BadItem as bad:
             return [], [str(bad)]
 
-    count, breed, skipped = [], [], list(dogs.skipped)
-    breeds = sorted({p.breed for p in dogs.photos})
+    pixels, count, breed, skipped = [], [], [], list(photos.skipped)
+    breeds = sorted({p.breed for p in photos.photos})
     bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
-    with open(folder / "crops.bin", "wb") as file:
-        results = tqdm(in_threads(attempt, dogs.photos), "cropping", len(dogs.photos), **bar)
-        for (found, reasons), photo in zip(results, dogs.photos):
-            skipped += [(photo.name, reason) for reason in reasons]
-            for dog in found:
-                count.append([len(views) for views in dog])
-                breed.append(breeds.index(photo.breed))
-                file.write(np.concatenate(dog).tobytes())
+    results = in_threads(attempt, photos.photos)
+    results = tqdm(results, "cropping", len(photos.photos), **bar)
+    for (dogs, reasons), photo in zip(results, photos.photos):
+        skipped += [(photo.name, reason) for reason in reasons]
+        for dog in dogs:
+            count.append([len(views) for views in dog])
+            breed.append(breeds.index(photo.breed))
+            pixels += dog
     items = len(skipped) + len(count)
     if len(skipped) > 0.05 * items:
         raise UserError(
-            f"{len(skipped)} of {items} items in {dogs.where} are bad ({count_reasons(skipped)}):"
-            " repair the set or give another --data; at most 5 % may be."
+            f"{len(skipped)} of {items} items in {photos.where} are bad"
+            f" ({count_reasons(skipped)}): repair the set or give another --data; at most 5 % may"
+            " be."
         )
     if len(count) < 16:
-        raise UserError(f"{dogs.where} holds {len(count)} dogs: at least 16 are needed to train.")
-    table = {"count": count, "breed": breed, "breeds": breeds, "skipped": skipped}
-    (folder / "index.json").write_text(json.dumps(table))
+        raise UserError(f"{photos.where} holds {len(count)} dogs: at least 16 are needed to train.")
+    table = {"count": torch.tensor(count), "breed": torch.tensor(breed), "breeds": breeds}
+    table |= {"pixels": torch.from_numpy(np.concatenate(pixels)), "skipped": skipped}
+    return table | {"key": content_key(table)}
+
+
+def content_key(table: dict[str, object]) -> str:
+    """A short name for all that the networks see of a table of crops."""
+    sha = hashlib.blake2b(table["pixels"].numpy(), digest_size=12)
+    sha.update(json.dumps([table["count"].tolist(), table["breed"].tolist()]).encode())
+    sha.update(json.dumps(table["breeds"]).encode())
+    return sha.hexdigest()
+
+
+def digest(value: object) -> str:
+    """A short name for a value of plain types."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
 
 
 def count_reasons(skipped: list[tuple[str, str]]) -> str:
@@ -923,295 +1548,81 @@ def count_reasons(skipped: list[tuple[str, str]]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in reasons)
 
 
-def load_crops(folder: Path, weights: dict[str, float], key: str) -> CropSet | None:
+def load_crops(path: Path, weights: dict[str, float]) -> CropSet | None:
     """A prepared crop set, its pixels mapped from disk; None where there is no whole one."""
     try:
-        table = json.loads((folder / "index.json").read_text())
-        count = torch.tensor(table["count"])
-        shape = (int(count.sum()), IMAGE_SIZE, IMAGE_SIZE, 3)
-        if (folder / "crops.bin").stat().st_size != math.prod(shape):
+        table = torch.load(path, mmap=True, weights_only=True)
+        if table["key"] != content_key(table):
             return None
-        pixels = np.memmap(folder / "crops.bin", np.uint8, "c", shape=shape)
+        count = table["count"]
         return CropSet(
-            crops=torch.from_numpy(pixels),
+            pixels=table["pixels"],
             first=count.flatten().cumsum(0).view_as(count) - count,
             count=count,
             weights=torch.tensor([weights[kind] for kind in sorted(weights)]),
-            breed=torch.tensor(table["breed"]),
+            breed=table["breed"],
             breeds=table["breeds"],
-            skipped=[tuple(item) for item in table["skipped"]],
-            key=key,
+            skipped=table["skipped"],
+            key=table["key"],
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (*DAMAGE, pickle.UnpicklingError):
         return None
 
 
-def draw_reals(dogs: CropSet, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One view of each dog in `rows`, its kind drawn anew, half of them mirrored.
+# ------------------------------------------------------------------------------------- 9. The device
 
-    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], channels last in memory.
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a real kernel has run.
+
+    Raises `UserError` where there is no such GPU, or the installed torch has no kernels for it (a
+    P100 under a CUDA 12.8+ build reports itself as available, and its first kernel dies).
     """
-    device = rows.device
-    chance = torch.rand((3, len(rows)), generator=generator, device=device)
-    kind = torch.bucketize(chance[0], dogs.weights.cumsum(0)[:-1], right=True)
-    view = (chance[1] * dogs.count[rows, kind]).long() + dogs.first[rows, kind]
-    pixels = dogs.crops[view].permute(0, 3, 1, 2)
-    mirrored = (chance[2] < 0.5)[:, None, None, None]
-    return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", name):
+        raise UserError(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
+    device = torch.device("cuda", int(name.partition(":")[2] or 0))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.index >= gpus:
+        raise UserError(
+            f"--device {name}: {gpus} CUDA GPUs are usable here; give one of them from cuda:0 on,"
+            " or --device cpu, or turn a GPU on."
+        )
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(8, device=device).sum().item()
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(
+            f"this GPU (sm_{major}{minor}) cannot run a kernel of the installed torch"
+            f" {torch.__version__} ({first_line(error)}): choose a T4 or L4 instead, or pin the"
+            " notebook to its original 2025 environment, or install a CUDA 12.6 build of torch 2.14"
+            " or older (pip install --no-index --find-links=FOLDER torch)."
+        ) from error
+    return device
 
 
-# ---------------------------------------------------------------------------------- 7. Augmentation
-
-# Differentiable, for reals and fakes alike, in D's step and in G's, drawn anew for every image:
-# Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32 (N, 3, 64, 64) to the same.
-
-
-def augment_color(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Brightness by up to 0.5, saturation times 0 to 2, contrast times 0.5 to 1.5."""
-    shape = (3, len(x), 1, 1, 1)
-    brightness, saturation, contrast = torch.rand(shape, generator=generator, device=x.device)
-    x = x + (brightness - 0.5)
-    grey = x.mean(1, keepdim=True)
-    x = grey + (x - grey) * (2 * saturation)
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return mean + (x - mean) * (contrast + 0.5)
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line, or else its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def augment_translation(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A shift by up to 8 pixels each way, mirrored at the border: no black wedges to learn.
-
-    Two products with shift matrices: exact, and with a gradient that is the same in every run,
-    where that of an indexed copy is summed in any order.
-    """
-    side = x.shape[-1]
-    reach = side // 8
-    chance = torch.rand((2, len(x), 1), generator=generator, device=x.device)
-    shift = (chance * (2 * reach + 1)).long() - reach
-    pixel = torch.arange(side, device=x.device)
-    source = (pixel + shift).abs()
-    source = side - 1 - (side - 1 - source).abs()
-    rows, columns = (source[..., None] == pixel).to(x.dtype)[:, :, None]  # each (N, 1, 64, 64)
-    return rows @ x @ columns.mT
-
-
-def augment_cutout(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A grey square of half the side, its centre anywhere."""
-    side = x.shape[-1]
-    chance = torch.rand((2, len(x), 1), generator=generator, device=x.device)
-    centre = (chance * (side + 1)).floor()
-    pixel = torch.arange(side, device=x.device)
-    rows, columns = (pixel >= centre - side // 4) & (pixel < centre + side // 4)
-    hole = rows[:, None, :, None] & columns[:, None, None, :]
-    return x.masked_fill(hole, 0.0)
-
-
-AUGMENTS = {
-    "color": augment_color,
-    "translation": augment_translation,
-    "cutout": augment_cutout,
-}
-
-
-def parse_augment(text: str) -> tuple[str, ...]:
-    """`"color,cutout"` to `("color", "cutout")`, `""` to `()`. Raises `UserError`."""
-    names = tuple(name.strip() for name in text.split(",") if text)
-    if not set(names) <= set(AUGMENTS) or len(set(names)) < len(names):
-        raise UserError(f"--augment {text}: give some of {', '.join(AUGMENTS)}, once each.")
-    return names
-
-
-def augment(x: Tensor, names: Sequence[str], generator: torch.Generator | None) -> Tensor:
-    """`x` through the augmentations `names`, drawn anew for each image."""
-    for name in names:
-        x = AUGMENTS[name](x, generator)
-    return x
-
-
-# -------------------------------------------------------------------------------------- 8. Networks
-
-# From the latent or to the logit: (channels per unit of width, kernel); a 4 doubles or halves the
-# side, a 3 keeps it. "rgb": the kernel of G's last layer. D norms all but its first "plain" layers.
-LAYERS = {
-    "deep": {  # made deeper and wider, as in the notebook of preset first-public
-        "G": ((32, 4), (16, 4), (8, 4), (8, 3), (4, 4), (4, 3), (2, 4)), "rgb": 3,
-        "D": ((2, 4), (4, 4), (4, 3), (8, 4), (8, 3), (16, 4)), "plain": 2,
-    },
-    "paper": {  # Radford et al. 2015 (arXiv 1511.06434)
-        "G": ((8, 4), (4, 4), (2, 4), (1, 4)), "rgb": 4,
-        "D": ((1, 4), (2, 4), (4, 4), (8, 4)), "plain": 1,
-    },
-}  # fmt: skip
-
-
-class BreedBatchNorm2d(nn.Module):
-    """Batch norm with a gain and a bias for each breed (Dumoulin et al. 2017, arXiv 1610.07629)."""
-
-    def __init__(self, num_features: int, breeds: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(num_features, affine=False)
-        self.weight = nn.Parameter(torch.ones(breeds, num_features))
-        self.bias = nn.Parameter(torch.zeros(breeds, num_features))
-
-    def forward(self, x: Tensor, breed: Tensor) -> Tensor:
-        """`x`: (N, num_features, H, W), `breed`: int64 (N,)."""
-        weight, bias = (F.embedding(breed, p)[:, :, None, None] for p in (self.weight, self.bias))
-        return torch.addcmul(bias, self.norm(x), weight)
-
-
-class Generator(nn.Module):
-    """DCGAN: transposed convolutions, batch norm, ReLU, and tanh at the end."""
-
-    def __init__(
-        self, latent_dim: int = 256, width: int = 48, layers: str = "deep", breeds: int = 0
-    ) -> None:
-        """`breeds`: how many it is conditioned on; 0 = it draws a dog of any."""
-        super().__init__()
-        self.shape = {
-            "latent_dim": latent_dim, "width": width, "layers": layers, "breeds": breeds,
-        }  # fmt: skip
-        self.latent_dim, self.breeds = latent_dim, breeds
-        # The share of each breed in the data, so that dogs can be drawn as often as they occur.
-        self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
-        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        source, stride, padding = latent_dim, 1, 0
-        for units, kernel in LAYERS[layers]["G"]:
-            target = units * width
-            if self.convs:
-                stride, padding = kernel - 2, 1
-            self.convs.append(
-                nn.ConvTranspose2d(source, target, kernel, stride, padding, bias=False)
-            )
-            norm = BreedBatchNorm2d(target, breeds) if breeds else nn.BatchNorm2d(target)
-            self.norms.append(norm)
-            source = target
-        last = LAYERS[layers]["rgb"]
-        self.to_rgb = nn.ConvTranspose2d(source, 3, last, last - 2, 1)
-
-    def forward(self, z: Tensor, breed: Tensor | None = None) -> Tensor:
-        """(N, latent_dim) standard normal latents to (N, 3, 64, 64) images in [-1, 1].
-
-        `breed`: int64 (N,), needed if, and only if, it is conditioned on breeds.
-        """
-        if (breed is None) == bool(self.breeds):
-            raise ValueError(f"a generator of {self.breeds} breeds got breed={breed}")
-        x = z[:, :, None, None]
-        given = () if breed is None else (breed,)
-        for conv, norm in zip(self.convs, self.norms):
-            x = F.relu(norm(conv(x), *given), inplace=True)
-        return self.to_rgb(x).tanh()
-
-
-class SplitBatchNorm2d(nn.Module):
-    """Batch norm that gives reals and fakes in one batch their own statistics, but one affine pair.
-
-    Equal to two separate forwards through an ordinary batch norm in training mode, in one forward
-    of everything around it. Keeps no running statistics: D is never evaluated. Statistics of their
-    own for a second distribution: Xie et al. 2020 (AdvProp, arXiv 1911.09665).
-    """
-
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.eps = eps
-
-    def forward(self, x: Tensor, num_real: int) -> Tensor:
-        """`x`: (N, num_features, H, W), the `num_real` reals first; 0 or N make one group."""
-        if not 0 <= num_real <= len(x):
-            raise ValueError(f"num_real is {num_real}, but the batch holds {len(x)}")
-        groups = [g for g in x.split([num_real, len(x) - num_real]) if len(g)]
-        normed = [
-            F.batch_norm(g, None, None, self.weight, self.bias, training=True, eps=self.eps)
-            for g in groups
-        ]
-        return normed[0] if len(normed) == 1 else torch.cat(normed)
-
-
-class Discriminator(nn.Module):
-    """G's mirror: convolutions, split batch norm, leaky ReLU; of breeds, a projection besides.
-
-    Projection: Miyato and Koyama 2018 (arXiv 1802.05637); the classifier: Odena et al. 2017
-    (AC-GAN, arXiv 1610.09585).
-    """
-
-    def __init__(
-        self, width: int = 48, layers: str = "deep", breeds: int = 0, classify: bool = False
-    ) -> None:
-        super().__init__()
-        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        source = 3
-        for k, (units, kernel) in enumerate(LAYERS[layers]["D"]):
-            target = units * width
-            self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=False))
-            plain = k < LAYERS[layers]["plain"]
-            self.norms.append(nn.Identity() if plain else SplitBatchNorm2d(target))
-            source = target
-        self.head = nn.Conv2d(source, 1, 4)
-        # From 0: D begins as if it were told nothing.
-        self.projection = nn.Parameter(torch.zeros(breeds, source)) if breeds else None
-        self.classifier = nn.Linear(source, breeds) if classify else None
-
-    def features(self, images: Tensor, num_real: int) -> Tensor:
-        """(N, 3, 64, 64) images in [-1, 1], the reals first, to (N, channels, 4, 4)."""
-        x = images
-        for conv, norm in zip(self.convs, self.norms):
-            x = conv(x)
-            if isinstance(norm, SplitBatchNorm2d):
-                x = norm(x, num_real)
-            x = F.leaky_relu(x, 0.2, inplace=True)
-        return x
-
-    def judge(self, features: Tensor, breed: Tensor | None = None) -> Tensor:
-        """Features to float32 (N,) logits of being real, and of its breed if it is told one."""
-        logits = widened(self.head(features).flatten())
-        if self.projection is not None:
-            logits = logits + (F.embedding(breed, self.projection) * features.mean((2, 3))).sum(1)
-        return logits
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Features to float32 (N, breeds) logits of the breeds."""
-        return widened(self.classifier(features.mean((2, 3))))
-
-    def forward(self, images: Tensor, num_real: int, breed: Tensor | None = None) -> Tensor:
-        """(N, 3, 64, 64) images in [-1, 1], the reals first, to (N,) logits of being real."""
-        return self.judge(self.features(images, num_real), breed)
-
-
-def networks(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
-    """G and D as `config` describes them, for `breeds` breeds if it conditions on them."""
-    breeds = breeds if config.condition == "breed" else 0
-    D_width = config.d_width or config.width
-    G = Generator(config.latent_dim, config.width, config.layers, breeds)
-    return G, Discriminator(D_width, config.layers, breeds, config.classify > 0)
-
-
-def build_networks(
-    config: Config, device: torch.device, breeds: int = 0
-) -> tuple[Generator, Discriminator]:
-    """G and D with weights from `config.seed`, the same on any device."""
-    norms = (nn.BatchNorm2d, SplitBatchNorm2d, BreedBatchNorm2d)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        G, D = networks(config, breeds)
-        if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std), no bias
-            for module in (*G.modules(), *D.modules()):
-                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                    nn.init.normal_(module.weight, 0.0, config.init_std)
-                elif isinstance(module, norms) and module.weight is not None:
-                    nn.init.normal_(module.weight, 1.0, config.init_std)
-    layout = memory_layout(device)
-    return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
+def describe_device(device: torch.device) -> str:
+    """One line for the log: device, capability, torch and CUDA versions."""
+    if device.type == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    major, minor = torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    return f"{name} (sm_{major}{minor}), torch {torch.__version__}, CUDA {torch.version.cuda}"
 
 
 def memory_layout(device: torch.device) -> torch.memory_format:
     """Channels last but on GPUs without tensor cores, whose convolutions want it contiguous."""
     old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0)
     return torch.contiguous_format if old_gpu else torch.channels_last
-
-
-def widened(x: Tensor) -> Tensor:
-    """Half-precision numbers as float32; others as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -1235,360 +1646,150 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "fp32"
 
 
-# ---------------------------------------------------------------------------------------- 9. Losses
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in any of the forms in which torch, cuDNN and cuBLAS say so."""
+    said = str(error).lower()
+    signs = ("out of memory", "alloc_failed", "unable to find an engine", "not enough memory")
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+    )
 
 
-def discriminator_loss(
-    real_logits: Tensor, fake_logits: Tensor, margin: float, smoothing: float
-) -> Tensor:
-    """Logistic loss whose real side is exactly 0, with gradient 0, once sigmoid(logit) > `margin`.
+# Rounding alone makes two runs of a step differ: by this share of a gradient's norm, where sums of
+# some 10^4 products are taken in another order.
+ROUNDING = {"fp32": 2**-16, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-8}
 
-    real: (1 - s) * max(0, softplus(-l) - softplus(-l_m)) + s * softplus(l), l_m = logit(margin)
-    fake: softplus(l)
 
-    The constant makes the floor 0; below the margin the gradient is the logistic loss's own. The
-    margin keeps D from over-fitting reals it already knows. With smoothing s > 0 a real past the
-    margin is still pushed down by the second term, so that the two work against each other.
+def largest_deviation(precision: str) -> float:
+    """How far apart a replayed and an eager step may end, as a share of the way that a step goes.
+
+    Adam's first steps are +-lr wherever |gradient| exceeds its noise, so noise of a share e of a
+    normal gradient's deviation turns a share e / pi of the signs, each 2 lr off: together
+    2 sqrt(e / pi) of the way. Allowed is four times that: 0.018 in fp32 to 0.28 in bf16. A replay
+    with other data goes 1.4, one that moves nothing 1.
     """
-    floor = -math.log(margin)  # softplus(-logit(m)) = -log m
-    real = (F.softplus(-real_logits) - floor).relu().mean()
-    if smoothing:
-        real = (1 - smoothing) * real + smoothing * F.softplus(real_logits).mean()
-    return real + F.softplus(fake_logits).mean()
+    return 8 * math.sqrt(ROUNDING[precision] / math.pi)
 
 
-def generator_loss(fake_logits: Tensor) -> Tensor:
-    """The non-saturating loss softplus(-l), Goodfellow et al. 2014; its gradient is never 0."""
-    return F.softplus(-fake_logits).mean()
+def capture(trainer: Trainer) -> str:
+    """Make `trainer.step` replay a CUDA graph of its step, once that is seen to do the same.
 
-
-def gradient_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406).
-
-    `images`: the reals, and any fakes behind them, whose slope is 0 and which count as nothing.
+    Returns "", or why the run goes on by a slower way: eagerly, or with Adam unfused too. Weights
+    and random state stay as they were. Raises only what is no failure of these three: an interrupt,
+    or memory that ran out.
     """
-    (slope,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
-    return slope.square().sum() / (2 * len(real_logits))
+    if trainer.device.type != "cuda":
+        return ""
+    before, reason = trainer.state_dict(trainer.device), ""
+    try:
+        try:
+            warm_up(trainer)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"fused Adam does not work here ({first_line(error)})"
+            trainer.load_state_dict(before)
+            unfuse(trainer)
+            warm_up(trainer)
+            return reason
+        warm = trainer.state_dict(trainer.device)
+        try:
+            replay = captured(trainer)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"the step cannot be captured as a CUDA graph ({first_line(error)})"
+            trainer.use_own_generator()  # the default one may be left in the state of a capture
+            return reason
+        reason = compare_steps(trainer, warm, replay)
+        if not reason:
+            trainer.update_both = replay
+        return reason
+    finally:
+        trainer.load_state_dict(before)
 
 
-# ------------------------------------------------------------------------------ 10. Training a step
+def warm_up(trainer: Trainer) -> None:
+    """Three eager steps, so that cuDNN has chosen its algorithms; more while fp16 overflows."""
+    stream = torch.cuda.Stream(trainer.device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for k in range(20):
+            scale = trainer.loss_scale.item()
+            trainer.one_step()
+            if k >= 2 and trainer.loss_scale.item() >= scale:
+                break
+    torch.cuda.current_stream().wait_stream(stream)
 
 
-class Trainer:
-    """G, D, their optimisers and averages, and all random state: one run, on one device.
-
-    `step()` does one update of D and one of G. On CUDA it is captured once as a graph and replayed;
-    elsewhere the same code runs eagerly. Everything that a replay touches is a tensor that stays
-    where it is: rollback and resume copy into it.
-    """
-
-    STATS = ("d_loss", "g_loss", "d_real", "d_fake", "past_margin")
-
-    def __init__(self, config: Config, dogs: CropSet, device: torch.device) -> None:
-        self.config, self.device, self.dogs = config, device, dogs.to(device)
-        self.G, self.D = build_networks(config, device, len(dogs.breeds))
-        if self.G.breeds:
-            self.G.frequency.copy_(torch.bincount(dogs.breed, minlength=self.G.breeds))
-            self.G.frequency.div_(self.G.frequency.sum())
-        self.layout = memory_layout(device)
-        self.precision = choose_precision(config.precision, device)
-        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
-        self.augments = parse_augment(config.augment)
-        self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
-        on_gpu = device.type == "cuda"
-        # A captured graph knows the default CUDA generator; on a CPU the run has one of its own.
-        self.rng = torch.cuda.default_generators[device.index] if on_gpu else torch.Generator()
-        self.rng.manual_seed(config.seed)
-        self.opt_g = self._adam(self.G, config.g_lr)
-        self.opt_d = self._adam(self.D, config.d_lr)
-        self.ema = [p.detach().clone() for p in self.G.parameters()]
-        self.swa = [p.detach().clone() for p in self.G.parameters()]
-        self.order = torch.arange(len(dogs.first), device=device)
-        self.cursor = torch.zeros((), dtype=torch.int64, device=device)
-        self.sums = torch.zeros(len(self.STATS), device=device)
-        self.steps_done = self.averages_done = self.swa_count = self.rollbacks = self.summed = 0
-        self._rate_share = 1.0
-        self._means = dict.fromkeys(self.STATS, 0.0)
-        self._replay: Callable[[], None] | None = None
-        self._in_flight: deque[torch.cuda.Event] = deque()
-
-    def _adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
-        on_gpu = self.device.type == "cuda"
-        adam = torch.optim.Adam(
-            network.parameters(),
-            lr=torch.tensor(lr, device=self.device) if on_gpu else lr,
-            betas=(self.config.beta1, self.config.beta2),
-            capturable=on_gpu,
-            fused=True,
-        )
-        for parameter in network.parameters():  # a first step of nothing makes its state exist
-            parameter.grad = torch.zeros_like(parameter)
-        adam.step()
-        for state in adam.state.values():
-            state["step"].zero_()
-        return adam
-
-    def _one_step(self) -> None:
-        config, batch = self.config, self.config.batch_size
-        rows = self.order[(self.cursor + torch.arange(batch, device=self.device)) % len(self.order)]
-        self.cursor += batch
-        reals = draw_reals(self.dogs, rows, self.rng).contiguous(memory_format=self.layout)
-        if config.noise:
-            noise = torch.rand(reals.shape, generator=self.rng, device=self.device)
-            reals = reals + config.noise * noise
-        z = torch.randn(batch, config.latent_dim, generator=self.rng, device=self.device)
-        breed = self.dogs.breed[rows] if self.G.breeds else None  # of a real and of its fake
-        with self.autocast():
-            fakes = widened(self.G(z, breed))  # one forward serves both steps
-            d_loss, real_logits, fake_logits = self._judge_both(reals, fakes.detach(), breed)
-        update(self.opt_d, d_loss, self.scale)
-        with self.autocast():  # its own: autocast remembers the weights from before the update
-            features = self.D.features(self._augment(fakes), num_real=0)
-            g_loss = generator_loss(self.D.judge(features, breed))
-            if config.classify:
-                g_loss = g_loss + config.classify * F.cross_entropy(
-                    self.D.classify(features), breed
-                )
-        update(self.opt_g, g_loss, self.scale)
-        past = (real_logits > logit(config.margin)).float().mean()
-        stats = [d_loss, g_loss, real_logits.mean(), fake_logits.mean(), past]
-        self.sums += torch.stack(stats).detach()
-
-    def _judge_both(
-        self, reals: Tensor, fakes: Tensor, breed: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """D's loss on a batch of reals and one of fakes, and its logits of both."""
-        config, batch = self.config, len(reals)
-        images = self._augment(torch.cat([reals, fakes]))
-        images.requires_grad_(config.r1 > 0)
-        features = self.D.features(images, num_real=batch)
-        both = None if breed is None else torch.cat([breed, breed])
-        real_logits, fake_logits = self.D.judge(features, both).split(batch)
-        loss = discriminator_loss(real_logits, fake_logits, config.margin, config.smoothing)
-        if config.r1:
-            loss = loss + config.r1 * gradient_penalty(real_logits, images)
-        if config.classify:  # of reals alone: fakes of no clear breed shall not be learnt from
-            told_apart = F.cross_entropy(self.D.classify(features[:batch]), breed)
-            loss = loss + config.classify * told_apart
-        return loss, real_logits, fake_logits
-
-    def _augment(self, images: Tensor) -> Tensor:
-        return augment(images, self.augments, self.rng).contiguous(memory_format=self.layout)
-
-    def autocast(self) -> torch.autocast:
-        """The context in which networks compute in this run's precision."""
-        dtype = PRECISIONS[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
-
-    @property
-    def scale(self) -> Tensor | None:
-        """The factor of a loss that keeps half-precision gradients off 0; only fp16 needs one."""
-        return self.loss_scale if self.precision == "fp16" else None
-
-    def step(self, progress: float) -> None:
-        """One update of D and of G; returns with at most 4 steps in flight on the device."""
-        if self.steps_done % max(1, len(self.order) // self.config.batch_size) == 0:
-            shuffled = torch.randperm(len(self.order), generator=self.rng, device=self.device)
-            self.order.copy_(shuffled)
-            self.cursor.zero_()
-        self._set_rates(progress)
-        (self._replay or self._one_step)()
-        self.steps_done += 1
-        self.summed += 1
-        if self.device.type == "cuda":
-            self._in_flight.append(torch.cuda.Event())
-            self._in_flight[-1].record()
-            if len(self._in_flight) > 4:
-                self._in_flight.popleft().synchronize()
-
-    def _set_rates(self, progress: float) -> None:
-        """The full rates until `lr_decay_start`, then linearly down to 0."""
-        start = self.config.lr_decay_start
-        share = min(1.0, (1 - progress) / (1 - start)) if start < 1 else 1.0
-        if share == self._rate_share:
-            return
-        self._rate_share = share
-        for adam, lr in ((self.opt_g, self.config.g_lr), (self.opt_d, self.config.d_lr)):
-            group = adam.param_groups[0]
-            if isinstance(group["lr"], Tensor):  # what a captured step reads
-                group["lr"].fill_(lr * share)
-            else:
-                group["lr"] = lr * share
-
-    def capture(self) -> None:
-        """Capture `_one_step` as a CUDA graph; weights and random state stay as they were."""
-        if self.device.type != "cuda":
-            return
-        before = self.state_dict()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._one_step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._one_step()
-        self.load_state_dict(before)
-        self._replay = graph.replay
-
-    def average(self, progress: float) -> None:
-        """Update the EMA, and from `swa_start` on the equal-weight SWA (arXiv 1803.05407).
-
-        Weights that are not finite are left out, which is decided on the device.
-        """
-        finite = self._finite()
-        self.averages_done += 1
-        # Early on an average over the last tenth of the updates: no trace of the initial weights.
-        warm = (1 + self.averages_done) / (10 + self.averages_done)
-        beta = self.config.ema_beta or stepped_beta(progress)
-        beta = min(beta**self.config.swa_every, warm)
-        self._lerp(self.ema, 1 - beta, finite)
-        if progress >= self.config.swa_start:
-            self.swa_count += 1
-            self._lerp(self.swa, 1 / self.swa_count, finite)
-
-    @torch.no_grad()
-    def _lerp(self, average: list[Tensor], share: float, finite: Tensor) -> None:
-        targets = [torch.where(finite, p, a) for p, a in zip(self.G.parameters(), average)]
-        torch._foreach_lerp_(average, targets, share)
-
-    @torch.no_grad()
-    def _finite(self) -> Tensor:
-        tensors = [*self.G.parameters(), *self.D.parameters(), self.sums]
-        return torch.stack(torch._foreach_norm(tensors)).isfinite().all()
-
-    def is_finite(self) -> bool:
-        """Whether all weights and losses are finite; waits for the device."""
-        return bool(self._finite())
-
-    def read_stats(self) -> dict[str, float]:
-        """The means of `STATS` over the steps since the last call; waits for the device."""
-        if self.summed:
-            self._means = dict(zip(self.STATS, (self.sums / self.summed).tolist()))
-            self.sums.zero_()
-            self.summed = 0
-        return self._means
-
-    def submitted(self) -> str:
-        """Which weights would be submitted now."""
-        return weights_to_submit(self.config.average, self.swa_count, self.averages_done)
-
-    def averaged_generator(self, choice: str, batches: int) -> Generator:
-        """A G with the weights of `choice`, its norms re-estimated over `batches`, in eval mode."""
-        weights = {"swa": self.swa, "ema": self.ema, "none": list(self.G.parameters())}[choice]
-        return averaged_generator(self.G, weights, batches, self.config)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        found = {f"G.{k}": v for k, v in self.G.state_dict().items()}
-        found |= {f"D.{k}": v for k, v in self.D.state_dict().items()}
-        for name, adam in (("opt_g", self.opt_g), ("opt_d", self.opt_d)):
-            for i, state in enumerate(adam.state.values()):
-                found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
-        found |= {f"ema.{i}": v for i, v in enumerate(self.ema)}
-        found |= {f"swa.{i}": v for i, v in enumerate(self.swa)}
-        found |= {"order": self.order, "cursor": self.cursor, "sums": self.sums}
-        return found | {"loss_scale": self.loss_scale}
-
-    COUNTERS = ("steps_done", "averages_done", "swa_count", "rollbacks", "summed")
-
-    def state_dict(self) -> dict[str, object]:
-        """Everything that a bit-equal continuation needs, on the CPU, in plain types."""
-        tensors = {k: v.detach().to("cpu", copy=True) for k, v in self._tensors().items()}
-        counters = {k: getattr(self, k) for k in self.COUNTERS}
-        rng = self.rng.get_state()
-        data = {"data_key": self.dogs.key, "breeds": self.dogs.breeds}
-        return {"tensors": tensors, "rng": rng, **data, **counters}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Copy a `state_dict` into the tensors that are there."""
-        with torch.no_grad():
-            for name, tensor in self._tensors().items():
-                tensor.copy_(state["tensors"][name])
-        self.rng.set_state(state["rng"])
-        for name in self.COUNTERS:
-            setattr(self, name, state[name])
+def captured(trainer: Trainer) -> Callable[[], None]:
+    """The replay of `one_step` as a CUDA graph. Raises what the step raised, not what followed."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(trainer.device)
+    groups = [adam.param_groups[0] for adam in (trainer.opt_g, trainer.opt_d)]
+    first: list[BaseException] = []
+    try:
+        for group in groups:  # only now: outside a capture torch warns of it
+            group["capturable"] = True
+        # The outer `with` puts the current stream back where a failed capture does not.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            try:
+                trainer.one_step()
+            except BaseException as error:
+                first.append(error)
+                raise
+    except RuntimeError:  # of the capture's end, perhaps, in the place of what the step raised
+        if first:
+            raise first[0] from None
+        raise
+    finally:
+        for group in groups:
+            group["capturable"] = False
+    return graph.replay
 
 
-def logit(probability: float) -> float:
-    """log(p / (1 - p)); inf for 1."""
-    return math.inf if probability >= 1 else math.log(probability / (1 - probability))
+def unfuse(trainer: Trainer) -> None:
+    """Let Adam update one tensor after another, as it does anywhere."""
+    for adam in (trainer.opt_g, trainer.opt_d):
+        group = adam.param_groups[0]
+        group["fused"], group["lr"] = False, float(group["lr"])
 
 
-def stepped_beta(progress: float) -> float:
-    """An EMA's decay that rises at epochs 200, 300 and 400 of 620, as first-public's did."""
-    return 1 - 0.1 ** (1 + sum(progress >= epoch / 620 for epoch in (200, 300, 400)))
+def compare_steps(trainer: Trainer, start: dict[str, object], replay: Callable[[], None]) -> str:
+    """ "" if a replayed step leads where an eager one does from `start`, else how far it does not."""
+    ends = []
+    for step in (trainer.one_step, replay):
+        trainer.load_state_dict(start)
+        step()
+        ends.append({k: v.clone() for k, v in trainer.tensors().items()})
+    bound = largest_deviation(trainer.precision)
+    for name, network in (("G", trainer.G), ("D", trainer.D)):
+        keys = [f"{name}.{k}" for k, _ in network.named_parameters()]
+        eager, replayed = ([end[k] for k in keys] for end in ends)
+        gone = distance(eager, [start["tensors"][k] for k in keys])
+        apart = distance(replayed, eager) / max(gone, 1e-30)
+        if not (gone > 0 and apart <= bound):
+            return (
+                f"a replayed step ends {apart:.2g} of {name}'s way off an eager one, where rounding"
+                f" explains {bound:.2g}"
+            )
+    return ""
 
 
-def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) -> None:
-    """One Adam step on `loss`; `autograd.grad` leaves the other network's weights alone.
-
-    `scale`: a factor of the loss that fused Adam divides out of the gradients. Where they overflow
-    the step is skipped and the scale halved; else it grows, twofold in 2,000 calls.
-    """
-    parameters = adam.param_groups[0]["params"]
-    gradients = torch.autograd.grad(loss if scale is None else loss * scale, parameters)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    if scale is None:
-        adam.step()
-        return
-    finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-    adam.grad_scale, adam.found_inf = scale, (~finite).float()
-    adam.step()
-    scale.mul_(0.5 + finite * (2 ** (1 / 2000) - 0.5))  # no `where`: it would copy from the host
+@torch.no_grad()
+def distance(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
+    """The Euclidean distance between two lists of tensors."""
+    gaps = [a.double() - b.double() for a, b in zip(these, those, strict=True)]
+    return torch.stack([gap.norm() for gap in gaps]).norm().item()
 
 
-WEIGHTS = {"swa": "SWA generator", "ema": "EMA generator", "none": "raw generator"}
+# ----------------------------------------------------------------------- 10. Sampling, submission
+
+SEED_USES = ("training", "submission", "norms", "sheet", "reals", "breeds")
 
 
-def weights_to_submit(average: str, swa_count: int, averages_done: int) -> str:
-    """Which weights are submitted, by a rule that needs no look at the images.
-
-    `average` says it; but SWA only from 10 snapshots on (until then the EMA stands in), and the EMA
-    only from its first update on (until then the raw weights do).
-    """
-    if average == "swa" and swa_count < 10:
-        average = "ema"
-    return "none" if average == "ema" and averages_done == 0 else average
-
-
-def flops_per_image(config: Config) -> dict[str, int]:
-    """FLOPs per image-step by torch's counter: G's forward, the D step, the G step's other part.
-
-    Counted on meta tensors; norms, activations, augmentation and optimisers count as nothing.
-    """
-    batch = 4
-    with torch.device("meta"):
-        G, D = networks(
-            replace(config, classify=0.0), 120
-        )  # Stanford's; a classifier costs nothing
-        z, images = torch.empty(batch, config.latent_dim), torch.empty(2 * batch, 3, 64, 64)
-        breed = torch.zeros(2 * batch, dtype=torch.int64) if G.breeds else None
-    images = images.requires_grad_(config.r1 > 0).mul(1)  # no leaf: the counter wants none
-    counted = {}
-    with FlopCounterMode(display=False) as counter:
-        fakes = G(z, breed if breed is None else breed[:batch])
-        counted["G forward"] = counter.get_total_flops()
-        logits = D(images, batch, breed)
-        loss = logits.sum()
-        if config.r1:
-            loss = loss + gradient_penalty(logits[:batch], images)
-        torch.autograd.grad(loss, list(D.parameters()))
-        counted["D step"] = counter.get_total_flops() - sum(counted.values())
-        logits = D(fakes, 0, breed if breed is None else breed[:batch])
-        torch.autograd.grad(logits.sum(), list(G.parameters()))
-        counted["G step"] = counter.get_total_flops() - sum(counted.values())
-    return {name: total // batch for name, total in counted.items()}
-
-
-def p100_hours(config: Config, steps: int) -> float:
-    """Equivalent P100-hours of `steps`: images x FLOPs per image-step / 7.4e12 / 3600."""
-    images = steps * config.batch_size
-    return images * sum(flops_per_image(config).values()) / P100_FLOPS / 3600
-
-
-# ------------------------------------------------------------------------- 11. Sampling, submission
+def seed_for(seed: int, use: str) -> int:
+    """A seed for one use of randomness, far from those of the others."""
+    return seed + (SEED_USES.index(use) << 32)
 
 
 def draw_latents(count: int, latent_dim: int, seed: int, truncation: float = 0.0) -> Tensor:
@@ -1606,69 +1807,21 @@ def draw_latents(count: int, latent_dim: int, seed: int, truncation: float = 0.0
     return z
 
 
-def draw_breeds(G: Generator, count: int, seed: int) -> Tensor | None:
-    """int64 (count,), as often as in the data; row k is the same whatever `count` is.
+def draw_labels(G: nn.Module, count: int, seed: int) -> Tensor:
+    """int64 (count,) breeds, as often as in the data; row k is the same whatever `count` is.
 
-    None for a G that is not conditioned on breeds.
+    Zeros for a G that is not conditioned on them.
     """
-    if not G.breeds:
-        return None
-    generator = torch.Generator().manual_seed(stream(seed, "breeds"))
+    generator = torch.Generator().manual_seed(seed_for(seed, "breeds"))
     chance = torch.rand(count, generator=generator)
     return torch.bucketize(chance, G.frequency.cpu().cumsum(0)[:-1], right=True)
 
 
-def draw_inputs(G: Generator, config: Config, count: int) -> tuple[Tensor, Tensor | None]:
-    """The latents, and breeds if G takes them, of the first `count` images of a submission."""
-    seed = stream(config.seed, "submission")
-    latents = draw_latents(count, G.latent_dim, seed, config.truncation)
-    return latents, draw_breeds(G, count, config.seed)
-
-
-STREAMS = ("training", "submission", "norms", "sheet", "reals", "breeds")
-
-
-def stream(seed: int, name: str) -> int:
-    """A seed for one use of randomness, far from those of the others."""
-    return seed + (STREAMS.index(name) << 32)
-
-
-def averaged_generator(
-    like: Generator, weights: Sequence[Tensor], batches: int, config: Config
-) -> Generator:
-    """A copy of `like` with `weights` as its parameters, norms re-estimated, in eval mode."""
-    G = copy.deepcopy(like)
-    with torch.no_grad():
-        for target, source in zip(G.parameters(), weights, strict=True):
-            target.copy_(source)
-    return estimate_norms(G, batches, config.seed, config.truncation)
-
-
-def estimate_norms(G: Generator, batches: int, seed: int, truncation: float = 0.0) -> Generator:
-    """Re-estimate G's batch-norm statistics over `batches` x 128 latents; returns it in eval mode.
-
-    Averaged weights have no statistics of their own: those of any single G are wrong for them
-    (Izmailov et al. 2018, section 3.2). Cumulative means, as PreciseBN (arXiv 2105.07576).
-    """
-    device = next(G.parameters()).device
-    for module in G.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    G.train()
-    count = batches * SAMPLE_BATCH
-    latents = draw_latents(count, G.latent_dim, stream(seed, "norms"), truncation)
-    with full_precision(), torch.no_grad():
-        for inputs in in_batches(latents, draw_breeds(G, count, seed)):
-            G(*(x.to(device) for x in inputs))
-    return G.eval()
-
-
-def in_batches(latents: Tensor, breeds: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+def in_batches(latents: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """What a G takes, in batches of 128, the last one filled up."""
     for k in range(0, len(latents), SAMPLE_BATCH):
         rows = torch.arange(k, k + SAMPLE_BATCH).clamp(max=len(latents) - 1)
-        yield (latents[rows],) if breeds is None else (latents[rows], breeds[rows])
+        yield latents[rows], labels[rows]
 
 
 def full_precision() -> AbstractContextManager:
@@ -1678,18 +1831,16 @@ def full_precision() -> AbstractContextManager:
     )
 
 
-def sample_images(
-    G: Generator, latents: Tensor, breeds: Tensor | None = None
-) -> Iterator[np.ndarray]:
-    """uint8 (n, 64, 64, 3) batches of images, in the order of `latents` and of their `breeds`.
+def sample_images(G: nn.Module, latents: Tensor, labels: Tensor) -> Iterator[np.ndarray]:
+    """uint8 (n, 64, 64, 3) batches of images, in the order of `latents` and of their breeds.
 
     Every forward has 128 latents, the last one filled up, and G must be in eval mode: an image
     depends on its own latent alone.
     """
     device, left = next(G.parameters()).device, len(latents)
     with full_precision(), torch.no_grad():
-        for inputs in in_batches(latents, breeds):
-            yield to_bytes(G(*(x.to(device) for x in inputs)))[:left]
+        for z, label in in_batches(latents, labels):
+            yield to_bytes(G(z.to(device), label.to(device)))[:left]
             left -= SAMPLE_BATCH
 
 
@@ -1701,22 +1852,44 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed into place if the block ends well, else removed."""
+    """A path beside `path` to write to; renamed into place if the block ends well, else removed.
+
+    The file is on the disk before it is renamed, and its name before this returns, so that a power
+    cut leaves the old file or the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
     try:
         yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
+        with suppress(OSError):  # Windows opens no folders
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     finally:
         part.unlink(missing_ok=True)
 
 
+def remove_parts(folder: Path, older: float = 0.0) -> None:
+    """Remove what killed runs left half-written, if it is `older` than so many seconds."""
+    for part in folder.glob(".*.part"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime >= older:
+                part.unlink()
+
+
 def save(path: Path, value: object) -> None:
     """`torch.save` that leaves the old file whole on any error (a full disk raises `OSError`)."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    with whole_file(path) as part:
-        part.write_bytes(buffer.getbuffer())
+    with whole_file(path) as part, open(part, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch's own word where the file took too little
+            file.flush()
+            raise OSError(28, "No space left on device", str(path)) from error
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -1728,7 +1901,7 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_submission(path: Path, batches: Iterable[np.ndarray]) -> int:
+def write_zip(path: Path, batches: Iterable[np.ndarray]) -> int:
     """Write `00000.png`... at the root of a zip, encoded in threads; returns how many.
 
     `batches`: uint8 (n, 64, 64, 3) arrays. Stored, not deflated: PNGs do not shrink again.
@@ -1745,210 +1918,42 @@ def write_submission(path: Path, batches: Iterable[np.ndarray]) -> int:
     return count
 
 
-# ------------------------------------------------------------------- 12. Time, checkpoints, the log
-
-NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
-SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
-
-
-class Clock:
-    """The wall-clock of a run over all its parts, and its progress from 0 to 1."""
-
-    def __init__(self, config: Config, started: float, used_before: float) -> None:
-        """`started`: `time.monotonic()` when this part began; `used_before`: seconds of others."""
-        self.steps, self.started = config.steps, started
-        self.origin = started - used_before
-        self.deadline = self.origin + 3600 * config.hours if config.hours else math.inf
-        self.part_deadline = started + 3600 * config.part_hours if config.part_hours else math.inf
-        self.reserve = 0.0  # seconds that finishing takes, once measured
-
-    def used(self) -> float:
-        """Seconds of the run so far, all parts together."""
-        return time.monotonic() - self.origin
-
-    def training_left(self) -> float:
-        """Seconds until this part must begin to finish."""
-        return min(self.deadline, self.part_deadline) - self.reserve - time.monotonic()
-
-    def progress(self, steps_done: int) -> float:
-        """The larger of steps done over `steps` and time used over the budget less the reserve."""
-        in_time = self.used() / max(1e-9, self.deadline - self.reserve - self.origin)
-        return min(1.0, max(steps_done / self.steps, in_time))
+def write_images(G: nn.Module, config: Config, out: Path, breed: int | None = None) -> None:
+    """Draw `config.images` dogs, of one breed or as often as each occurs, into `images.zip`."""
+    seed = seed_for(config.seed, "submission")
+    latents = draw_latents(config.images, G.latent_dim, seed, config.truncation)
+    labels = draw_labels(G, config.images, config.seed)
+    if breed is not None:
+        labels = torch.full_like(labels, breed)
+    write_zip(out / "images.zip", sample_images(G, latents, labels))
 
 
-class Interrupts:
-    """What SIGINT and SIGTERM do: once `armed`, the first sets `stopped`; any other raises."""
-
-    def __init__(self) -> None:
-        self.armed = self.stopped = False
-
-    def handle(self, *_: object) -> None:
-        """The handler of both signals."""
-        if self.stopped or not self.armed:
-            raise KeyboardInterrupt
-        self.stopped = True
-        print("saving, then writing images.zip; once more to leave at once", file=sys.stderr)
-
-
-@contextmanager
-def interrupts() -> Iterator[Interrupts]:
-    """Handle SIGINT and SIGTERM inside the block, and put the old handlers back behind it."""
-    state, previous = Interrupts(), {}
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, state.handle)
-    try:
-        yield state
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def write_results(trainer: Trainer, out: Path) -> tuple[nn.Module, str]:
+    """Average, re-estimate, write `generator.pt` and `images.zip`; returns G and what it is of."""
+    config, choice = trainer.config, trainer.averages.choose(trainer.config.average)
+    G = trainer.averages.generator(trainer.G, choice, NORM_BATCHES, config)
+    state = {"format": FORMAT, "config": plain(config), "weights": choice}
+    state |= {"shape": G.shape, "breeds": trainer.crops.breeds, "steps_done": trainer.steps_done}
+    save(
+        out / "generator.pt",
+        state | {"state_dict": {k: v.cpu() for k, v in G.state_dict().items()}},
+    )
+    write_images(G, config, out)
+    return G, choice
 
 
-class Report:
-    """`log.jsonl`, and what a person sees: a bar on a terminal or in a notebook, else lines."""
-
-    def __init__(self, out: Path) -> None:
-        self.path = out / "log.jsonl"
-        form = "{percentage:3.0f}%|{bar}| {postfix}"
-        self.bar = tqdm(total=1.0, bar_format=form, disable=not is_live())
-        self.shown = self.logged = self.printed = -math.inf
-        self.last_steps, self.last_time = 0, time.monotonic()
-
-    def start(self, trainer: Trainer) -> None:
-        """Count images per second from here."""
-        self.last_steps, self.last_time = trainer.steps_done, time.monotonic()
-
-    def event(self, text: str = "", **values: object) -> None:
-        """Say `text`, and log it with `values` as one JSON line."""
-        if text:
-            tqdm.write(text)  # above the bar
-            sys.stdout.flush()
-            values = {"text": text} | values
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def progress(self, trainer: Trainer, clock: Clock, last: bool = False) -> dict[str, float]:
-        """Show and, every 10 s, log where training stands. Returns the mean losses since then."""
-        stats, now = trainer.read_stats(), time.monotonic()
-        steps, batch = trainer.steps_done, trainer.config.batch_size
-        rate = (steps - self.last_steps) / max(1e-9, now - self.last_time)
-        left = min(clock.training_left(), (clock.steps - steps) / max(rate, 1e-9))
-        share = clock.progress(steps)
-        line = (
-            f"step {steps}, {steps * batch:,} images, {rate * batch:.0f} images/s,"
-            f" D {stats['d_loss']:.3f}, G {stats['g_loss']:.3f},"
-            f" past margin {stats['past_margin']:.2f}, {max(0, left) / 60:.0f} min left"
-        )
-        self.bar.n = share
-        self.bar.set_postfix_str(line)
-        if self.bar.disable and (last or now >= self.printed + 60):
-            print(f"{share:4.0%} {line}", flush=True)
-            self.printed = now
-        if last or now >= self.logged + 10:
-            values = {k: round(v, 5) if math.isfinite(v) else None for k, v in stats.items()}
-            self.event(
-                step=steps, images=steps * batch, progress=round(share, 5),
-                seconds=round(clock.used(), 2), images_per_second=round(rate * batch, 2), **values,
-            )  # fmt: skip
-            self.logged, self.last_steps, self.last_time = now, steps, now
-        self.shown = now
-        return stats
-
-
-def write_checkpoint(
-    out: Path, trainer: Trainer, clock: Clock, finished: bool = False, finishing: float = 0.0
-) -> Path:
-    """Write everything that a continuation needs to `checkpoint.new.pt`; returns its path.
-
-    `finishing`: seconds that this part will still use, to be counted as used.
-    """
-    state = {
-        "format": 1,
-        "config": asdict(trainer.config),
-        "trainer": trainer.state_dict(),
-        "seconds_used": clock.used() + finishing,
-        "finished": finished,
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-    }
-    save(out / "checkpoint.new.pt", state)
-    return out / "checkpoint.new.pt"
-
-
-def keep_checkpoint(new: Path) -> None:
-    """Make a whole `checkpoint.new.pt` the `checkpoint.pt`, and that one the previous one."""
-    current = new.with_name("checkpoint.pt")
-    if current.exists():
-        os.replace(current, new.with_name("checkpoint.previous.pt"))
-    os.replace(new, current)
-
-
-class Damaged(UserError):
-    """A checkpoint of which nothing can be trusted."""
-
-
-def load_checkpoint(path: Path, *parts: str) -> dict[str, object]:
-    """A checkpoint or `generator.pt` with one of `parts` in it. Raises `UserError` without."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            whole = archive.testzip() is None  # torch itself does not look at the checksums
-        state = torch.load(path, map_location="cpu", weights_only=True) if whole else None
-        if isinstance(state, dict) and state.get("format") == 1 and {*parts} & {*state}:
-            return state
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
-    except (*DAMAGE, pickle.UnpicklingError):
-        pass
-    raise Damaged(f"{path} is damaged, or no checkpoint of this version: give another file.")
-
-
-def find_checkpoint(options: Options, *parts: str) -> dict[str, object] | None:
-    """`--resume`, else the newest whole file in `--out` with one of `parts` in it, else None.
-
-    "trainer" is in checkpoints, "state_dict" in `generator.pt`. Damaged files are set aside.
-    """
-    if options.resume:
-        return load_checkpoint(Path(options.resume), *parts)
-    names = ["checkpoint.pt", "checkpoint.previous.pt"]
-    names += ["generator.pt"] if "state_dict" in parts else []
-    for path in (Path(options.config.out, name) for name in names):
-        try:
-            if path.exists():
-                return load_checkpoint(path, *parts)
-        except Damaged:
-            aside = path.with_suffix(".damaged.pt")
-            os.replace(path, aside)
-            print(f"{path} is damaged: set aside as {aside.name}.", file=sys.stderr)
-    return None
-
-
-def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterable[str]) -> None:
-    """Raise `UserError` where a field of `names` that shapes the weights differs from the saved."""
-    for f in fields(Config):
-        if f.name in names and f.metadata["fixed"] and getattr(config, f.name) != saved[f.name]:
-            flag = "--" + f.name.replace("_", "-")
-            raise UserError(
-                f"the checkpoint was made with {flag} {saved[f.name]}, not"
-                f" {getattr(config, f.name)}: give {flag} {saved[f.name]}, or start anew with"
-                " --fresh or another --out."
-            )
-
-
-# -------------------------------------------------------------------------------- 13. Looking at it
-
-
-def real_images(dogs: CropSet, seed: int) -> np.ndarray:
+def real_images(crops: CropSet, seed: int) -> np.ndarray:
     """uint8 (100, 64, 64, 3): real crops as the networks see them, spread over the whole set."""
-    device = dogs.crops.device
-    rows = torch.linspace(0, len(dogs.first) - 1, 100, device=device).long()
-    generator = torch.Generator(device).manual_seed(stream(seed, "reals"))
-    return to_bytes(draw_reals(dogs, rows, generator))
+    device = crops.pixels.device
+    rows = torch.linspace(0, len(crops.first) - 1, 100, device=device).long()
+    generator = torch.Generator(device).manual_seed(seed_for(seed, "reals"))
+    return to_bytes(draw_reals(crops, rows, generator))
 
 
-def sample_sheet(G: Generator, seed: int) -> np.ndarray:
+def sheet_images(G: nn.Module, seed: int) -> np.ndarray:
     """uint8 (100, 64, 64, 3): the images of the run's fixed latents."""
-    latents = draw_latents(100, G.latent_dim, stream(seed, "sheet"))
-    return np.concatenate(list(sample_images(G, latents, draw_breeds(G, 100, seed))))
+    latents = draw_latents(100, G.latent_dim, seed_for(seed, "sheet"))
+    return np.concatenate(list(sample_images(G, latents, draw_labels(G, 100, seed))))
 
 
 def draw_sheet(images: np.ndarray, columns: int = 10) -> Image.Image:
@@ -1973,12 +1978,469 @@ def pairwise_distance(images: np.ndarray) -> float:
     return (torch.pdist(x) / math.sqrt(x.shape[1])).mean().item()
 
 
-def look(trainer: Trainer, clock: Clock, report: Report, out: Path) -> None:
+# ------------------------------------------------------------------------------------- 11. The run
+
+NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
+SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
+FORMAT = 2  # of checkpoint.pt and generator.pt
+
+
+class Clock:
+    """The wall-clock of a run over all its parts, and its progress from 0 to 1."""
+
+    def __init__(self, config: Config, started: float, used_before: float) -> None:
+        """`started`: `time.monotonic()` when this part began; `used_before`: seconds of others."""
+        self.steps, self.started = config.steps, started
+        self.origin = started - used_before
+        self.budget_seconds = 3600 * config.hours
+        self.deadline = self.origin + self.budget_seconds
+        self.part_deadline = started + 3600 * config.part_hours
+        self.reserve = 0.0  # seconds that finishing takes, once measured
+
+    def used(self) -> float:
+        """Seconds of the run so far, all parts together."""
+        return time.monotonic() - self.origin
+
+    def training_left(self) -> float:
+        """Seconds until this part must begin to finish."""
+        return min(self.deadline, self.part_deadline) - self.reserve - time.monotonic()
+
+    def progress(self, steps_done: int) -> float:
+        """The larger of steps done over `steps` and time used over the budget less the reserve."""
+        in_time = self.used() / max(1e-9, self.deadline - self.reserve - self.origin)
+        return min(1.0, max(steps_done / self.steps, in_time))
+
+    def allows(self, seconds: float) -> bool:
+        """Whether `seconds` beside training are under 2 % of the run (of 25 minutes at least)."""
+        budget = self.budget_seconds if math.isfinite(self.budget_seconds) else 1500
+        return seconds <= 0.02 * max(budget, self.used())
+
+
+class Interrupts:
+    """What SIGINT, SIGTERM and SIGHUP do: raise; but `armed`, the first only sets `stopped`."""
+
+    def __init__(self) -> None:
+        self.armed = self.stopped = False
+
+    def handle(self, *_: object) -> None:
+        """The handler of all three."""
+        if self.stopped or not self.armed:
+            raise KeyboardInterrupt
+        self.stopped = True
+        say("saving, then writing images.zip; once more to leave at once", sys.stderr)
+
+
+@contextmanager
+def interrupts() -> Iterator[Interrupts]:
+    """Handle the signals inside the block, and put the old handlers back behind it."""
+    state, previous = Interrupts(), {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                previous[number] = signal.signal(number, state.handle)
+    try:
+        yield state
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def only_run_in(out: Path) -> Iterator[None]:
+    """Hold `out` for this run. Raises `UserError` while another lives; a kill leaves no lock."""
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise UserError(
+            f"another run is writing to {out}: wait for its end, or give another --out."
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        for place in (out, out / "samples"):
+            remove_parts(place)
+        yield
+    finally:
+        os.close(folder)
+
+
+def say(text: str, file: object = None) -> None:
+    """Print a line above the bar; what is only told never ends a run (a full disk, `| head`)."""
+    try:
+        tqdm.write(text, file=file or sys.stdout)
+        (file or sys.stdout).flush()
+    except (OSError, ValueError):
+        pass
+
+
+class Report:
+    """`log.jsonl`, and what a person sees: a bar on a terminal or in a notebook, else lines."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "log.jsonl"
+        form = "{percentage:3.0f}%|{bar}| {postfix}"
+        self.bar = tqdm(total=1.0, bar_format=form, disable=not is_live())
+        self.shown = self.logged = self.printed = -math.inf
+        self.last_steps, self.last_time, self.missed = 0, time.monotonic(), 0
+
+    def start(self, trainer: Trainer) -> None:
+        """Count images per second from here."""
+        self.last_steps, self.last_time = trainer.steps_done, time.monotonic()
+
+    def event(self, text: str = "", **values: object) -> None:
+        """Say `text`, and log it with `values` as one JSON line, if there is room for it."""
+        if text:
+            say(text)
+            values = {"text": text} | values
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            if not self.missed:
+                say(f"log.jsonl cannot be written ({error.strerror}): going on", sys.stderr)
+            self.missed += 1
+
+    def status(self, trainer: Trainer, clock: Clock, last: bool = False) -> dict[str, float]:
+        """Show and, every 10 s, log where training stands. Returns the mean losses since then."""
+        stats, now = trainer.read_stats(), time.monotonic()
+        steps, batch = trainer.steps_done, trainer.config.batch_size
+        rate = (steps - self.last_steps) / max(1e-9, now - self.last_time)
+        left = min(clock.training_left(), (clock.steps - steps) / max(rate, 1e-9))
+        share = clock.progress(steps)
+        line = (
+            f"step {steps}, {steps * batch:,} images, {rate * batch:.0f} images/s,"
+            f" D {stats['d_loss']:.3f}, G {stats['g_loss']:.3f},"
+            f" past margin {stats['past_margin']:.2f}, {max(0, left) / 60:.0f} min left"
+        )
+        with suppress(OSError, ValueError):
+            self.bar.n = share
+            self.bar.set_postfix_str(line)
+        if self.bar.disable and (last or now >= self.printed + 60):
+            say(f"{share:4.0%} {line}")
+            self.printed = now
+        if last or now >= self.logged + 10:
+            values = {k: round(v, 5) if math.isfinite(v) else None for k, v in stats.items()}
+            self.event(
+                step=steps, images=steps * batch, progress=round(share, 5),
+                seconds=round(clock.used(), 2), images_per_second=round(rate * batch, 2), **values,
+            )  # fmt: skip
+            self.logged, self.last_steps, self.last_time = now, steps, now
+        self.shown = now
+        return stats
+
+
+def in_notebook() -> bool:
+    """Whether this runs in a Jupyter kernel (Colab's shell is a subclass), not merely beside one."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)
+
+
+def is_live() -> bool:
+    """Whether somebody watches: a terminal or a notebook, not a log file as in a Kaggle commit."""
+    live = sys.stderr.isatty() or in_notebook()
+    return live and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch"
+
+
+# Checkpoints: two of them, each whole, the newer one written while training goes on.
+
+
+def plain(config: Config) -> dict[str, object]:
+    """A configuration in types that JSON has: None in the place of infinity."""
+    values = asdict(config) | {"data": list(config.data)}
+    return {k: None if v == math.inf else v for k, v in values.items()}
+
+
+def checkpoint_state(
+    trainer: Trainer, clock: Clock, finished: bool = False, finishing: float = 0.0
+) -> dict[str, object]:
+    """Everything that a continuation needs. `finishing`: seconds that this part will still use."""
+    return {
+        "format": FORMAT,
+        "config": plain(trainer.config),
+        "trainer": trainer.state_dict(),
+        "seconds_used": clock.used() + finishing,
+        "finished": finished,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_checkpoint(out: Path, state: dict[str, object]) -> None:
+    """Write `checkpoint.pt`; the one before it becomes `checkpoint.previous.pt`."""
+    new, current = out / "checkpoint.new.pt", out / "checkpoint.pt"
+    save(new, state)
+    if current.exists():
+        os.replace(current, out / "checkpoint.previous.pt")
+    os.replace(new, current)
+
+
+class Saver:
+    """Writes checkpoints in a thread: 755 MB take seconds, a copy of them on the CPU a third of one.
+
+    A full disk does not end the training: it is said, and tried again at the next time.
+    """
+
+    def __init__(self, out: Path, report: Report) -> None:
+        self.out, self.report, self.pool = out, report, ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def save(self, trainer: Trainer, clock: Clock) -> None:
+        """Begin to write a checkpoint of now, once the one before it is written."""
+        self.wait()
+        self.pending = self.pool.submit(
+            write_checkpoint, self.out, checkpoint_state(trainer, clock)
+        )
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except OSError as error:
+            self.report.event(f"no checkpoint could be written ({error.strerror}): going on")
+
+
+class Damaged(UserError):
+    """A checkpoint of which nothing can be trusted."""
+
+
+def load_state(path: Path, part: str) -> dict[str, object]:
+    """A checkpoint, or `generator.pt`, with `part` in it.
+
+    Raises `Damaged` where the file is broken, `UserError` where it is something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None  # torch itself does not look at the checksums
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: give another file.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
+    except DAMAGE:
+        whole = False
+    if not whole:
+        raise Damaged(f"{path} is damaged: give another file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (*DAMAGE, pickle.UnpicklingError):
+        state = None
+    known = isinstance(state, dict) and state.get("format") == FORMAT
+    if known and {part, "config"} <= state.keys() and isinstance(state["config"], dict):
+        return state
+    raise UserError(
+        f"{path} was not made by this version of the program, or is not its {part}: move it away, or"
+        " give another --out."
+    )
+
+
+def find_checkpoint(options: Options) -> dict[str, object] | None:
+    """`--resume`, else the newest whole checkpoint in `--out`, else None; damaged ones are set
+    aside, and what this version cannot read is left where it is (`UserError`)."""
+    if options.resume:
+        return load_state(Path(options.resume), "trainer")
+    out = Path(options.config.out)
+    for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt"):
+        try:
+            if path.exists():
+                return load_state(path, "trainer")
+        except Damaged:
+            aside = path.with_suffix(".damaged.pt")
+            os.replace(path, aside)
+            say(f"{path} is damaged: set aside as {aside.name}.", sys.stderr)
+    return None
+
+
+def check_state(saved: object, own: object, name: str = "the checkpoint") -> None:
+    """Raise `UserError` where a state differs from a trainer's own in keys, types or shapes."""
+    fits = type(saved) is type(own)
+    if fits and isinstance(own, Tensor):
+        fits = saved.dtype == own.dtype and (saved.shape == own.shape or name.endswith(" rng"))
+    elif fits and isinstance(own, dict):
+        fits = saved.keys() == own.keys()
+    if not fits:
+        raise UserError(f"{name} does not fit these networks and this data: start with --fresh.")
+    if isinstance(own, dict):
+        for key, value in own.items():
+            check_state(saved[key], value, f"{name.removesuffix(' trainer')} {key}")
+
+
+def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterable[str]) -> None:
+    """Raise `UserError` where a field of `names` that shapes the weights differs from the saved."""
+    now = plain(config)
+    for f in fields(Config):
+        if f.name in names and f.metadata["fixed"] and now[f.name] != saved.get(f.name):
+            flag = "--" + f.name.replace("_", "-")
+            raise UserError(
+                f"the checkpoint was made with {flag} {saved.get(f.name)}, not {now[f.name]}: give"
+                f" {flag} {saved.get(f.name)}, or start anew with --fresh or another --out."
+            )
+
+
+def roll_back(trainer: Trainer, report: Report, options: Options) -> bool:
+    """Back to the last checkpoint with fresh randomness. Returns False once three were in vain."""
+    sick_step, rollbacks = trainer.steps_done, trainer.rollbacks + 1
+    state = find_checkpoint(options._replace(resume=""))
+    if state is None:
+        raise UserError("weights were not finite and no checkpoint is whole: start with --fresh.")
+    trainer.load_state_dict(state["trainer"])
+    trainer.rollbacks = rollbacks
+    trainer.rng.manual_seed(seed_for(trainer.config.seed, "training") + rollbacks)
+    report.event(
+        f"weights were not finite at step {sick_step}: back to step {trainer.steps_done},"
+        f" {'with fresh randomness' if rollbacks <= 3 else 'finishing from there'}",
+        rollbacks=rollbacks,
+    )
+    return rollbacks <= 3
+
+
+# Training: from the first zip, of a G that knows nothing yet, to the last.
+
+
+class Run(NamedTuple):
+    """What belongs to one run."""
+
+    options: Options
+    trainer: Trainer
+    clock: Clock
+    report: Report
+    stop: Interrupts
+    out: Path
+
+
+def estimate_finish(trainer: Trainer) -> float:
+    """Seconds that re-estimation, sampling and the zip take here, by the second of two batches."""
+    config = trainer.config
+    for _ in range(2):
+        begin = time.monotonic()
+        G = trainer.averages.generator(trainer.G, "none", 1, config)
+        G.to_rgb.bias.tolist()  # waits for the device
+        norms = time.monotonic() - begin
+        latents = draw_latents(SAMPLE_BATCH, G.latent_dim, 0)
+        (images,) = sample_images(G, latents, draw_labels(G, SAMPLE_BATCH, 0))
+        list(in_threads(encode_png, images))
+        images_seconds = time.monotonic() - begin - norms
+    return NORM_BATCHES * norms + math.ceil(config.images / SAMPLE_BATCH) * images_seconds
+
+
+def reserve_time(run: Run) -> float:
+    """Write a first zip where that costs under 2 % of the budget, and keep back what the last takes.
+
+    Returns the seconds of finishing. Raises `UserError` where the budget cannot hold them.
+    """
+    trainer, clock, out = run.trainer, run.clock, run.out
+    begin = time.monotonic()
+    state = checkpoint_state(trainer, clock)
+    save(out / "checkpoint.new.pt", state)
+    saving, finishing = time.monotonic() - begin, estimate_finish(trainer)
+    left = clock.training_left()  # all of it: there is no reserve yet
+    if left > 1.5 * finishing and clock.allows(finishing):
+        begin = time.monotonic()
+        write_results(trainer, out)
+        finishing = time.monotonic() - begin
+    # Half as much again: other programs may slow the end down, and the sheet and animation come too.
+    clock.reserve = 1.5 * (finishing + 2 * saving) + 1
+    if left <= clock.reserve:
+        (out / "checkpoint.new.pt").unlink()
+        part = clock.part_deadline < clock.deadline
+        used = time.monotonic() - clock.started if part else clock.used()
+        minutes = math.ceil((used + 1.2 * clock.reserve) / 6) / 10
+        remedy = f"--part-hours {minutes / 60 + 0.0005:.3f}" if part else f"--minutes {minutes}"
+        raise UserError(
+            f"the budget cannot hold the sampling of {trainer.config.images} images on this device:"
+            f" give {remedy} or more, or fewer --images; or --sample-only after an earlier run."
+        )
+    write_checkpoint(out, state)  # so that there is one to roll back to
+    return finishing
+
+
+def train_within_budget(run: Run) -> None:
+    """Reserve the time to finish, train, and save. Raises `UserError` for too small a budget."""
+    trainer, report = run.trainer, run.report
+    finishing = reserve_time(run)
+    run.stop.armed = True  # from here on there is something to save
+    if reason := capture(trainer):
+        report.event(f"{reason}: going on by a slower way", slower=reason)
+    report.start(trainer)
+    saver = Saver(run.out, report)
+    try:
+        done = train(run, saver, finishing)
+    finally:
+        saver.wait()
+        saver.pool.shutdown()
+    if not trainer.is_healthy():
+        roll_back(trainer, report, run.options)
+    report.status(trainer, run.clock, last=True)
+    write_checkpoint(run.out, checkpoint_state(trainer, run.clock, done, finishing))
+
+
+def train(run: Run, saver: Saver, finishing: float) -> bool:
+    """Train to progress 1 (returns True), or until this part's time is over or a signal came."""
+    trainer, clock, report, config = run.trainer, run.clock, run.report, run.trainer.config
+    saved, spent = time.monotonic(), (0.0, finishing)
+    sheets = [s for s in SHEETS if s > clock.progress(trainer.steps_done)]
+    while (progress := clock.progress(trainer.steps_done)) < 1:
+        if run.stop.stopped or clock.training_left() <= 0:
+            return False
+        trainer.step(progress)
+        now = time.monotonic()
+        showing = now >= report.shown + 1
+        saving = now >= saved + config.checkpoint_seconds
+        looking = bool(sheets) and progress >= sheets[0]
+        if not (showing or saving or looking):  # what follows waits for the device
+            continue
+        if not trainer.is_healthy():
+            saver.wait()
+            if not roll_back(trainer, report, run.options):
+                return True
+            continue
+        if showing:
+            report.status(trainer, clock)
+        if saving:
+            saver.save(trainer, clock)
+            saved = time.monotonic()
+        if looking:
+            sheets = [s for s in sheets if s > progress]
+            spent = show_progress(run, spent, finishing)
+    return True
+
+
+def show_progress(run: Run, spent: tuple[float, float], finishing: float) -> tuple[float, float]:
+    """A sheet, and the zip anew, where the seconds `spent` on either so far allow it.
+
+    On a slow device some are left out: sheets above 5 % of the time used, zips above 2 % of the run.
+    """
+    on_sheets, on_zips = spent
+    begin = time.monotonic()
+    try:
+        if on_sheets <= 0.05 * run.clock.used():
+            look(run)
+            on_sheets += time.monotonic() - begin
+        begin = time.monotonic()
+        if run.clock.allows(on_zips + finishing):
+            write_results(run.trainer, run.out)
+            on_zips += time.monotonic() - begin
+    except OSError as error:  # a full disk: what was learnt is more than what can be shown of it
+        run.report.event(f"the results of now cannot be written ({error.strerror}): going on")
+    return on_sheets, on_zips
+
+
+def look(run: Run) -> None:
     """Draw the averaged G's sheet of now, and warn where it has collapsed or D has won."""
-    config, stats = trainer.config, report.progress(trainer, clock)
-    images = sample_sheet(trainer.averaged_generator(trainer.submitted(), 8), config.seed)
-    save_picture(sheet_path(out, trainer.steps_done), [draw_sheet(images)])
-    variety = pairwise_distance(images) / pairwise_distance(real_images(trainer.dogs, config.seed))
+    trainer, report, config = run.trainer, run.report, run.trainer.config
+    stats = report.status(trainer, run.clock)
+    choice = trainer.averages.choose(config.average)
+    images = sheet_images(trainer.averages.generator(trainer.G, choice, 8, config), config.seed)
+    save_picture(sheet_path(run.out, trainer.steps_done), [draw_sheet(images)])
+    reals = real_images(trainer.crops, config.seed)
+    variety = pairwise_distance(images) / pairwise_distance(reals)
     report.event(step=trainer.steps_done, variety=round(variety, 4))
     if variety < 0.5:
         report.event(
@@ -1994,133 +2456,137 @@ def sheet_path(out: Path, step: int) -> Path:
     return out / "samples" / f"step_{step:07d}.png"
 
 
-# -------------------------------------------------------------------------------- 14. The whole run
-
-
-def measure_finish(trainer: Trainer) -> float:
-    """Seconds that re-estimation, sampling and the zip take here: the better of two batches."""
-    G = trainer.averaged_generator("none", 1)
-    inputs = draw_latents(SAMPLE_BATCH, G.latent_dim, 0), draw_breeds(G, SAMPLE_BATCH, 0)
-    images = next(sample_images(G, *inputs))
-
-    def seconds(work: Callable) -> float:
-        return min(timeit.repeat(work, number=1, repeat=2))
-
-    norms = seconds(lambda: estimate_norms(G, 1, 0).to_rgb.bias.tolist())  # waits for the device
-    sampling = seconds(lambda: list(sample_images(G, *inputs)))
-    encoding = seconds(lambda: list(in_threads(encode_png, images)))
-    batches = math.ceil(trainer.config.images / SAMPLE_BATCH)
-    return NORM_BATCHES * norms + batches * (sampling + encoding)
-
-
-def roll_back(trainer: Trainer, report: Report, out: Path) -> bool:
-    """Back to the last checkpoint with fresh randomness. Returns False once three were in vain."""
-    sick_step, rollbacks = trainer.steps_done, trainer.rollbacks + 1
-    trainer.load_state_dict(load_checkpoint(out / "checkpoint.pt", "trainer")["trainer"])
-    trainer.rollbacks = rollbacks
-    trainer.rng.manual_seed(stream(trainer.config.seed, "training") + rollbacks)
-    report.event(
-        f"losses or weights were not finite at step {sick_step}: back to step {trainer.steps_done},"
-        f" {'with fresh randomness' if rollbacks <= 3 else 'finishing from there'}",
-        rollbacks=rollbacks,
-    )
-    return rollbacks <= 3
-
-
-def train(trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out: Path) -> bool:
-    """Train to progress 1 (returns True), or until this part's time is over or a signal came."""
-    config, saved, looking = trainer.config, time.monotonic(), 0.0
-    sheets = [s for s in SHEETS if s > clock.progress(trainer.steps_done)]
-    on_cpu = trainer.device.type == "cpu"
-    while (progress := clock.progress(trainer.steps_done)) < 1:
-        if stop.stopped or clock.training_left() <= 0:
-            return False
-        trainer.step(progress)
-        stop.armed = True
-        averaging = trainer.steps_done % config.swa_every == 0
-        if averaging:
-            trainer.average(progress)
-        due = time.monotonic() >= report.shown + 1  # reading the losses waits for the device
-        saving = time.monotonic() >= saved + config.checkpoint_seconds
-        asking = due or saving or (averaging and on_cpu)  # a GPU is waited for at log points alone
-        if asking and not trainer.is_finite():
-            if not roll_back(trainer, report, out):
-                return True
-            continue
-        if due:
-            report.progress(trainer, clock)
-        if saving:
-            keep_checkpoint(write_checkpoint(out, trainer, clock))
-            saved = time.monotonic()
-        if sheets and progress >= sheets[0]:
-            sheets = [s for s in sheets if s > progress]
-            if looking <= 0.05 * clock.used():  # on a slow device some sheets are left out
-                begin = time.monotonic()
-                look(trainer, clock, report, out)
-                looking += time.monotonic() - begin
-    return True
-
-
-def train_within_budget(
-    trainer: Trainer, clock: Clock, report: Report, stop: Interrupts, out: Path
-) -> None:
-    """Reserve the time to finish, train, and save. Raises `UserError` for too small a budget."""
-    begin = time.monotonic()
-    checkpoint = write_checkpoint(out, trainer, clock)
-    saving = time.monotonic() - begin
-    finishing = measure_finish(trainer)
-    least = 1.25 * finishing + 2 * saving + 3
-    left = clock.training_left()  # all of it: there is no reserve yet
-    # Other programs may slow the end down: more is reserved, if training keeps a fifth of the time.
-    clock.reserve = max(least, min(1.8 * finishing + 3 * saving + 3, 0.8 * left))
-    if left <= least:
-        checkpoint.unlink()
-        part = clock.part_deadline < clock.deadline
-        used = time.monotonic() - clock.started if part else clock.used()
-        minutes = math.ceil((used + 1.3 * least) / 6) / 10
-        remedy = f"--part-hours {minutes / 60 + 0.0005:.3f}" if part else f"--minutes {minutes}"
-        raise UserError(
-            f"the budget cannot hold the sampling of {trainer.config.images} images on this device:"
-            f" give {remedy} or more, or fewer --images; or --sample-only after an earlier run."
-        )
-    keep_checkpoint(checkpoint)  # so that there is one to roll back to
-    trainer.capture()
-    report.start(trainer)
-    done = train(trainer, clock, report, stop, out)
-    if not trainer.is_finite():
-        roll_back(trainer, report, out)
-    report.progress(trainer, clock, last=True)
-    keep_checkpoint(write_checkpoint(out, trainer, clock, done, finishing))
-
-
-def finish(trainer: Trainer, report: Report, out: Path) -> None:
-    """Average, re-estimate, and write `generator.pt`, the last sheet, the animation and the zip."""
-    config, choice, steps = trainer.config, trainer.submitted(), trainer.steps_done
-    G = trainer.averaged_generator(choice, NORM_BATCHES)
-    state = {"format": 1, "config": asdict(config), "weights": choice, "steps_done": steps}
-    state |= {"shape": G.shape, "breeds": trainer.dogs.breeds}
-    weights = {k: v.cpu() for k, v in G.state_dict().items()}
-    save(out / "generator.pt", state | {"state_dict": weights})
-    save_picture(sheet_path(out, steps), [draw_sheet(sample_sheet(G, config.seed))])
-    sheets = sorted((out / "samples").glob("*.png"))
-    save_picture(out / "progress.webp", [Image.open(sheet) for sheet in sheets])
-    submit(G, config, out)
+def finish(run: Run) -> None:
+    """Write `generator.pt`, the zip, the last sheet and the animation, and say where they are."""
+    trainer, out, config, steps = run.trainer, run.out, run.trainer.config, run.trainer.steps_done
+    G, choice = write_results(trainer, out)
+    sheet = sheet_path(out, steps)
+    save_picture(sheet, [draw_sheet(sheet_images(G, config.seed))])
+    sheets = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
+    save_picture(out / "progress.webp", [Image.open(out / "samples" / "real.png"), *sheets])
     hours = p100_hours(config, steps)
-    report.event(
+    run.report.event(
         f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}, step {steps},"
         f" {steps * config.batch_size:,} images seen, P100-hours: {hours:.2f}",
         step=steps,
         submitted=choice,
         p100_hours=hours,
     )
+    run.report.event(f"look at {sheet} (100 of them) and {out / 'progress.webp'} (how they grew)")
 
 
-def submit(G: Generator, config: Config, out: Path, breed: int | None = None) -> None:
-    """Draw `config.images` dogs, of one breed or as often as each occurs, into `images.zip`."""
-    latents, breeds = draw_inputs(G, config, config.images)
-    if breed is not None:
-        breeds = torch.full_like(breeds, breed)
-    write_submission(out / "images.zip", sample_images(G, latents, breeds))
+def announce(run: Run, where: str, state: dict[str, object] | None) -> None:
+    """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
+    trainer, report, crops = run.trainer, run.report, run.trainer.crops
+    report.event(
+        device=describe_device(trainer.device),
+        precision=trainer.precision,
+        config=plain(trainer.config),
+        flops=flops_per_image(trainer.config, len(crops.breeds)),
+    )
+    left_out = count_reasons(crops.skipped) or "nothing"
+    report.event(
+        f"{len(crops.first)} dogs of {len(crops.breeds)} breeds in {where}; left out: {left_out}",
+        skipped=crops.skipped,
+    )
+    if state:
+        report.event(f"resumed at step {trainer.steps_done}", resumed_at_step=trainer.steps_done)
+        if (state["torch"], state["threads"]) != (torch.__version__, torch.get_num_threads()):
+            report.event("under another torch or thread count: not bit-equal to an unbroken run")
+
+
+def resumed_state(options: Options) -> dict[str, object] | None:
+    """The checkpoint to go on from, if there is one and it is not to be ignored."""
+    config = options.config
+    state = None if options.fresh and not options.resume else find_checkpoint(options)
+    if state is None:
+        return None
+    try:
+        refuse_other_recipe(config, state["config"], state["config"])
+    except UserError:
+        if state["trainer"].get("steps_done") != 0:
+            raise
+        return None  # nothing was learnt yet that another recipe could spoil
+    return state
+
+
+def load_trainer(trainer: Trainer, state: dict[str, object]) -> bool:
+    """Put a checkpoint into a trainer, checked as a whole before any of it is used.
+
+    Returns False where its randomness is of another kind of device. Raises `UserError`.
+    """
+    if state["trainer"].get("data_key") != trainer.crops.key:
+        raise UserError("the checkpoint was made from other dogs: give its --data, or --fresh.")
+    check_state(state["trainer"], trainer.state_dict())
+    for name, kind in (
+        ("seconds_used", float),
+        ("finished", bool),
+        ("threads", int),
+        ("torch", str),
+    ):
+        check_state(state.get(name), kind(), f"the checkpoint's {name}")
+    return trainer.load_state_dict(state["trainer"])
+
+
+def start_run(options: Options, device: torch.device, started: float, stop: Interrupts) -> int:
+    """Find, crop, train, submit. Returns the exit code."""
+    config, out = options.config, Path(options.config.out)
+    photos = find_photos(config.data, out)
+    state = resumed_state(options)
+    crops = prepare_crops(photos, config.crops)
+    trainer = Trainer(config, crops, device)
+    same_kind = load_trainer(trainer, state) if state else True
+    clock = Clock(config, started, state["seconds_used"] if state else 0.0)
+    if state is None:  # nothing of an earlier run is mixed with this one's
+        for old in (out / "log.jsonl", *(out / "samples").glob("step_*.png")):
+            old.unlink(missing_ok=True)
+    save_picture(out / "samples" / "real.png", [draw_sheet(real_images(crops, config.seed))])
+    run = Run(options, trainer, clock, Report(out), stop, out)
+    try:
+        announce(run, photos.where, state)
+        if not same_kind:
+            run.report.event("on another kind of device: going on with fresh randomness")
+        with whole_file(out / "config.json") as part:
+            part.write_text(json.dumps(plain(config), indent=2), encoding="utf-8")
+        if not (state and state["finished"]) or asks_for_more(config, state["config"]):
+            train_within_budget(run)
+        finish(run)
+    finally:
+        run.report.bar.close()
+    return 130 if stop.stopped else 0
+
+
+def asks_for_more(config: Config, saved: dict[str, object]) -> bool:
+    """Whether a finished run is to go on: more steps, or more hours (None = no limit)."""
+    before = math.inf if saved["hours"] is None else saved["hours"]
+    return config.steps > saved["steps"] or config.hours > before
+
+
+SAMPLING = {"seed", "images", "truncation"}  # fields that --sample-only may change
+
+
+def sample_only(options: Options, device: torch.device) -> int:
+    """Write `images.zip` anew from `generator.pt`."""
+    out = Path(options.config.out)
+    path = Path(options.resume or out / "generator.pt")
+    if not path.exists():
+        raise UserError(f"{path} is not there: train first, or give another --out.")
+    state = load_state(path, "state_dict")
+    refuse_other_recipe(options.config, state["config"], options.named - SAMPLING)
+    free = {n: getattr(options.config, n) for n in ("seed", "images", "truncation")}
+    saved = state["config"] | {k: v for k, v in free.items() if k in options.named}
+    config = replace(options.config, **{name: saved[name] for name in SAMPLING})
+    try:
+        G = Generator(**state["shape"]).to(device)
+        G.load_state_dict(state["state_dict"])
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise UserError(f"{path} holds no generator of this version: give another.") from error
+    if config.truncation != state["config"]["truncation"]:
+        estimate_norms(G, NORM_BATCHES, config.seed, config.truncation)
+    G.eval()
+    write_images(G, config, out, find_breed(options.breed, state["breeds"], G.breeds > 0))
+    say(f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[state['weights']]}")
+    return 0
 
 
 def find_breed(name: str, breeds: Sequence[str], conditioned: bool) -> int | None:
@@ -2131,8 +2597,8 @@ def find_breed(name: str, breeds: Sequence[str], conditioned: bool) -> int | Non
         raise UserError(
             "--breed: this generator was not told breeds; train with --condition breed."
         )
-    plain = name.casefold().replace(" ", "_")
-    found = [k for k, b in enumerate(breeds) if plain in (b.casefold(), spoken(b).casefold())]
+    plain_name = name.casefold().replace(" ", "_")
+    found = [k for k, b in enumerate(breeds) if plain_name in (b.casefold(), spoken(b).casefold())]
     if len(found) != 1:
         raise UserError(f"--breed {name} is none of {', '.join(map(spoken, breeds))}.")
     return found[0]
@@ -2143,172 +2609,119 @@ def spoken(breed: str) -> str:
     return breed.partition("-")[2] or breed
 
 
-def announce(report: Report, trainer: Trainer, where: str, state: dict[str, object] | None) -> None:
-    """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
-    dogs = trainer.dogs
-    report.event(
-        device=describe_device(trainer.device),
-        precision=trainer.precision,
-        config=asdict(trainer.config),
-        flops=flops_per_image(trainer.config),
-    )
-    left_out = count_reasons(dogs.skipped) or "nothing"
-    report.event(
-        f"{len(dogs.first)} dogs of {len(dogs.breeds)} breeds in {where}; left out: {left_out}",
-        skipped=dogs.skipped,
-    )
-    if state:
-        report.event(f"resumed at step {trainer.steps_done}", resumed_at_step=trainer.steps_done)
-        if (state["torch"], state["threads"]) != (torch.__version__, torch.get_num_threads()):
-            report.event("under another torch or thread count: not bit-equal to an unbroken run")
+def show_plan(config: Config, device: torch.device) -> int:
+    """`--dry-run`: crop the dogs, print what would be done, at what cost, and try a GPU's replay."""
+    photos = find_photos(config.data, config.out)
+    crops = prepare_crops(photos, config.crops)
+    say(f"{len(photos.photos)} photos, {len(crops.first)} dogs of {len(crops.breeds)} breeds in")
+    say(f"{photos.where}; left out: {count_reasons(crops.skipped) or 'nothing'}")
+    say(json.dumps(plain(config), indent=2))
+    trainer = Trainer(config, crops, device)
+    for name, network in (("G", trainer.G), ("D", trainer.D)):
+        say(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    flops = flops_per_image(config, len(crops.breeds))
+    say(f"{flops / 1e9:.3f} GFLOP per image-step")
+    say(f"P100-hours: {p100_hours(config, config.steps):.2f}")
+    if device.type == "cuda":
+        reason = capture(trainer)
+        say(
+            f"{reason}: the run would go on by a slower way" if reason else "a replayed step agrees"
+        )
+    return 0
 
 
-def run(options: Options, started: float, stop: Interrupts) -> int:
-    """Find, crop, train, submit. Returns the exit code."""
-    config, out = options.config, Path(options.config.out)
+# ---------------------------------------------------------------------------- 12. The command line
+
+
+class Options(NamedTuple):
+    """A parsed command line: the configuration, which fields were named, and what to do."""
+
+    config: Config
+    named: frozenset[str]
+    dry_run: bool
+    fresh: bool
+    resume: str
+    sample_only: bool
+    breed: str
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are sentences of this program."""
+
+    def error(self, message: str) -> None:
+        """Raises `UserError`."""
+        raise UserError(f"{message}; see --help.")
+
+
+def make_parser() -> Parser:
+    """Actions, then the fields of `Config` by group."""
+    parser = Parser(prog="train_dogs.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    actions = parser.add_argument_group("actions")
+    preset = f"recipe, of {', '.join(PRESETS)}; default dogs"
+    actions.add_argument("--preset", default="dogs", metavar="NAME", help=preset)
+    actions.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    actions.add_argument("--fresh", action="store_true", help="ignore the checkpoint in --out")
+    actions.add_argument("--resume", default="", metavar="FILE", help="start from this checkpoint")
+    again = "write images.zip from generator.pt"
+    actions.add_argument("--sample-only", action="store_true", help=again)
+    breed = "the same, of this breed alone, as in Pug"
+    actions.add_argument("--breed", default="", metavar="NAME", help=breed)
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for f in fields(Config):
+        name = f.metadata["group"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        shown = f.metadata["help"] + (f"; default {f.default}" if f.default not in ("", ()) else "")
+        group.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=str if f.default == () else type(f.default),
+            action="append" if f.default == () else "store",
+            default=argparse.SUPPRESS,
+            metavar={int: "N", float: "X", str: "TEXT", tuple: "PATH"}[type(f.default)],
+            help=shown.replace("%", "%%"),
+        )
+    minutes = {"type": float, "default": argparse.SUPPRESS, "metavar": "X"}
+    groups["length"].add_argument("--minutes", help="--hours, in minutes", **minutes)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """The command line, made from `Config`; `--steps` alone lifts the time limit."""
+    given = vars(make_parser().parse_args(list(argv)))
+    acts = {
+        k: given.pop(k) for k in ("preset", "dry_run", "fresh", "resume", "sample_only", "breed")
+    }
+    if "minutes" in given:
+        if "hours" in given:
+            raise UserError("--hours and --minutes are the same budget: give one of them.")
+        given["hours"] = given.pop("minutes") / 60
+    for name in ("hours", "part_hours"):
+        if not given.get(name, 1) > 0:
+            raise UserError(f"a budget of {given[name]:g} hours is none: give more than 0.")
+    if "steps" in given and "hours" not in given:
+        given["hours"] = math.inf
+    if acts["preset"] not in PRESETS:
+        raise UserError(f"--preset {acts['preset']} is unknown: give one of {', '.join(PRESETS)}.")
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    config = check_config(replace(Config(**PRESETS[acts.pop("preset")]), **given))
+    if not config.out:
+        kaggle = Path("/kaggle/working")
+        config = replace(config, out=str(kaggle if kaggle.is_dir() else "output"))
+    return Options(config, frozenset(given), **acts)
+
+
+def act(options: Options, started: float, stop: Interrupts) -> int:
+    """Do what the command line asks for. Returns the exit code."""
+    config = options.config
     device = choose_device(config.device)
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN choose by measurement
-    print(f"{describe_device(device)}, {choose_precision(config.precision, device)}", flush=True)
+    say(f"{describe_device(device)}, {choose_precision(config.precision, device)}")
     if options.dry_run:
         return show_plan(config, device)
-    out.mkdir(parents=True, exist_ok=True)
-    if options.sample_only or options.breed:
-        return sample_only(options, device)
-    found = find_dogs(config.data)
-    anew = options.fresh and not options.resume
-    state = None if anew else find_checkpoint(options, "trainer")
-    if state:
-        try:
-            refuse_other_recipe(config, state["config"], state["config"])
-        except UserError:
-            if state["trainer"]["steps_done"]:
-                raise
-            state = None  # nothing was learnt yet that another recipe could spoil
-    dogs = prepare_crops(found, config.crops)
-    if state and state["trainer"]["data_key"] != dogs.key:
-        raise UserError("the checkpoint was made from other dogs: give its --data, or --fresh.")
-    trainer = Trainer(config, dogs, device)
-    clock = Clock(config, started, state["seconds_used"] if state else 0.0)
-    if state:
-        trainer.load_state_dict(state["trainer"])
-    else:  # nothing of an earlier run is mixed with this one's
-        for old in (out / "log.jsonl", *(out / "samples").glob("step_*.png")):
-            old.unlink(missing_ok=True)
-    save_picture(out / "samples" / "real.png", [draw_sheet(real_images(dogs, config.seed))])
-    report = Report(out)
-    try:
-        announce(report, trainer, found.where, state)
-        with whole_file(out / "config.json") as part:
-            part.write_text(json.dumps(asdict(config), indent=2))
-        if not (state and state["finished"]) or asks_for_more(config, state["config"]):
-            train_within_budget(trainer, clock, report, stop, out)
-        finish(trainer, report, out)
-    finally:
-        report.bar.close()
-    return 130 if stop.stopped else 0
-
-
-def asks_for_more(config: Config, saved: dict[str, object]) -> bool:
-    """Whether a finished run is to go on: more steps, or more hours (0 = no limit)."""
-    hours, before = config.hours or math.inf, saved["hours"] or math.inf
-    return config.steps > saved["steps"] or hours > before
-
-
-SAMPLING = {"seed", "images", "average", "truncation"}  # fields that --sample-only may change
-
-
-def sample_only(options: Options, device: torch.device) -> int:
-    """Write `images.zip` from a checkpoint or from `generator.pt`."""
-    out, state = Path(options.config.out), find_checkpoint(options, "trainer", "state_dict")
-    if state is None:
-        raise UserError(f"{out} holds no checkpoint.pt and no generator.pt: give another --out.")
-    refuse_other_recipe(options.config, state["config"], options.named - SAMPLING)
-    free = {n: getattr(options.config, n) for n in options.named & SAMPLING}
-    saved = Config(**state["config"])
-    config = replace(saved, **free, out=str(out))
-    trained = state.get("trainer", state)  # both know the breeds
-    G, _ = build_networks(saved, device, len(trained["breeds"]))
-    if "trainer" in state:
-        tensors = trained["tensors"]
-        G.load_state_dict({n[2:]: t for n, t in tensors.items() if n.startswith("G.")})
-        choice = weights_to_submit(config.average, trained["swa_count"], trained["averages_done"])
-        weights = list(G.parameters())
-        if choice != "none":
-            weights = [tensors[f"{choice}.{i}"] for i in range(len(weights))]
-        recipe = replace(saved, truncation=config.truncation)
-        G = averaged_generator(G, weights, NORM_BATCHES, recipe)
-    else:
-        choice = state["weights"]
-        G.load_state_dict(state["state_dict"])
-        G.eval()
-    breed = find_breed(options.breed, trained["breeds"], G.breeds > 0)
-    submit(G, config, out, breed)
-    print(f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}")
-    return 0
-
-
-def show_plan(config: Config, device: torch.device) -> int:
-    """`--dry-run`: print what would be done, at what cost, and train nothing that is kept."""
-    found = find_dogs(config.data)
-    breeds = len({photo.breed for photo in found.photos})
-    print(f"{len(found.photos)} photos of {breeds} breeds in {found.where}")
-    print(json.dumps(asdict(config), indent=2))
-    trainer = Trainer(config, random_crops(256, breeds), device)
-    for name, network in (("G", trainer.G), ("D", trainer.D)):
-        print(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
-    flops = flops_per_image(config)
-    print(", ".join(f"{name} {n / 1e9:.3f}" for name, n in flops.items()), end="")
-    print(f": {sum(flops.values()) / 1e9:.3f} GFLOP per image-step")
-    reserve = measure_finish(trainer)
-    trainer.capture()
-    seconds = time_steps(trainer, 2)
-    steps = config.steps
-    if config.hours:
-        steps = min(steps, max(0, int((3600 * config.hours - reserve) / seconds)))
-    print(f"{seconds * 1000:.1f} ms per step here: {steps} steps in the budget,", end=" ")
-    print(f"{reserve:.0f} s of it to finish")
-    print(f"P100-hours: {p100_hours(config, config.steps):.2f}")
-    return 0
-
-
-def random_crops(count: int, breeds: int = 120) -> CropSet:
-    """Noise in the place of dogs of so many breeds, for measuring time and memory."""
-    return CropSet(
-        crops=torch.randint(256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8),
-        first=torch.arange(count)[:, None],
-        count=torch.ones((count, 1), dtype=torch.int64),
-        weights=torch.ones(1),
-        breed=torch.arange(count) % breeds,
-        breeds=["noise"] * breeds,
-        skipped=[],
-        key="noise",
-    )
-
-
-def time_steps(trainer: Trainer, steps: int) -> float:
-    """Seconds per step, after one that is not counted."""
-    for count in (1, steps):
-        begin = time.monotonic()
-        for _ in range(count):
-            trainer.step(0.0)
-        trainer.is_finite()  # waits for the device
-    return (time.monotonic() - begin) / steps
-
-
-def batch_that_fits(config: Config, device: torch.device) -> int:
-    """The largest halving of the batch size of which one step fits into the GPU's memory."""
-    batch = config.batch_size // 2
-    while batch > 2:
-        torch.cuda.empty_cache()
-        try:
-            time_steps(Trainer(replace(config, batch_size=batch), random_crops(16), device), 1)
-            return batch
-        except torch.cuda.OutOfMemoryError:
-            batch //= 2
-    return batch
-
-
-# ----------------------------------------------------------------------------------------- 15. Main
+    with only_run_in(Path(config.out)):
+        if options.sample_only or options.breed:
+            return sample_only(options, device)
+        return start_run(options, device, started, stop)
 
 
 def main(argv: Sequence[str] = (), started: float | None = None) -> int:
@@ -2321,16 +2734,14 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     try:
         with interrupts() as stop:
             options = parse(argv)
-            return run(options, started, stop)
+            return act(options, started, stop)
     except SystemExit as done:  # argparse's --help
         return int(done.code or 0)
     except KeyboardInterrupt:
-        print("train_dogs: interrupted; every file that is there is whole.", file=sys.stderr)
+        say("train_dogs: interrupted; every file that is there is whole.", sys.stderr)
         return 130
     except UserError as error:
         message = str(error)
-    except torch.cuda.OutOfMemoryError:
-        message = ""  # the attempt below must not keep the failed one alive
     except OSError as error:
         if error.errno is None:  # a library's, not the system's
             raise
@@ -2338,25 +2749,28 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
             f"{error.strerror} ({error.filename or options.config.out}): make room or give another"
             " --out, then start the same command again; every file that is there is whole."
         )
-    if not message:
-        fitting = batch_that_fits(options.config, choose_device(options.config.device))
-        message = f"the GPU's memory is too small for this: --batch-size {fitting} fits."
-    print(f"train_dogs: {message}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = max(2, options.config.batch_size // 2)
+        message = f"the memory is too small for this: try --batch-size {smaller}."
+    say(f"train_dogs: {message}", sys.stderr)
     return 2
 
 
-def process_age() -> float:
-    """Seconds since this process began, where the system tells; else its CPU time so far."""
+def leave(code: int) -> None:
+    """Exit with `code`, also where stdout is closed already (`| head -1`)."""
     try:
-        fields_after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        began = int(fields_after_name[19]) / os.sysconf("SC_CLK_TCK")
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
-    except (OSError, AttributeError, ValueError, IndexError):
-        return time.process_time()
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 if __name__ == "__main__":
     if in_notebook():  # its sys.argv is its kernel's, and it must not exit
         main()
     else:
-        sys.exit(main(sys.argv[1:], time.monotonic() - process_age()))
+        for stream in (sys.stdout, sys.stderr):  # paths need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
+        leave(main(sys.argv[1:], STARTED))

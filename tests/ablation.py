@@ -124,7 +124,7 @@ class Dogs:
 
     def __init__(self, data: Path) -> None:
         self.packed = load_pack(data)["crops"] if data.suffix == ".pt" else {}
-        self.found = None if self.packed else train_dogs.find_dogs([data])
+        self.found = None if self.packed else train_dogs.find_photos([data])
 
     def prepared(self, crops: str) -> train_dogs.CropSet:
         """What `crops` shows of them."""
@@ -156,7 +156,7 @@ def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: i
     config, checkpoint = run.config, run.folder / "checkpoint.pt"
     wanted, seconds, state = marks(run.steps, points), 0.0, None
     if checkpoint.exists():
-        state = train_dogs.load_checkpoint(checkpoint, "trainer")
+        state = train_dogs.load_state(checkpoint, "trainer")
         seconds = state["seconds_used"]
         missing = [a for a in averages if not generator_path(run, run.steps, a).exists()]
         if state["trainer"]["steps_done"] == run.steps and not missing:
@@ -180,10 +180,10 @@ def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: i
     while trainer.steps_done < run.steps:
         progress = trainer.steps_done / run.steps
         trainer.step(progress)
-        if trainer.steps_done % config.swa_every == 0:
+        if trainer.steps_done % config.average_every == 0:
             trainer.average(progress)
         if trainer.steps_done in wanted:
-            if not trainer.is_finite():
+            if not trainer.is_healthy():
                 sys.exit(f"{run.change}, seed {config.seed}: not finite at {trainer.steps_done}")
             for average in averages:
                 keep_generator(run, trainer, average)
@@ -232,7 +232,7 @@ class Scorer:
         kept = path.with_suffix(".npz")
         features = np.load(kept)["features"] if kept.exists() else ()
         if len(features) != count:
-            state = train_dogs.load_checkpoint(path, "state_dict")
+            state = train_dogs.load_state(path, "state_dict")
             G = train_dogs.Generator(**state["shape"])
             G.load_state_dict(state["state_dict"])
             G = G.to(self.device, memory_format=train_dogs.memory_layout(self.device)).eval()
@@ -278,7 +278,7 @@ def reference(
 
 def show_floor(args: argparse.Namespace) -> str:
     """Markdown: real dogs of some photos, cropped as the changes say, against the other photos."""
-    found = train_dogs.find_dogs([args.data])
+    found = train_dogs.find_photos([args.data])
     order = np.random.default_rng(args.seeds[0]).permutation(len(found.photos))
     drawn = [found.photos[k] for k in order[: min(args.images, len(order) // 2)]]
     scorer = Scorer(args, frozenset(photo.name for photo in drawn))

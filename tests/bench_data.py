@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from PIL import Image
 
-from train_dogs import CROPS, CropSet, DogSet, find_dogs, prepare_crops
+from train_dogs import CROPS, CropSet, PhotoSet, find_photos, prepare_crops
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -35,7 +35,7 @@ def default_data() -> Path:
     return next(place for place in places if (place / "Images").is_dir())
 
 
-def plainly(data: Path, dogs: DogSet, kind: str) -> np.ndarray:
+def plainly(data: Path, dogs: PhotoSet, kind: str) -> np.ndarray:
     """The crops by one loop over the photos, the first view of each dog: uint8 (n, 64, 64, 3)."""
     crops = []
     for photo in dogs.photos:
@@ -49,7 +49,7 @@ def plainly(data: Path, dogs: DogSet, kind: str) -> np.ndarray:
     return np.stack(crops)
 
 
-def prepared(dogs: DogSet, kind: str) -> tuple[CropSet, float, float]:
+def prepared(dogs: PhotoSet, kind: str) -> tuple[CropSet, float, float]:
     """The crops on an empty cache, and the seconds of the first and of a second start."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=sorted(CROPS), default="square")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    dogs = find_dogs([options.data])
+    dogs = find_photos([options.data])
     some = dogs.photos[:: 1 + len(dogs.photos) // 100]
     width = statistics.median(Image.open(options.data / "Images" / p.name).width for p in some)
     print(f"{len(dogs.photos)} photos in {dogs.where}, median width {width:.0f}")

@@ -267,9 +267,9 @@ class Contestant:
 
 
 def our_step(trainer: Trainer) -> None:
-    """A step of a run, with what `train` does at every `swa_every`-th: average."""
+    """A step of a run, with what `train` does at every `average_every`-th: average."""
     trainer.step(0.6)
-    if trainer.steps_done % trainer.config.swa_every == 0:
+    if trainer.steps_done % trainer.config.average_every == 0:
         trainer.average(0.6)
 
 
@@ -992,7 +992,7 @@ def main(argv: Sequence[str] = ()) -> dict[str, object]:
     presets = given.presets.split(",") if given.presets else list(train_dogs.PRESETS)
     batches = given.batch_sizes or ([32, 128, 64, 256] if cuda else [16, 32])
     if given.data:
-        found = train_dogs.find_dogs(given.data)
+        found = train_dogs.find_photos(given.data)
         dogs = train_dogs.prepare_crops(found, Config().crops)
     else:
         dogs = train_dogs.random_crops(PHOTOS if cuda else 1024)

@@ -1,4 +1,4 @@
-"""How much faster `write_submission` is than saving each PNG to a folder and archiving that.
+"""How much faster `write_zip` is than saving each PNG to a folder and archiving that.
 
     python tests/bench_zip.py [--images 10000] [--repeats 3]
 
@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from train_dogs import find_dogs, prepare_crops, to_bytes, write_submission
+from train_dogs import find_photos, prepare_crops, to_bytes, write_zip
 
 
 def pictures(count: int) -> np.ndarray:
     """uint8 (count, 64, 64, 3): a dog's crop, mirrored or not, under coarse and fine noise."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
-        dogs = prepare_crops(find_dogs([ROOT / "data" / "sample"]), "square", show=False)
+        dogs = prepare_crops(find_photos([ROOT / "data" / "sample"]), "square", show=False)
         crops = dogs.crops.permute(0, 3, 1, 2).float() / 127.5 - 1
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -99,18 +99,18 @@ def main() -> None:
             plainly(images, Path(folder))
             between = time.perf_counter()
             written = Path(folder, "images.zip")
-            write_submission(written, (images[k : k + 128] for k in range(0, len(images), 128)))
+            write_zip(written, (images[k : k + 128] for k in range(0, len(images), 128)))
             end = time.perf_counter()
             assert same_pixels(written, Path(folder, "plain.zip"))
             sizes = [p.stat().st_size / 1e6 for p in (written, Path(folder, "plain.zip"))]
         ratios.append((between - begin) / (end - between))
         print(
-            f"plain {between - begin:.2f} s ({sizes[1]:.1f} MB), write_submission"
+            f"plain {between - begin:.2f} s ({sizes[1]:.1f} MB), write_zip"
             f" {end - between:.2f} s ({sizes[0]:.1f} MB): {ratios[-1]:.2f} x"
         )
     settings(images[:2000])
     print(
-        f"bench_zip: write_submission is {statistics.median(ratios):.2f} x as fast as saving each"
+        f"bench_zip: write_zip is {statistics.median(ratios):.2f} x as fast as saving each"
         f" ({min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} repeats, {len(images)} images,"
         f" {os.cpu_count()} cores)"
     )

@@ -29,7 +29,7 @@ SAMPLE = ROOT / "data" / "sample"
 # About 15 ms a step on one core. 135 dogs make 16 steps of 8 an epoch: 60 steps are four orders.
 TINY = {
     "data": SAMPLE, "width": 1, "latent-dim": 16, "batch-size": 8, "images": 40,
-    "swa-every": 2, "swa-start": 0.5,
+    "average-every": 2, "swa-start": 0.5,
 }  # fmt: skip
 STEPS = 60
 

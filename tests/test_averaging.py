@@ -45,7 +45,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, list
     out = tmp_path_factory.mktemp("recorded")
     with light_runs(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "average", spy)
-        assert run_here(out, steps=50, swa_every=2, swa_start=0.4, images=3, ema_beta=0.8) == 0
+        assert run_here(out, steps=50, average_every=2, swa_start=0.4, images=3, ema_beta=0.8) == 0
     return load(out / "checkpoint.pt"), load(out / "generator.pt"), snapshots
 
 
@@ -65,11 +65,11 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 def test_swa_is_the_plain_mean_of_snapshots_from_swa_start_on(recorded):
     checkpoint, _, snapshots = recorded
-    assert [step for _, step, _ in snapshots] == list(range(2, 51, 2))  # every swa_every steps
+    assert [step for _, step, _ in snapshots] == list(range(2, 51, 2))  # every average_every steps
     for progress, step, _ in snapshots:
         assert step - 1 <= progress * 50 + 1e-9 <= step
     late = [weights for progress, _, weights in snapshots if progress >= 0.4]
-    assert len(late) == checkpoint["trainer"]["swa_count"] and 14 <= len(late) <= 16
+    assert len(late) == checkpoint["trainer"]["swa_updates"] and 14 <= len(late) <= 16
     means = [sum(group) / len(late) for group in zip(*late)]
     assert_same(averages(checkpoint, "swa"), means)
 
@@ -79,7 +79,7 @@ def test_ema_is_the_plain_recurrence_with_its_warm_start(recorded):
     ema = [torch.zeros_like(w) for w in snapshots[0][2]]
     total = 0.0  # the weights of the snapshots sum to 1 but for what is left of the start
     for n, (_, _, weights) in enumerate(snapshots, start=1):
-        beta = min(0.8**2, (1 + n) / (10 + n))  # the first by swa_every = 2
+        beta = min(0.8**2, (1 + n) / (10 + n))  # the first by average_every = 2
         ema = [beta * e + (1 - beta) * w for e, w in zip(ema, weights)]
         total = beta * total + (1 - beta)
     assert total > 0.999  # no trace of the initial weights
@@ -115,7 +115,7 @@ def test_average_chooses_which_weights_are_submitted(average, finished_run, tmp_
 
 
 @pytest.mark.parametrize(
-    ("average", "swa_count", "averages_done", "submitted"),
+    ("average", "swa_updates", "ema_updates", "submitted"),
     [
         ("swa", 10, 99, "swa"), ("swa", 9, 99, "ema"), ("swa", 0, 1, "ema"), ("swa", 0, 0, "none"),
         ("ema", 99, 99, "ema"), ("ema", 0, 0, "none"), ("none", 99, 99, "none"),

@@ -37,10 +37,10 @@ from train_dogs import (
     Generator,
     Trainer,
     UserError,
-    draw_breeds,
+    draw_labels,
     draw_inputs,
     find_breed,
-    find_dogs,
+    find_photos,
     prepare_crops,
     sample_images,
 )
@@ -56,7 +56,7 @@ TOLD = {"condition": "breed", "classify": 0.5}
 @pytest.fixture(scope="module")
 def dogs(own_cache: Path) -> CropSet:
     """The drawn sample, cropped."""
-    return prepare_crops(find_dogs([SAMPLE]), "square", show=False)
+    return prepare_crops(find_photos([SAMPLE]), "square", show=False)
 
 
 def small(**changes: object) -> Config:
@@ -271,7 +271,7 @@ def test_breeds_are_drawn_as_often_as_in_the_data():
     shares = [0.0, 0.4, 0.05, 0.0, 0.25, 0.29, 0.01, 0.0]
     G = of_shares(*shares)
     for seed in (0, 7):
-        drawn = draw_breeds(G, 20_000, seed)
+        drawn = draw_labels(G, 20_000, seed)
         assert drawn.dtype == torch.int64 and drawn.shape == (20_000,)
         counts = np.bincount(drawn.numpy(), minlength=8)
         assert (counts[np.array(shares) == 0] == 0).all()
@@ -279,13 +279,13 @@ def test_breeds_are_drawn_as_often_as_in_the_data():
         assert stats.chisquare(seen, 20_000 * expected).pvalue > 1e-3
         runs = drawn[1:][drawn[:-1] == 1].numpy()  # what follows a breed is any breed
         assert abs((runs == 1).mean() - 0.4) < 0.03
-    assert not torch.equal(draw_breeds(G, 99, 0), draw_breeds(G, 99, 1))
+    assert not torch.equal(draw_labels(G, 99, 0), draw_labels(G, 99, 1))
 
 
 @given(count=st.integers(1, 400), other=st.integers(1, 400), seed=st.integers(0, 2**32 - 1))
 def test_breed_k_is_the_same_however_many_are_drawn(count, other, seed):
     G, n = of_shares(0.5, 0.2, 0.3), min(count, other)
-    a, b = draw_breeds(G, count, seed), draw_breeds(G, other, seed)
+    a, b = draw_labels(G, count, seed), draw_labels(G, other, seed)
     assert len(a) == count and torch.equal(a[:n], b[:n])
 
 
@@ -330,7 +330,7 @@ def test_breed_alone_draws_that_breed_by_full_or_short_name_from_either_file(tol
         assert sha(out / file) == sha(told_run / file)
     all_breeds = pixels(told_run / "images.zip")
     same = [bool(np.array_equal(a, b)) for a, b in zip(all_breeds, expected)]
-    breeds = draw_breeds(G, 12, 0).tolist()
+    breeds = draw_labels(G, 12, 0).tolist()
     assert same == [b == 2 for b in breeds] and any(b != 2 for b in breeds)
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import train_dogs
-from train_dogs import CROPS, BadItem, UserError, clip_box, find_dogs, prepare_crops
+from train_dogs import CROPS, BadItem, UserError, clip_box, find_photos, prepare_crops
 
 Frame = tuple[int, int]
 Box = tuple[float, float, float, float]
@@ -331,7 +331,7 @@ def test_a_large_jpeg_is_decoded_at_reduced_scale_and_never_below_twice_the_crop
 
 @pytest.mark.parametrize("folder", ["real_originals", "real_dogs", "sample_dogs"])
 def test_median_psnr_against_full_decoding_is_45_db(folder, request):
-    found = find_dogs([request.getfixturevalue(folder)])
+    found = find_photos([request.getfixturevalue(folder)])
     photos = found.photos[:: max(1, len(found.photos) // 120)]
     assert len(photos) >= 100
     values = []
@@ -363,7 +363,7 @@ def dogs_root(tmp_path) -> Path:
 
 
 def prepare(root: Path, kinds: str = "square") -> train_dogs.CropSet:
-    return prepare_crops(find_dogs([root]), kinds, show=False)
+    return prepare_crops(find_photos([root]), kinds, show=False)
 
 
 def same(a: train_dogs.CropSet, b: train_dogs.CropSet) -> bool:
@@ -412,7 +412,7 @@ def test_a_second_start_is_fast_and_light_for_22000_dogs(tmp_path, cache, monkey
         )
         for k in range(22_000)
     ]
-    dogs = train_dogs.DogSet("many", photos, [], True)
+    dogs = train_dogs.PhotoSet("many", photos, [], True)
     crop = np.zeros((1, 64, 64, 3), np.uint8)
     with monkeypatch.context() as patch:  # the first start's time is the benchmark's affair
         patch.setattr(train_dogs, "crop_photo", lambda *_: ([[crop]], []))
@@ -545,7 +545,7 @@ def test_a_damaged_cache_is_made_anew(how, dogs_root, cache, monkeypatch):
 
 def prepare_elsewhere(root: str, cache: str, ready: object) -> int:
     os.environ["XDG_CACHE_HOME"] = cache
-    found = find_dogs([root])
+    found = find_photos([root])
     ready.wait(60)
     return int(prepare_crops(found, "square", show=False).crops.sum(dtype=torch.int64))
 
@@ -562,7 +562,7 @@ def test_two_processes_that_prepare_at_once_both_succeed(dogs_root, cache, tmp_p
 
 
 def test_many_threads_that_prepare_at_once_all_succeed(dogs_root, cache):
-    found = find_dogs([dogs_root])
+    found = find_photos([dogs_root])
     for _ in range(5):
         shutil.rmtree(cache, ignore_errors=True)
         with ThreadPoolExecutor(6) as pool:
@@ -629,7 +629,7 @@ def test_pictures_are_read_in_several_threads_and_kept_in_order(dogs_root, cache
     made = prepare(dogs_root)
     if (os.cpu_count() or 1) > 1:
         assert len(seen) > 1 and threading.get_ident() not in seen
-    for photo, (first,) in zip(find_dogs([dogs_root]).photos, made.first.tolist()):
+    for photo, (first,) in zip(find_photos([dogs_root]).photos, made.first.tolist()):
         alone = crop(photo, ["square"])[0][0][0]
         assert (made.crops[first].numpy() == alone).all()
 
@@ -721,7 +721,7 @@ def test_draws_repeat_with_the_generators_seed_and_change_from_call_to_call(dogs
 
 def test_the_real_originals_are_prepared_whole_and_left_as_they_are(real_originals, cache):
     before = dog_sets.snapshot(real_originals)
-    found = find_dogs([real_originals])
+    found = find_photos([real_originals])
     made = prepare_crops(found, "square,head", show=False)
     boxes = sum(
         len(train_dogs.parse_annotation(photo.read_annotation())[1]) for photo in found.photos

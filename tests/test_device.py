@@ -32,7 +32,7 @@ from train_dogs import (
     UserError,
     architecture_is_built,
     choose_device,
-    find_dogs,
+    find_photos,
     prepare_crops,
 )
 
@@ -85,7 +85,7 @@ def test_a_p100_under_a_cuda_12_8_build_is_refused_before_the_data_is_touched(
 ):
     pretend_gpu(monkeypatch, (6, 0), CU128)
     touched: list[object] = []
-    monkeypatch.setattr(train_dogs, "find_dogs", lambda *paths: touched.append(paths))
+    monkeypatch.setattr(train_dogs, "find_photos", lambda *paths: touched.append(paths))
     assert run_here(tmp_path / "out", steps=3, device=device) == 2
     err = capsys.readouterr().err
     assert_one_sentence(err, "sm_60", "cu126" if "cu126" in err else "12.6", *REMEDIES)
@@ -190,7 +190,7 @@ def trainer_on(device: torch.device, **changes: object) -> Trainer:
     """A small trainer of the drawn dogs, in plain float32 if no `precision` is given."""
     small = {"width": 4, "latent_dim": 16, "batch_size": 8, "precision": "fp32"}
     config = Config(**(small | changes))
-    return Trainer(config, prepare_crops(find_dogs([SAMPLE]), "square", show=False), device)
+    return Trainer(config, prepare_crops(find_photos([SAMPLE]), "square", show=False), device)
 
 
 def trained(

@@ -18,12 +18,12 @@ from dog_sets import Dog, as_flat, as_folders, make_dog, make_dogs, tar_folder, 
 from PIL import Image
 
 import train_dogs
-from train_dogs import UserError, find_dogs, prepare_crops
+from train_dogs import UserError, find_photos, prepare_crops
 
 
 def crops_by_name(root: Path, kinds: str = "square") -> dict[str, tuple[str, bytes]]:
     """Each photo's breed and pixels; the sets here have one box for each photo."""
-    found = find_dogs([root])
+    found = find_photos([root])
     made = prepare_crops(found, kinds, show=False)
     assert len(found.photos) == len(made.first)
     breeds = [made.breeds[i] for i in made.breed]
@@ -137,7 +137,7 @@ def test_sets_are_read_in_place_and_left_as_they_are(layout, dogs, tmp_path, mon
             path.chmod(0o555 if path.is_dir() else 0o444)
     before = dog_sets.snapshot(data)
     try:
-        made = prepare_crops(find_dogs([root]), "square,head", show=False)
+        made = prepare_crops(find_photos([root]), "square,head", show=False)
         assert len(made.first) == len(dogs)
         assert dog_sets.snapshot(data) == before
     finally:
@@ -151,7 +151,7 @@ def test_sets_are_read_in_place_and_left_as_they_are(layout, dogs, tmp_path, mon
 
 def test_the_zip_keeps_its_breeds_from_the_annotations_folder(dogs, tmp_path):
     root = LAYOUTS["zips with folders"](tmp_path / "set", dogs)
-    breeds = Counter(photo.breed for photo in find_dogs([root]).photos)
+    breeds = Counter(photo.breed for photo in find_photos([root]).photos)
     assert breeds == Counter(dog.breed for dog in dogs)
 
 
@@ -161,14 +161,14 @@ def test_the_two_archives_may_be_named_one_by_one(dogs, expected, tmp_path):
         ("zips with folders", ("Annotation.zip", "all-dogs.zip")),
     ):
         root = LAYOUTS[layout](tmp_path / layout, dogs)
-        found = find_dogs([root / name for name in names])
+        found = find_photos([root / name for name in names])
         assert {photo.name for photo in found.photos} == set(expected)
         assert found.annotated and found.skipped == []
 
 
 def test_the_order_of_photos_does_not_depend_on_the_order_on_disk(dogs, tmp_path):
-    a = find_dogs([as_folders(tmp_path / "a", dogs)])
-    b = find_dogs([as_folders(tmp_path / "b", dogs[::-1])])
+    a = find_photos([as_folders(tmp_path / "a", dogs)])
+    b = find_photos([as_folders(tmp_path / "b", dogs[::-1])])
     assert [p.name for p in a.photos] == [p.name for p in b.photos]
 
 
@@ -176,12 +176,12 @@ def test_annotations_named_xml_are_matched(dogs, tmp_path):
     root = as_folders(tmp_path / "set", dogs)
     for _, path in dog_sets.files_of(root / "Annotation"):
         path.rename(path.with_name(path.name + ".xml"))
-    found = find_dogs([root])
+    found = find_photos([root])
     assert len(found.photos) == len(dogs) and found.skipped == []
 
 
 def test_the_real_photos_are_all_found(real_dogs):
-    found = find_dogs([real_dogs])
+    found = find_photos([real_dogs])
     assert len(found.photos) == len(list(real_dogs.glob("Images/*/*.jpg")))
     assert len({p.breed for p in found.photos}) == len(list((real_dogs / "Images").iterdir()))
     assert found.skipped == [] and found.annotated
@@ -203,7 +203,7 @@ def test_the_real_photos_are_all_found(real_dogs):
 def test_kaggle_mounts_are_found_down_to_depth_4(mount, layout, dogs, no_mounts, tmp_path):
     (no_mounts / mount).parent.mkdir(parents=True, exist_ok=True)
     LAYOUTS[layout](tmp_path / "made", dogs).rename(no_mounts / mount)
-    found = find_dogs()
+    found = find_photos()
     assert len(found.photos) == len(dogs)
     assert str(no_mounts / mount) in found.where
 
@@ -211,41 +211,41 @@ def test_kaggle_mounts_are_found_down_to_depth_4(mount, layout, dogs, no_mounts,
 def test_kaggle_mounts_below_depth_4_are_not_searched(dogs, no_mounts):
     as_folders(no_mounts / "1/2/3/4/5", dogs)
     with pytest.raises(UserError, match="no dogs found"):
-        find_dogs()
+        find_photos()
 
 
 def test_the_search_stops_at_the_shallowest_and_then_the_first_by_name(dogs, no_mounts):
     as_folders(no_mounts / "a/deeper/still", dogs[:17])
     as_folders(no_mounts / "c", dogs[:18])
     as_folders(no_mounts / "b", dogs)
-    found = find_dogs()
+    found = find_photos()
     assert len(found.photos) == len(dogs) and str(no_mounts / "b") in found.where
 
 
 def test_data_beats_the_mount_and_the_mount_beats_the_folder_here(dogs, no_mounts, tmp_path):
     here = as_folders(Path("data"), dogs[:17])
-    assert len(find_dogs().photos) == 17
+    assert len(find_photos().photos) == 17
     as_folders(no_mounts / "slug", dogs[:18])
-    assert len(find_dogs().photos) == 18
+    assert len(find_photos().photos) == 18
     given = as_folders(tmp_path / "given", dogs[:19])
-    assert len(find_dogs([given]).photos) == 19
-    assert len(find_dogs([str(here)]).photos) == 17
+    assert len(find_photos([given]).photos) == 19
+    assert len(find_photos([str(here)]).photos) == 17
 
 
 @pytest.mark.parametrize("layout", ["tars", "zips with folders", "kaggle flat"])
 def test_data_here_or_beside_the_program_is_found(layout, dogs, no_mounts, tmp_path):
     LAYOUTS[layout](tmp_path / "program/data", dogs)
-    assert len(find_dogs().photos) == len(dogs)
+    assert len(find_photos().photos) == len(dogs)
     as_folders(tmp_path / "here/data", dogs[:17])
-    assert len(find_dogs().photos) == 17
+    assert len(find_photos().photos) == 17
 
 
 def test_in_a_notebook_cell_without_a_file_data_here_is_found(dogs, no_mounts, monkeypatch):
     monkeypatch.delattr(train_dogs, "__file__")
     with pytest.raises(UserError, match="no dogs found"):
-        find_dogs()
+        find_photos()
     as_folders(Path("data"), dogs)
-    assert len(find_dogs().photos) == len(dogs)
+    assert len(find_photos().photos) == len(dogs)
 
 
 def test_no_dogs_ends_with_2_and_names_both_remedies(no_mounts, capsys):
@@ -260,22 +260,22 @@ def test_drawn_dogs_are_used_only_when_named(no_mounts, sample_dogs, tmp_path):
         place.mkdir()
         (place / "sample").symlink_to(sample_dogs, target_is_directory=True)
     with pytest.raises(UserError, match="data/sample"):
-        find_dogs()
-    assert len(find_dogs(["data/sample"]).photos) == 120
+        find_photos()
+    assert len(find_photos(["data/sample"]).photos) == 120
 
 
 def test_drawn_dogs_are_not_found_in_the_project_mounted_on_kaggle(no_mounts, sample_dogs):
     (no_mounts / "train-dogs/data").mkdir(parents=True)
     (no_mounts / "train-dogs/data/sample").symlink_to(sample_dogs, target_is_directory=True)
     with pytest.raises(UserError, match="no dogs found"):
-        find_dogs()
+        find_photos()
 
 
 def test_drawn_dogs_are_not_found_by_naming_the_folder_that_holds_data(no_mounts, sample_dogs):
     Path("data").mkdir()
     Path("data/sample").symlink_to(sample_dogs, target_is_directory=True)
     with pytest.raises(UserError):
-        prepare_crops(find_dogs(["data"]), "square", show=False)
+        prepare_crops(find_photos(["data"]), "square", show=False)
 
 
 # --------------------------------------------------------- pictures without annotations
@@ -290,7 +290,7 @@ def plain(root: Path, count: int = 20, first: int = 0) -> Path:
 def test_a_folder_without_annotations_is_one_class_of_whole_pictures_and_said(tmp_path, capsys):
     root = plain(tmp_path / "dogs")
     (root / "notes.txt").write_text("no dog")
-    found = find_dogs([root])
+    found = find_photos([root])
     assert {p.breed for p in found.photos} and len({p.breed for p in found.photos}) == 1
     assert re.search("(no|without) annotations", found.where)
     made = prepare_crops(found, "square:3,head", show=False)
@@ -309,16 +309,16 @@ def test_an_archive_of_plain_pictures_is_one_class_too(kind, tmp_path):
     root = plain(tmp_path / "dogs")
     archive = tmp_path / f"dogs.{kind}"
     zip_folder(root, archive, "x/") if kind == "zip" else tar_folder(root, archive, "x/")
-    a, b = (prepare_crops(find_dogs([p]), "square", show=False) for p in (root, archive))
+    a, b = (prepare_crops(find_photos([p]), "square", show=False) for p in (root, archive))
     assert len(b.breeds) == 1
     assert a.crops.numpy().tobytes() == b.crops.numpy().tobytes()
 
 
 def test_one_breeds_folder_of_pictures_may_be_given_alone(dogs, tmp_path):
     root = as_folders(tmp_path / "set", dogs)
-    assert len(find_dogs([root / "Images"]).photos) == len(dogs)
+    assert len(find_photos([root / "Images"]).photos) == len(dogs)
     with pytest.raises(UserError, match="16"):  # 7 dogs of that breed
-        prepare_crops(find_dogs([root / "Images" / dogs[0].breed]), "square", show=False)
+        prepare_crops(find_photos([root / "Images" / dogs[0].breed]), "square", show=False)
 
 
 # ------------------------------------------------------------------- more than one --data
@@ -327,14 +327,14 @@ def test_one_breeds_folder_of_pictures_may_be_given_alone(dogs, tmp_path):
 def test_several_data_are_joined(dogs, tmp_path):
     a = as_folders(tmp_path / "a", dogs[:9])
     b = LAYOUTS["zips bare"](tmp_path / "b", dogs[9:])
-    found = find_dogs([a, b])
+    found = find_photos([a, b])
     assert {p.name for p in found.photos} == {f"{d.breed}/{d.stem}.jpg" for d in dogs}
     assert str(a) in found.where and str(b) in found.where
 
 
 def test_the_same_photo_in_two_sets_is_used_once_and_counted(dogs, tmp_path):
     a, b = as_folders(tmp_path / "a", dogs), as_folders(tmp_path / "b", dogs[:1])
-    found = find_dogs([a, b])
+    found = find_photos([a, b])
     assert len(found.photos) == len(dogs)
     assert [reason for _, reason in found.skipped] == ["duplicate name"]
 
@@ -344,14 +344,14 @@ def test_different_plain_folders_may_use_the_same_names(tmp_path):
     for k in range(16):
         (b / "sub").mkdir(parents=True, exist_ok=True)
         (b / f"{'sub/' if k % 2 else ''}{k}.jpg").write_bytes(make_dog(100 + k).picture)
-    made = prepare_crops(find_dogs([a, b]), "whole", show=False)
+    made = prepare_crops(find_photos([a, b]), "whole", show=False)
     assert len(made.first) == 32 and made.skipped == []
 
 
 def test_sets_with_and_without_annotations_do_not_mix(dogs, tmp_path):
     a, b = as_folders(tmp_path / "a", dogs), plain(tmp_path / "b")
     with pytest.raises(UserError, match="annotation"):
-        prepare_crops(find_dogs([a, b]), "square", show=False)
+        prepare_crops(find_photos([a, b]), "square", show=False)
 
 
 def test_a_path_that_is_not_there_ends_with_2(tmp_path, capsys):
@@ -405,10 +405,10 @@ def test_names_that_are_no_text_do_not_stop_a_run(dogs, tmp_path):
     root = as_folders(tmp_path / "set", dogs)
     raw = os.fsencode(root / "Images" / dogs[0].breed) + b"/n1_\xff\xfe.jpg"
     Path(os.fsdecode(raw)).write_bytes(dogs[0].picture)
-    made = prepare_crops(find_dogs([root]), "square", show=False)
+    made = prepare_crops(find_photos([root]), "square", show=False)
     assert len(made.first) == len(dogs)
     assert [reason for _, reason in made.skipped] == ["picture without annotation"]
-    again = prepare_crops(find_dogs([root]), "square", show=False)
+    again = prepare_crops(find_photos([root]), "square", show=False)
     assert again.skipped == made.skipped
 
 
@@ -418,25 +418,25 @@ def test_hidden_and_macos_files_are_passed_over_in_silence(dogs, tmp_path):
         dog_sets.write(root / "Images" / dogs[0].breed / name, dogs[0].picture)
         dog_sets.write(root / "Annotation" / dogs[0].breed / name, b"not xml")
         dog_sets.write(root / "Images/.git/x.jpg", b"")
-    found = find_dogs([root])
+    found = find_photos([root])
     assert len(found.photos) == len(dogs) and found.skipped == []
     archive = tmp_path / "all.zip"
     zip_folder(root / "Images", archive, "")
-    assert len(find_dogs([archive]).photos) == len(dogs)
+    assert len(find_photos([archive]).photos) == len(dogs)
 
 
 def test_pictures_of_cameras_that_begin_with_an_underscore_are_kept(tmp_path):
     root = tmp_path / "dogs"
     for k in range(16):
         dog_sets.write(root / f"_roll{k % 2}/_DSC{k:04d}.JPG", make_dog(k).picture)
-    assert len(find_dogs([root]).photos) == 16
+    assert len(find_photos([root]).photos) == 16
 
 
 def test_a_hidden_or_macos_folder_is_never_taken_for_the_set(dogs, no_mounts):
     as_folders(no_mounts / ".trash", dogs[:16])
     as_folders(no_mounts / "__MACOSX", dogs[:17])
     as_folders(no_mounts / "dogs", dogs)
-    assert len(find_dogs().photos) == len(dogs)
+    assert len(find_photos().photos) == len(dogs)
 
 
 def test_links_to_folders_are_followed(dogs, tmp_path):
@@ -447,18 +447,18 @@ def test_links_to_folders_are_followed(dogs, tmp_path):
     for breed in (real / "Annotation").iterdir():
         (root / "Annotation" / breed.name).symlink_to(breed, target_is_directory=True)
     (root / "Images" / dogs[0].breed / "gone.jpg").symlink_to(tmp_path / "gone")
-    found = find_dogs([root])
+    found = find_photos([root])
     assert len(found.photos) == len(dogs)
 
 
 def test_a_link_to_its_own_parent_does_not_multiply_the_dogs(dogs, tmp_path):
     root = plain(tmp_path / "dogs")
     (root / "again").symlink_to(root, target_is_directory=True)
-    assert len(find_dogs([root]).photos) == 20
+    assert len(find_photos([root]).photos) == 20
     annotated = as_folders(tmp_path / "set", dogs)
     for half in ("Images", "Annotation"):
         (annotated / half / "again").symlink_to(annotated / half, target_is_directory=True)
-    found = find_dogs([annotated])
+    found = find_photos([annotated])
     assert len(found.photos) == len(dogs) and found.skipped == []
 
 
@@ -467,7 +467,7 @@ def test_a_pair_apart_is_matched_by_name_and_two_candidates_are_refused(tmp_path
     root = as_flat(tmp_path / "set", dogs, "all-dogs", "Annotation")
     twin = root / "Annotation" / dogs[1].breed / dogs[0].stem
     dog_sets.write(twin, dogs[0].annotation)
-    found = find_dogs([root])
+    found = find_photos([root])
     assert len(found.photos) == 19
     reasons = Counter(reason for _, reason in found.skipped)
     assert reasons["several annotations"] == 1 and dogs[0].stem in str(found.skipped)
@@ -477,14 +477,14 @@ def test_a_zip_that_holds_a_name_twice_gives_that_photo_once(dogs, tmp_path):
     root = LAYOUTS["zips with folders"](tmp_path / "set", dogs)
     with zipfile.ZipFile(root / "all-dogs.zip", "a") as archive, pytest.warns(UserWarning):
         archive.writestr(f"all-dogs/{dogs[0].stem}.jpg", dogs[0].picture)
-    found = find_dogs([root])
+    found = find_photos([root])
     assert len(found.photos) == len(dogs)
     assert [reason for _, reason in found.skipped] == ["duplicate name"]
 
 
 def test_one_half_missing_is_counted_by_reason(dogs, tmp_path):
     lonely = [dogs[0]._replace(annotation=None), dogs[1]._replace(picture=None), *dogs[2:]]
-    found = find_dogs([as_folders(tmp_path / "set", lonely)])
+    found = find_photos([as_folders(tmp_path / "set", lonely)])
     assert len(found.photos) == 18
     assert {(Path(name).stem, reason) for name, reason in found.skipped} == {
         (dogs[0].stem, "picture without annotation"),
@@ -524,7 +524,7 @@ def test_a_compressed_tar_is_refused_in_a_sentence(dogs, tmp_path):
     root = plain(tmp_path / "dogs")
     tar_folder(root, tmp_path / "dogs.tar.gz", "dogs/", "w:gz")
     with pytest.raises(UserError, match="uncompressed"):
-        find_dogs([tmp_path / "dogs.tar.gz"])
+        find_photos([tmp_path / "dogs.tar.gz"])
 
 
 def test_damaged_members_of_a_deflated_zip_are_counted_not_fatal(tmp_path):
@@ -538,7 +538,7 @@ def test_damaged_members_of_a_deflated_zip_are_counted_not_fatal(tmp_path):
         start = member.header_offset + 30 + len(member.filename)
         data[start : start + 400] = fill * 400
     path.write_bytes(data)
-    made = prepare_crops(find_dogs([root]), "square", show=False)
+    made = prepare_crops(find_photos([root]), "square", show=False)
     assert len(made.first) == 57 and len(made.skipped) == 3
 
 
@@ -581,6 +581,6 @@ def test_oversized_members_are_counted_without_being_read(tmp_path):
     loose = as_folders(tmp_path / "loose", dogs)
     os.truncate(loose / "Images" / dogs[0].breed / (dogs[0].stem + ".jpg"), big)
     for root, left in ((zipped, 59), (tarred, 60), (loose, 59)):
-        made = prepare_crops(find_dogs([root]), "square", show=False)
+        made = prepare_crops(find_photos([root]), "square", show=False)
         assert len(made.first) == left
         assert [reason for _, reason in made.skipped] == ["file larger than 64 MB"]

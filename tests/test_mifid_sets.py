@@ -168,7 +168,7 @@ def test_stanford_dogs_are_read_whole_or_by_box(
 
 def test_whole_and_box_crops_are_pillows(sample_dogs: Path) -> None:
     train_dogs = pytest.importorskip("train_dogs")
-    photo = train_dogs.find_dogs([sample_dogs]).photos[3]
+    photo = train_dogs.find_photos([sample_dogs]).photos[3]
     full = train_dogs.decode_photo(photo.read())
     for rule in ("whole", "box"):
         picture = mifid.open_dogs(sample_dogs, rule).pictures[3]

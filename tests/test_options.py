@@ -68,7 +68,7 @@ def test_the_flags_of_the_contract_exist_with_their_defaults():
     assert config.data == () and config.seed is not None
     assert (config.device, config.images, config.checkpoint_seconds) == ("auto", 10_000, 300)
     assert (config.hours, config.average, config.margin) == (8.5, "swa", 0.8)
-    named = {"steps", "width", "d_width", "batch_size", "crops", "swa_start", "swa_every"}
+    named = {"steps", "width", "d_width", "batch_size", "crops", "swa_start", "average_every"}
     assert named <= set(FIELDS)
     options = parse(["--dry-run", "--fresh", "--sample-only", "--resume", "x.pt"])
     assert options.dry_run and options.fresh and options.sample_only and options.resume == "x.pt"
@@ -138,7 +138,7 @@ BAD = [
     ["--steps", "-3"], ["--hours", "0"], ["--hours", "nan"], ["--hours", "-1"], ["--minutes", "0"],
     ["--hours", "1", "--minutes", "60"], ["--images", "0"], ["--images", "100000"],
     ["--seed", "-1"], ["--seed", "4294967296"], ["--average", "mean"], ["--swa-start", "1.5"],
-    ["--swa-every", "0"], ["--ema-beta", "1"], ["--beta1", "1"], ["--g-lr", "inf"],
+    ["--average-every", "0"], ["--ema-beta", "1"], ["--beta1", "1"], ["--g-lr", "inf"],
     ["--crops", "tail"], ["--crops", "box:0"], ["--crops", ""], ["--preset", "cats"],
     ["--device", "tpu"], ["--device", "cuda:x"], ["--checkpoint-seconds", "-1"], ["--wid", "4"],
     ["--nonsense"], ["stray"], ["--width"], ["--smoothing", "-0.1"], ["--part-hours", "-1"],
@@ -192,7 +192,7 @@ def test_help_names_the_unit_of_every_duration_and_share(help_entries):
     entries, _ = help_entries
     units = {
         "hours": "hour", "part_hours": "hour", "minutes": "minute",
-        "checkpoint_seconds": "second", "steps": "step", "swa_every": "step",
+        "checkpoint_seconds": "second", "steps": "step", "average_every": "step",
         "swa_start": "progress",
         "lr_decay_start": "progress", "margin": "probability", "images": "image",
     }  # fmt: skip
@@ -336,7 +336,7 @@ def test_generator_pt_is_loaded_in_the_readmes_four_lines_and_draws_the_images_o
     names: dict = {}
     exec(lines, names)  # noqa: S102 (the very text that the README shows)
     assert names["images"].shape[1:] == (3, 64, 64)
-    z = train_dogs.draw_latents(40, 16, train_dogs.stream(0, "submission"))
+    z = train_dogs.draw_latents(40, 16, train_dogs.seed_for(0, "submission"))
     with torch.no_grad():
         images = names["G"](z).mul(127.5).add(127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
     difference = images.numpy() - pixels(finished_run / "images.zip")
@@ -353,7 +353,7 @@ def test_the_first_sheet_shows_real_crops_and_the_animation_shows_all_sheets(fin
     with Image.open(finished_run / "progress.webp") as animation:
         assert animation.format == "WEBP" and animation.n_frames == len(sheets)
     with Image.open(sheets[0]) as first:  # real crops: those of the data, in its colours
-        dogs = train_dogs.prepare_crops(train_dogs.find_dogs([SAMPLE]), "square", show=False)
+        dogs = train_dogs.prepare_crops(train_dogs.find_photos([SAMPLE]), "square", show=False)
         real = dogs.crops.float().mean((0, 1, 2))
         shown = np.asarray(first, float).mean((0, 1))
         assert np.abs(shown - real.numpy()).max() < 12

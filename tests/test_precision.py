@@ -36,7 +36,7 @@ from train_dogs import (
     build_networks,
     choose_precision,
     draw_latents,
-    find_dogs,
+    find_photos,
     prepare_crops,
     sample_images,
     stream,
@@ -49,7 +49,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(scope="module")
 def dogs(own_cache: Path) -> CropSet:
     """The drawn sample, cropped."""
-    return prepare_crops(find_dogs([SAMPLE]), "square", show=False)
+    return prepare_crops(find_photos([SAMPLE]), "square", show=False)
 
 
 def small(**changes: object) -> Config:
@@ -163,7 +163,7 @@ def losses(dogs: CropSet) -> dict[str, list[dict[str, float]]]:
         for _ in range(8):
             trainer.step(0.0)
             found[name].append(dict(trainer.read_stats()))
-        assert trainer.is_finite()
+        assert trainer.is_healthy()
     return found
 
 
@@ -184,7 +184,7 @@ def test_r1_augmentation_and_breeds_go_with_less_precision(dogs):
         trainer = Trainer(small(precision=name, classify=0.5, **changes), dogs, CPU)
         for _ in range(3):
             trainer.step(0.0)
-        assert trainer.is_finite()
+        assert trainer.is_healthy()
         stats[name] = trainer.read_stats()
     for name in ("bf16", "fp16"):
         assert stats[name]["d_loss"] == pytest.approx(stats["fp32"]["d_loss"], rel=0.05)
@@ -289,7 +289,7 @@ def test_a_trainer_survives_an_overflow_in_fp16_and_its_scale_is_resumed(dogs):
     for _ in range(14):
         trainer.step(0.0)
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.D.parameters()))
-    assert float(trainer.loss_scale) < 2.0**30 and trainer.is_finite()
+    assert float(trainer.loss_scale) < 2.0**30 and trainer.is_healthy()
 
 
 # ------------------------------------------------------------------------------------- whole runs

@@ -41,7 +41,7 @@ from train_dogs import (
     build_networks,
     discriminator_loss,
     draw_latents,
-    find_dogs,
+    find_photos,
     gradient_penalty,
     parse,
     prepare_crops,
@@ -54,7 +54,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def dogs(own_cache: Path) -> CropSet:
     """The drawn sample, cropped."""
-    return prepare_crops(find_dogs([SAMPLE]), "square", show=False)
+    return prepare_crops(find_photos([SAMPLE]), "square", show=False)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_preset_trains_samples_and_resumes(name, tmp_path, monkeypatch):
         zips.append(pixels(out / "images.zip"))
     assert zips[0].shape == (3, 64, 64, 3) and not np.array_equal(*zips)
     written = json.loads((out / "config.json").read_text())
-    given_here = {"latent_dim", "width", "batch_size", "swa_every", "steps"}
+    given_here = {"latent_dim", "width", "batch_size", "average_every", "steps"}
     assert {k: written[k] for k in PRESETS[name].keys() - given_here} == {
         k: v for k, v in PRESETS[name].items() if k not in given_here
     }
@@ -110,7 +110,7 @@ def test_first_public_is_the_notebook_as_it_was():
     assert config.batch_size == 32
     assert (config.g_lr, config.d_lr, config.beta1, config.beta2) == (5e-4, 5e-4, 0.3, 0.999)
     assert (config.margin, config.smoothing) == (0.8, 0.05)
-    assert (config.average, config.ema_beta, config.swa_every) == ("ema", 0, 1)
+    assert (config.average, config.ema_beta, config.average_every) == ("ema", 0, 1)
     assert train_dogs.parse_crops(config.crops).keys() == {"head", "square", "context"}
 
 
@@ -197,14 +197,14 @@ def test_the_stepped_decay_is_one_of_four():
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_the_ema_of_beta_0_takes_the_stepped_decay_of_now(dogs, every):
-    trainer = Trainer(small(ema_beta=0.0, swa_every=every), dogs, CPU)
+    trainer = Trainer(small(ema_beta=0.0, average_every=every), dogs, CPU)
     trainer.averages_done = 10**6  # long warm
     for progress, beta in ((0.1, 0.9), (0.4, 0.99), (0.6, 0.999), (0.9, 0.9999)):
-        for average, weight in zip(trainer.ema, trainer.G.parameters()):
+        for average, weight in zip(trainer.averages.ema, trainer.G.parameters()):
             average.zero_()
             weight.data.fill_(1.0)
         trainer.average(progress)
-        for average in trainer.ema:
+        for average in trainer.averages.ema:
             expected = torch.full_like(average, 1 - beta**every)
             torch.testing.assert_close(average, expected, rtol=1e-3, atol=1e-7)
 
@@ -225,9 +225,9 @@ def seen_in_a_step(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Te
     )
     monkeypatch.setattr(trainer.G, "forward", lambda *a: made.append(forward(*a)) or made[-1])
     trainer.step(0.0)
-    order = torch.randperm(len(trainer.dogs.first), generator=chance)
+    order = torch.randperm(len(trainer.crops.first), generator=chance)
     batch = trainer.config.batch_size
-    reals = train_dogs.draw_reals(trainer.dogs, order[:batch], chance)
+    reals = train_dogs.draw_reals(trainer.crops, order[:batch], chance)
     return [seen[0][:batch], seen[0][batch:], seen[1], reals, made[0].detach()]
 
 
@@ -307,7 +307,7 @@ def test_r1_is_for_d_alone_and_flattens_it(dogs):
         rows = torch.arange(20)
         reals = train_dogs.draw_reals(dogs, rows, torch.Generator()).requires_grad_()
         slopes.append(float(gradient_penalty(trainer.D(reals, 20), reals).detach()))
-        assert trainer.is_finite()
+        assert trainer.is_healthy()
     assert slopes[0] < 0.5 * slopes[1]
 
 

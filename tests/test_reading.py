@@ -18,7 +18,7 @@ from dog_sets import BOX, SIZE, Dog, annotate, as_folders, encode, make_dog, mak
 from PIL import Image
 
 import train_dogs
-from train_dogs import BadItem, UserError, find_dogs, prepare_crops
+from train_dogs import BadItem, UserError, find_photos, prepare_crops
 
 LEFT, RIGHT = (200, 30, 40), (20, 60, 190)
 SMALL = ["--device", "cpu", "--width", "1", "--latent-dim", "4", "--images", "4", "--steps", "1"]
@@ -52,7 +52,7 @@ def crop(
 def prepared(tmp_path: Path, bad: list[Dog], good: int = 20) -> train_dogs.CropSet:
     """A set of good dogs and these, through the whole of finding and cropping."""
     root = as_folders(tmp_path / "set", [*make_dogs(good), *bad])
-    made = prepare_crops(find_dogs([root]), "square", show=False)
+    made = prepare_crops(find_photos([root]), "square", show=False)
     assert len(made.crops) == len(made.first) == len(made.breed)
     return made
 
@@ -492,10 +492,10 @@ def with_bad(good: int, bad: int) -> list[Dog]:
 
 def test_five_percent_bad_passes_and_one_more_stops_with_2(tmp_path, capsys):
     root = as_folders(tmp_path / "fits", with_bad(95, 5))
-    assert len(prepare_crops(find_dogs([root]), "square", show=False).first) == 95
+    assert len(prepare_crops(find_photos([root]), "square", show=False).first) == 95
     root = as_folders(tmp_path / "more", with_bad(94, 6))
     with pytest.raises(UserError, match="6 of 100"):
-        prepare_crops(find_dogs([root]), "square", show=False)
+        prepare_crops(find_photos([root]), "square", show=False)
     assert train_dogs.main(["--data", str(root), "--out", str(tmp_path / "out"), *SMALL]) == 2
     said = capsys.readouterr().err
     assert "6 empty file" in said and "5 %" in said
@@ -509,12 +509,12 @@ def test_bad_items_of_every_reason_count_towards_the_five_percent(tmp_path):
     ]
     root = as_folders(tmp_path / "set", make_dogs(90) + lonely)
     with pytest.raises(UserError, match="3 (annotation|picture) without"):
-        prepare_crops(find_dogs([root]), "square", show=False)
+        prepare_crops(find_photos([root]), "square", show=False)
 
 
 def test_sixteen_dogs_are_enough_and_fifteen_end_with_2(tmp_path, capsys):
     root = as_folders(tmp_path / "16", make_dogs(16))
-    assert len(prepare_crops(find_dogs([root]), "square", show=False).first) == 16
+    assert len(prepare_crops(find_photos([root]), "square", show=False).first) == 16
     root = as_folders(tmp_path / "15", make_dogs(15))
     assert train_dogs.main(["--data", str(root), "--out", str(tmp_path / "out"), *SMALL]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -524,7 +524,7 @@ def test_sixteen_dogs_are_enough_and_fifteen_end_with_2(tmp_path, capsys):
 def test_two_dogs_in_one_photo_count_as_two(tmp_path):
     dogs = [make_dog(k)._replace(annotation=annotate([BOX, (1, 1, 40, 40)])) for k in range(8)]
     root = as_folders(tmp_path / "set", dogs)
-    assert len(prepare_crops(find_dogs([root]), "square", show=False).first) == 16
+    assert len(prepare_crops(find_photos([root]), "square", show=False).first) == 16
 
 
 def test_a_run_counts_bad_items_by_reason_and_lists_them_in_its_log(tmp_path, capsys):

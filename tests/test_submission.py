@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import train_dogs
-from train_dogs import to_bytes, write_submission
+from train_dogs import to_bytes, write_zip
 
 
 def pictures(count: int, seed: int = 0) -> np.ndarray:
@@ -35,7 +35,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture
 def written(images, tmp_path) -> Path:
-    assert write_submission(tmp_path / "images.zip", batches(images)) == len(images)
+    assert write_zip(tmp_path / "images.zip", batches(images)) == len(images)
     return tmp_path / "images.zip"
 
 
@@ -97,7 +97,7 @@ def test_pngs_are_stored_not_deflated_twice(written):
 
 def test_the_same_images_give_the_same_bytes_however_they_are_batched(written, images, tmp_path):
     for size in (1, 77, 300):
-        write_submission(tmp_path / "again.zip", batches(images, size))
+        write_zip(tmp_path / "again.zip", batches(images, size))
         assert (tmp_path / "again.zip").read_bytes() == written.read_bytes()
 
 
@@ -125,14 +125,14 @@ def test_while_writing_at_most_one_more_file_exists(images, tmp_path):
             seen.update(path.name for path in tmp_path.iterdir())
             yield batch
 
-    write_submission(tmp_path / "images.zip", watched())
+    write_zip(tmp_path / "images.zip", watched())
     assert len(seen | {"images.zip"}) <= 2
 
 
 def test_one_image_and_10000_are_both_counted_right(tmp_path):
-    assert write_submission(tmp_path / "one.zip", [pictures(1)]) == 1
+    assert write_zip(tmp_path / "one.zip", [pictures(1)]) == 1
     block = np.repeat(pictures(1), 1000, axis=0)
-    assert write_submission(tmp_path / "many.zip", [block] * 10) == 10_000
+    assert write_zip(tmp_path / "many.zip", [block] * 10) == 10_000
     with zipfile.ZipFile(tmp_path / "many.zip") as archive:
         names = archive.namelist()
     assert (len(names), names[0], names[-1]) == (10_000, "00000.png", "09999.png")
@@ -146,7 +146,7 @@ def test_pngs_are_encoded_in_parallel_threads(images, tmp_path, monkeypatch):
         return encode(image)
 
     monkeypatch.setattr(train_dogs, "encode_png", watched)
-    write_submission(tmp_path / "images.zip", batches(images))
+    write_zip(tmp_path / "images.zip", batches(images))
     assert threading.get_ident() not in seen
     assert len(seen) > 1 or os.cpu_count() == 1
 
@@ -173,20 +173,20 @@ def test_an_error_midway_leaves_the_previous_zip_whole_and_no_other_file(error, 
         raise error
 
     with pytest.raises(error):
-        write_submission(written, failing())
+        write_zip(written, failing())
     assert written.read_bytes() == before
     assert [path.name for path in written.parent.iterdir()] == ["images.zip"]
 
 
 def test_an_error_midway_without_a_previous_zip_leaves_nothing(images, tmp_path):
     with pytest.raises(Broken):
-        write_submission(tmp_path / "images.zip", breaking(images))
+        write_zip(tmp_path / "images.zip", breaking(images))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_image_that_cannot_be_encoded_leaves_nothing_either(images, tmp_path):
     with pytest.raises((TypeError, ValueError)):
-        write_submission(tmp_path / "images.zip", [images, images[:1].astype(np.complex64)])
+        write_zip(tmp_path / "images.zip", [images, images[:1].astype(np.complex64)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -200,7 +200,7 @@ def test_a_full_disk_midway_leaves_the_previous_zip_whole(written, images, monke
 
     monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
     with pytest.raises(OSError, match="No space"):
-        write_submission(written, batches(images))
+        write_zip(written, batches(images))
     assert written.read_bytes() == before
     assert [path.name for path in written.parent.iterdir()] == ["images.zip"]
 
@@ -208,14 +208,14 @@ def test_a_full_disk_midway_leaves_the_previous_zip_whole(written, images, monke
 def test_a_new_zip_takes_the_place_of_the_old_one_and_of_a_torn_attempt(written, images):
     for path in written.parent.glob("*"):
         path.with_name(f".{path.name}.part").write_bytes(b"torn")
-    assert write_submission(written, [images[:5]]) == 5
+    assert write_zip(written, [images[:5]]) == 5
     with zipfile.ZipFile(written) as archive:
         assert len(archive.namelist()) == 5
     assert [path.name for path in written.parent.iterdir()] == ["images.zip"]
 
 
 def test_the_folder_is_made_where_there_is_none(images, tmp_path):
-    write_submission(tmp_path / "a b" / "ü" / "images.zip", [images[:2]])
+    write_zip(tmp_path / "a b" / "ü" / "images.zip", [images[:2]])
     assert zipfile.is_zipfile(tmp_path / "a b" / "ü" / "images.zip")
 
 
@@ -258,10 +258,10 @@ def test_channels_and_places_stay_where_they_were():
 
 def test_the_real_crops_survive_the_way_to_the_zip_and_back(sample_dogs, tmp_path):
     """What the networks see of a dog, written as a submission, is the crop itself or its mirror."""
-    dogs = train_dogs.prepare_crops(train_dogs.find_dogs([sample_dogs]), "square", show=False)
+    dogs = train_dogs.prepare_crops(train_dogs.find_photos([sample_dogs]), "square", show=False)
     rows = torch.arange(len(dogs.first))
     batch = train_dogs.draw_reals(dogs, rows, torch.Generator().manual_seed(0))
-    write_submission(tmp_path / "images.zip", [to_bytes(batch)])
+    write_zip(tmp_path / "images.zip", [to_bytes(batch)])
     with zipfile.ZipFile(tmp_path / "images.zip") as archive:
         for name, crop in zip(archive.namelist(), dogs.crops.numpy(), strict=True):
             seen = np.asarray(Image.open(io.BytesIO(archive.read(name))))

@@ -45,7 +45,7 @@ from runs import (
 )
 
 import train_dogs
-from train_dogs import Config, Trainer, UserError, load_checkpoint
+from train_dogs import Config, Trainer, UserError, load_state
 
 CUT = 3 * STEPS // 4  # where SWA has begun, in the middle of an order of the dogs
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -385,7 +385,7 @@ def test_no_damage_by_truncation_or_flipped_bits_is_loaded_or_breaks_the_program
             data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         file.write_bytes(data)
         try:
-            loaded = list(tensors_in(load_checkpoint(file, "trainer")))
+            loaded = list(tensors_in(load_state(file, "trainer")))
         except UserError:
             refused += 1
         else:  # the bit lay where nothing is read
@@ -400,7 +400,7 @@ def test_no_damage_by_truncation_or_flipped_bits_is_loaded_or_breaks_the_program
 MUST_MATCH = {
     "crops": "box", "latent_dim": 17, "width": 2, "d_width": 2, "init_std": 0.02, "margin": 0.7,
     "smoothing": 0.1, "batch_size": 9, "g_lr": 0.1, "d_lr": 0.1, "beta1": 0.5, "beta2": 0.9,
-    "seed": 1, "swa_start": 0.1, "swa_every": 3,
+    "seed": 1, "swa_start": 0.1, "average_every": 3,
 }  # fmt: skip
 MAY_DIFFER = {
     "hours": 3, "images": 6, "device": "cpu", "part_hours": 2, "checkpoint_seconds": 9,
@@ -595,7 +595,7 @@ def test_a_part_too_short_for_the_sampling_names_one_that_is_not(tmp_path, capsy
 
 def test_a_run_in_two_parts_ends_within_its_budget_from_process_start_to_zip(tmp_path):
     out, budget, part = tmp_path / "out", 45.0, 18.0
-    argv = arguments(out, images=400, minutes=budget / 60, swa_every=1, checkpoint_seconds=4)
+    argv = arguments(out, images=400, minutes=budget / 60, average_every=1, checkpoint_seconds=4)
     begin = time.time()
     assert train_dogs.main([*argv, "--part-hours", str(part / 3600)]) == 0
     first = time.time() - begin
@@ -619,7 +619,7 @@ def test_a_run_in_two_parts_ends_within_its_budget_from_process_start_to_zip(tmp
     assert state["finished"] and state["trainer"]["steps_done"] > steps[0]
     # What is scheduled follows progress, which here is the time: SWA begins at half of it.
     lines = [line for line in log_of(out) if "progress" in line]
-    assert lines[-1]["progress"] > 0.99 and state["trainer"]["swa_count"] > 10
+    assert lines[-1]["progress"] > 0.99 and state["trainer"]["swa_updates"] > 10
     after = next(line for line in lines if line["step"] > steps[0])
     assert after["seconds"] >= before["seconds_used"] + 2  # the interpreter's start counts too
     # Finished within its budget: the same command writes the zip again and trains no more.

@@ -31,7 +31,7 @@ from runs import (
 from test_networks import PlainDiscriminator, in_order
 
 import train_dogs
-from train_dogs import Clock, Config, CropSet, Trainer, find_dogs, prepare_crops
+from train_dogs import Clock, Config, CropSet, Trainer, find_photos, prepare_crops
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def dogs(own_cache: Path) -> CropSet:
     """The drawn sample, cropped."""
-    return prepare_crops(find_dogs([SAMPLE]), "square", show=False)
+    return prepare_crops(find_photos([SAMPLE]), "square", show=False)
 
 
 def small(**changes: object) -> Config:
@@ -310,7 +310,7 @@ def test_after_a_rollback_the_randomness_is_fresh(dogs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", spy)
     calls = sick_from(monkeypatch, "generator_loss", 4, 12)
-    assert run_here(tmp_path / "out", steps=6, images=2, swa_every=1) == 0
+    assert run_here(tmp_path / "out", steps=6, images=2, average_every=1) == 0
     assert len(calls) > 6
     assert len(set(states)) == len(states)  # no state of the generator was used twice
 
