@@ -224,32 +224,20 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
             "there, or give a zip, tar, folder or .npz of 64x64 images."
         ) from error
     try:
-        dogs = train_dogs.find_dogs([path])
+        dogs = train_dogs.find_photos([path])
     except train_dogs.UserError as error:
         raise UserError(str(error)) from error
     if rule == "box" and not dogs.annotated:
         raise UserError(f"{path} has no annotations, and so no boxes: give --crop whole.")
 
-    def crops(photo: Any, data: bytes) -> list[np.ndarray]:
+    def crops(photo: Any, _: bytes) -> list[np.ndarray]:
         try:
-            picture = train_dogs.decode_photo(data)
-            if rule == "whole":
-                return [squash(picture)]
-            stated, boxes = train_dogs.parse_annotation(photo.read_annotation())
-            stored = train_dogs.open_picture(data)  # boxes turn with the photo's EXIF
-            boxes = train_dogs.upright_boxes(stored, stated, boxes)
+            picture, boxes = train_dogs.read_photo(photo)
         except train_dogs.BadItem as error:
             raise BadImage(str(error)) from error
-        found, bad = [], BadImage("annotation without boxes")
-        for box in boxes:
-            try:
-                edges = map(round, train_dogs.clip_box(box, *picture.size))
-                found.append(squash(picture.crop(tuple(edges))))
-            except train_dogs.BadItem as error:
-                bad = BadImage(str(error))
-        if not found:
-            raise bad
-        return found
+        if rule == "whole":
+            return [squash(picture)]
+        return [squash(picture.crop(tuple(map(round, box)))) for box in boxes]
 
     pictures = [
         Picture(p.name, p.picture.size, p.picture.read, partial(crops, p)) for p in dogs.photos
