@@ -216,22 +216,6 @@ PRESETS = {
 }
 
 
-def check_config(config: Config) -> Config:
-    """Raise `UserError` for a value out of its range; return `config` otherwise."""
-    for f in fields(Config):
-        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        (least, most), among = f.metadata["span"], f.metadata["among"]
-        if isinstance(value, (int, float)) and not least <= value <= most:  # also catches nan
-            raise UserError(f"{flag} {value} is out of range: give {least} to {most}.")
-        if among and value not in among:
-            raise UserError(f"{flag} {value} is unknown: give one of {', '.join(among)}.")
-    if config.classify and not config.conditional:
-        raise UserError("--classify tells breeds apart: give --condition breed with it.")
-    parse_crops(config.crops)
-    parse_augment(config.augment)
-    return config
-
-
 # -------------------------------------------------------------------------------------- 2. Networks
 
 # What every pair of networks keeps to: `G(z, labels)` and `D(images, num_real, labels)`, where
@@ -607,14 +591,6 @@ AUGMENTS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
 }
 
 
-def parse_augment(text: str) -> tuple[str, ...]:
-    """`"color,cutout"` to `("color", "cutout")`, `""` to `()`. Raises `UserError`."""
-    names = tuple(name.strip() for name in text.split(",") if text)
-    if not set(names) <= set(AUGMENTS) or len(set(names)) < len(names):
-        raise UserError(f"--augment {text}: give some of {', '.join(AUGMENTS)}, once each.")
-    return names
-
-
 class Batches:
     """Reals, their breeds and latents, drawn on the device; each dog once an epoch."""
 
@@ -660,40 +636,29 @@ def draw_reals(crops: CropSet, rows: Tensor, generator: torch.Generator | None) 
     return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
 
 
-class Trainer:
-    """G, D, their optimisers and averages, and all random state: one run, on one device.
+class TrainingStep:
+    """G, D, their optimisers, and one update of both, on one device.
 
-    `step()` does one update of D and one of G. On CUDA it may be captured once as a graph and
-    replayed (`capture`); elsewhere the same code runs eagerly. Everything that a replay touches is a
-    tensor that stays where it is: rollback and resume copy into it.
+    The same code runs eagerly or captured as a CUDA graph (`capture`): nothing in it waits for the
+    device, and everything that it changes is a tensor that stays where it is.
     """
 
     def __init__(self, config: Config, crops: CropSet, device: torch.device) -> None:
         self.config, self.device, self.crops = config, device, crops.to(device)
         self.G, self.D = build_networks(config, device, len(crops.breeds))
-        if self.G.breeds:
-            self.G.frequency.copy_(torch.bincount(crops.breed, minlength=self.G.breeds))
-            self.G.frequency.div_(self.G.frequency.sum())
         self.d_objective, self.g_objective = objectives(config)
+        self.opt_g = make_adam(self.G, config.g_lr, config)
+        self.opt_d = make_adam(self.D, config.d_lr, config)
         self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
         self.precision = choose_precision(config.precision, device)
-        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
         self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
         # A captured graph knows the default CUDA generator; on a CPU the run has one of its own.
         on_gpu = device.type == "cuda"
         self.rng = torch.cuda.default_generators[device.index] if on_gpu else torch.Generator()
         self.rng.manual_seed(config.seed)
-        self.opt_g = make_adam(self.G, config.g_lr, config)
-        self.opt_d = make_adam(self.D, config.d_lr, config)
-        self.averages = Averages(self.G)
         self.batches = Batches(self.crops, config, self.rng)
         self.stats = (*self.d_objective.terms, *self.g_objective.terms, *D_OUTPUTS)
         self.sums = torch.zeros(len(self.stats), device=device)
-        self.steps_done = self.rollbacks = self.summed = 0
-        self._rate_share = 1.0
-        self._means = dict.fromkeys(self.stats, 0.0)
-        self.update_both: Callable[[], None] = self.one_step  # or a replay of it
-        self._in_flight: deque[torch.cuda.Event] = deque()
 
     def one_step(self) -> None:
         """One update of D and one of G. What is trained stands in the registries, not here."""
@@ -722,10 +687,6 @@ class Trainer:
         scale = 1.0 if self.scale is None else self.scale
         return Seen(images, real, fake, labels, self.config, scale)
 
-    def use_own_generator(self) -> None:
-        """Draw from a generator of this trainer's own from now on; its state is to be loaded."""
-        self.rng = self.batches.rng = torch.Generator(self.device)
-
     def autocast(self) -> torch.autocast:
         """The context in which networks compute in this run's precision."""
         dtype = PRECISIONS[self.precision]
@@ -737,118 +698,8 @@ class Trainer:
         """The factor of a loss that keeps half-precision gradients off 0; only fp16 needs one."""
         return self.loss_scale if self.precision == "fp16" else None
 
-    def step(self, progress: float) -> None:
-        """One update of D, of G, and where due of the averages; at most 4 steps in flight."""
-        if self.steps_done % self.batches.steps_per_epoch == 0:
-            self.batches.shuffle()
-        self._set_rates(progress)
-        self.update_both()
-        self.steps_done += 1
-        self.summed += 1
-        if self.steps_done % self.config.average_every == 0:
-            self.averages.update(self.G, progress, self.config)
-        if self.device.type == "cuda":
-            self._in_flight.append(torch.cuda.Event())
-            self._in_flight[-1].record()
-            if len(self._in_flight) > 4:
-                self._in_flight.popleft().synchronize()
-
-    def _set_rates(self, progress: float) -> None:
-        """The full rates until `lr_decay_start`, then linearly down to 0."""
-        start = self.config.lr_decay_start
-        share = min(1.0, (1 - progress) / (1 - start)) if start < 1 else 1.0
-        if share == self._rate_share:
-            return
-        self._rate_share = share
-        for adam, lr in ((self.opt_g, self.config.g_lr), (self.opt_d, self.config.d_lr)):
-            group = adam.param_groups[0]
-            if isinstance(group["lr"], Tensor):  # what a captured step reads
-                group["lr"].fill_(lr * share)
-            else:
-                group["lr"] = lr * share
-
-    @torch.no_grad()
-    def is_healthy(self) -> bool:
-        """Whether all weights are finite, and fp16 has not run out of range; waits for the device.
-
-        A loss that is not finite makes weights so at once, but for fp16, which skips such a step
-        and halves the scale.
-        """
-        norms = torch._foreach_norm([*self.G.parameters(), *self.D.parameters()])
-        return bool(torch.stack(norms).isfinite().all() & (self.loss_scale >= 1))
-
-    def read_stats(self) -> dict[str, float]:
-        """The means of `stats` over the steps since the last call; waits for the device."""
-        if self.summed:
-            self._means = dict(zip(self.stats, (self.sums / self.summed).tolist()))
-            self.sums.zero_()
-            self.summed = 0
-        return self._means
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a step changes, by name."""
-        found = {f"G.{k}": v for k, v in self.G.state_dict().items()}
-        found |= {f"D.{k}": v for k, v in self.D.state_dict().items()}
-        for name, adam in (("opt_g", self.opt_g), ("opt_d", self.opt_d)):
-            for i, state in enumerate(adam.state.values()):
-                found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
-        found |= {f"ema.{i}": v for i, v in enumerate(self.averages.ema)}
-        found |= {f"swa.{i}": v for i, v in enumerate(self.averages.swa)}
-        found |= {"order": self.batches.order, "cursor": self.batches.cursor}
-        return found | {"sums": self.sums, "loss_scale": self.loss_scale}
-
-    def counters(self) -> dict[str, int]:
-        """The numbers beside the tensors."""
-        return {
-            "steps_done": self.steps_done, "rollbacks": self.rollbacks, "summed": self.summed,
-            "ema_updates": self.averages.ema_updates, "swa_updates": self.averages.swa_updates,
-        }  # fmt: skip
-
-    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, object]:
-        """Everything that a bit-equal continuation needs, as copies on `device`, in plain types."""
-        tensors = {k: v.detach().to(device, copy=True) for k, v in self.tensors().items()}
-        data = {"data_key": self.crops.key, "breeds": self.crops.breeds}
-        return {"tensors": tensors, "rng": self.rng.get_state(), **data, **self.counters()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, object]) -> bool:
-        """Copy a `state_dict` into the tensors that are there; False if its randomness is of
-        another kind of device (a CPU's generator and a GPU's differ), and was begun anew."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(state["tensors"][name])
-        for name in ("steps_done", "rollbacks", "summed"):
-            setattr(self, name, state[name])
-        self.averages.ema_updates, self.averages.swa_updates = (
-            state["ema_updates"], state["swa_updates"],
-        )  # fmt: skip
-        same_kind = state["rng"].shape == self.rng.get_state().shape
-        if same_kind:
-            self.rng.set_state(state["rng"])
-        else:
-            self.rng.manual_seed(seed_for(self.config.seed, "training") + self.steps_done)
-        return same_kind
-
 
 D_OUTPUTS = ("d_real", "d_fake", "past_margin")  # D's mean logits; the share of reals past it
-
-
-def make_adam(network: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980), fused, its state made."""
-    parameters = list(network.parameters())
-    device = parameters[0].device
-    on_gpu = device.type == "cuda"
-    adam = torch.optim.Adam(
-        parameters,
-        lr=torch.tensor(lr, device=device) if on_gpu else lr,
-        betas=(config.beta1, config.beta2),
-        fused=device.type != "meta",
-    )
-    for parameter in parameters:  # a first step of nothing makes its state exist
-        parameter.grad = torch.zeros_like(parameter)
-    adam.step()
-    for state in adam.state.values():
-        state["step"].zero_()
-    return adam
 
 
 def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) -> None:
@@ -878,46 +729,6 @@ def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) ->
         torch._foreach_div_([p.grad for p in parameters], scale)
         adam.step()
     scale.mul_(0.5 + finite * (2 ** (1 / 2000) - 0.5))  # no `where`: it would copy from the host
-
-
-def laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """`gradient` with the strides of `parameter`.
-
-    Adam's fused kernels walk raw memory: CUDA's refuse other strides, a CPU's silently mix up the
-    elements. `autograd.grad` returns whatever a backward made, which is NCHW for channels-last
-    weights after a double backward (R1), and after cuDNN on a 1x1 input (G's first layer).
-    """
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
-
-
-def flops_per_image(config: Config, breeds: int = 120) -> int:
-    """FLOPs per image and step, forward and backward, by torch's counter on the very step itself.
-
-    Run on meta tensors; norms, activations, augmentation and optimisers count as nothing.
-    """
-    config = replace(config, batch_size=4, precision="fp32")
-    meta = torch.device("meta")
-    crops = CropSet(
-        pixels=torch.empty((4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, device=meta),
-        first=torch.zeros((4, 1), dtype=torch.int64, device=meta),
-        count=torch.ones((4, 1), dtype=torch.int64, device=meta),
-        weights=torch.ones(1, device=meta),
-        breed=torch.zeros(4, dtype=torch.int64, device=meta),
-        breeds=["any"] * breeds,
-        skipped=[],
-        key="",
-    )
-    trainer = Trainer(config, crops, meta)
-    with FlopCounterMode(display=False) as counter:
-        trainer.one_step()
-    return counter.get_total_flops() // config.batch_size
-
-
-def p100_hours(config: Config, steps: int) -> float:
-    """Equivalent P100-hours of `steps`: images x FLOPs per image-step / 7.4e12 / 3600."""
-    return steps * config.batch_size * flops_per_image(config) / P100_FLOPS / 3600
 
 
 # -------------------------------------------------------------------------------------- 5. Averages
@@ -1789,7 +1600,184 @@ def distance(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
     return torch.stack([gap.norm() for gap in gaps]).norm().item()
 
 
-# ----------------------------------------------------------------------- 10. Sampling, submission
+# ------------------------------------------------------------------------------- 10. The trainer
+
+
+class Trainer(TrainingStep):
+    """One run's steps: scheduled, counted, averaged, watched, and all that a checkpoint holds.
+
+    Rollback and resume copy into the tensors that a replay touches, which stay where they are.
+    """
+
+    def __init__(self, config: Config, crops: CropSet, device: torch.device) -> None:
+        super().__init__(config, crops, device)
+        if self.G.breeds:
+            self.G.frequency.copy_(torch.bincount(crops.breed, minlength=self.G.breeds))
+            self.G.frequency.div_(self.G.frequency.sum())
+        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        self.averages = Averages(self.G)
+        self.steps_done = self.rollbacks = self.summed = 0
+        self._rate_share = 1.0
+        self._means = dict.fromkeys(self.stats, 0.0)
+        self.update_both: Callable[[], None] = self.one_step  # or a replay of it
+        self._in_flight: deque[torch.cuda.Event] = deque()
+
+    def step(self, progress: float) -> None:
+        """One update of D, of G, and where due of the averages; at most 4 steps in flight."""
+        if self.steps_done % self.batches.steps_per_epoch == 0:
+            self.batches.shuffle()
+        self._set_rates(progress)
+        self.update_both()
+        self.steps_done += 1
+        self.summed += 1
+        if self.steps_done % self.config.average_every == 0:
+            self.averages.update(self.G, progress, self.config)
+        if self.device.type == "cuda":
+            self._in_flight.append(torch.cuda.Event())
+            self._in_flight[-1].record()
+            if len(self._in_flight) > 4:
+                self._in_flight.popleft().synchronize()
+
+    def _set_rates(self, progress: float) -> None:
+        """The full rates until `lr_decay_start`, then linearly down to 0."""
+        start = self.config.lr_decay_start
+        share = min(1.0, (1 - progress) / (1 - start)) if start < 1 else 1.0
+        if share == self._rate_share:
+            return
+        self._rate_share = share
+        for adam, lr in ((self.opt_g, self.config.g_lr), (self.opt_d, self.config.d_lr)):
+            group = adam.param_groups[0]
+            if isinstance(group["lr"], Tensor):  # what a captured step reads
+                group["lr"].fill_(lr * share)
+            else:
+                group["lr"] = lr * share
+
+    @torch.no_grad()
+    def is_healthy(self) -> bool:
+        """Whether all weights are finite, and fp16 has not run out of range; waits for the device.
+
+        A loss that is not finite makes weights so at once, but for fp16, which skips such a step
+        and halves the scale.
+        """
+        norms = torch._foreach_norm([*self.G.parameters(), *self.D.parameters()])
+        return bool(torch.stack(norms).isfinite().all() & (self.loss_scale >= 1))
+
+    def read_stats(self) -> dict[str, float]:
+        """The means of `stats` over the steps since the last call; waits for the device."""
+        if self.summed:
+            self._means = dict(zip(self.stats, (self.sums / self.summed).tolist()))
+            self.sums.zero_()
+            self.summed = 0
+        return self._means
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a step changes, by name."""
+        found = {f"G.{k}": v for k, v in self.G.state_dict().items()}
+        found |= {f"D.{k}": v for k, v in self.D.state_dict().items()}
+        for name, adam in (("opt_g", self.opt_g), ("opt_d", self.opt_d)):
+            for i, state in enumerate(adam.state.values()):
+                found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
+        found |= {f"ema.{i}": v for i, v in enumerate(self.averages.ema)}
+        found |= {f"swa.{i}": v for i, v in enumerate(self.averages.swa)}
+        found |= {"order": self.batches.order, "cursor": self.batches.cursor}
+        return found | {"sums": self.sums, "loss_scale": self.loss_scale}
+
+    def counters(self) -> dict[str, int]:
+        """The numbers beside the tensors."""
+        return {
+            "steps_done": self.steps_done, "rollbacks": self.rollbacks, "summed": self.summed,
+            "ema_updates": self.averages.ema_updates, "swa_updates": self.averages.swa_updates,
+        }  # fmt: skip
+
+    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, object]:
+        """Everything that a bit-equal continuation needs, as copies on `device`, in plain types."""
+        tensors = {k: v.detach().to(device, copy=True) for k, v in self.tensors().items()}
+        data = {"data_key": self.crops.key, "breeds": self.crops.breeds}
+        return {"tensors": tensors, "rng": self.rng.get_state(), **data, **self.counters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, object]) -> bool:
+        """Copy a `state_dict` into the tensors that are there; False if its randomness is of
+        another kind of device (a CPU's generator and a GPU's differ), and was begun anew."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state["tensors"][name])
+        for name in ("steps_done", "rollbacks", "summed"):
+            setattr(self, name, state[name])
+        self.averages.ema_updates, self.averages.swa_updates = (
+            state["ema_updates"], state["swa_updates"],
+        )  # fmt: skip
+        same_kind = state["rng"].shape == self.rng.get_state().shape
+        if same_kind:
+            self.rng.set_state(state["rng"])
+        else:
+            self.rng.manual_seed(seed_for(self.config.seed, "training") + self.steps_done)
+        return same_kind
+
+    def use_own_generator(self) -> None:
+        """Draw from a generator of this trainer's own from now on; its state is to be loaded."""
+        self.rng = self.batches.rng = torch.Generator(self.device)
+
+
+def make_adam(network: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980), fused, its state made."""
+    parameters = list(network.parameters())
+    device = parameters[0].device
+    on_gpu = device.type == "cuda"
+    adam = torch.optim.Adam(
+        parameters,
+        lr=torch.tensor(lr, device=device) if on_gpu else lr,
+        betas=(config.beta1, config.beta2),
+        fused=device.type != "meta",
+    )
+    for parameter in parameters:  # a first step of nothing makes its state exist
+        parameter.grad = torch.zeros_like(parameter)
+    adam.step()
+    for state in adam.state.values():
+        state["step"].zero_()
+    return adam
+
+
+def laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """`gradient` with the strides of `parameter`.
+
+    Adam's fused kernels walk raw memory: CUDA's refuse other strides, a CPU's silently mix up the
+    elements. `autograd.grad` returns whatever a backward made, which is NCHW for channels-last
+    weights after a double backward (R1), and after cuDNN on a 1x1 input (G's first layer).
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+def flops_per_image(config: Config, breeds: int = 120) -> int:
+    """FLOPs per image and step, forward and backward, by torch's counter on the very step itself.
+
+    Run on meta tensors; norms, activations, augmentation and optimisers count as nothing.
+    """
+    config = replace(config, batch_size=4, precision="fp32")
+    meta = torch.device("meta")
+    crops = CropSet(
+        pixels=torch.empty((4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, device=meta),
+        first=torch.zeros((4, 1), dtype=torch.int64, device=meta),
+        count=torch.ones((4, 1), dtype=torch.int64, device=meta),
+        weights=torch.ones(1, device=meta),
+        breed=torch.zeros(4, dtype=torch.int64, device=meta),
+        breeds=["any"] * breeds,
+        skipped=[],
+        key="",
+    )
+    trainer = Trainer(config, crops, meta)
+    with FlopCounterMode(display=False) as counter:
+        trainer.one_step()
+    return counter.get_total_flops() // config.batch_size
+
+
+def p100_hours(config: Config, steps: int) -> float:
+    """Equivalent P100-hours of `steps`: images x FLOPs per image-step / 7.4e12 / 3600."""
+    return steps * config.batch_size * flops_per_image(config) / P100_FLOPS / 3600
+
+
+# ------------------------------------------------------------------------ 11. Sampling, submission
 
 SEED_USES = ("training", "submission", "norms", "sheet", "reals", "breeds")
 
@@ -1985,7 +1973,7 @@ def pairwise_distance(images: np.ndarray) -> float:
     return (torch.pdist(x) / math.sqrt(x.shape[1])).mean().item()
 
 
-# ------------------------------------------------------------------------------------- 11. The run
+# ------------------------------------------------------------------------------------- 12. The run
 
 NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
@@ -2637,7 +2625,31 @@ def show_plan(config: Config, device: torch.device) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------- 12. The command line
+# ---------------------------------------------------------------------------- 13. The command line
+
+
+def check_config(config: Config) -> Config:
+    """Raise `UserError` for a value out of its range; return `config` otherwise."""
+    for f in fields(Config):
+        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        (least, most), among = f.metadata["span"], f.metadata["among"]
+        if isinstance(value, (int, float)) and not least <= value <= most:  # also catches nan
+            raise UserError(f"{flag} {value} is out of range: give {least} to {most}.")
+        if among and value not in among:
+            raise UserError(f"{flag} {value} is unknown: give one of {', '.join(among)}.")
+    if config.classify and not config.conditional:
+        raise UserError("--classify tells breeds apart: give --condition breed with it.")
+    parse_crops(config.crops)
+    parse_augment(config.augment)
+    return config
+
+
+def parse_augment(text: str) -> tuple[str, ...]:
+    """`"color,cutout"` to `("color", "cutout")`, `""` to `()`. Raises `UserError`."""
+    names = tuple(name.strip() for name in text.split(",") if text)
+    if not set(names) <= set(AUGMENTS) or len(set(names)) < len(names):
+        raise UserError(f"--augment {text}: give some of {', '.join(AUGMENTS)}, once each.")
+    return names
 
 
 class Options(NamedTuple):
