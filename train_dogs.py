@@ -81,57 +81,50 @@ def option(
     group: str,
     text: str,
     span: tuple[float, float] = (-math.inf, math.inf),
-    among: tuple[str, ...] = (),
+    among: str = "",
     fixed: bool = True,
 ) -> object:
     """A field of `Config`: a flag of the command line with all that is known of it.
 
     `span`: the least and the most; `among`: the choices; `fixed`: not to change on a resume.
     """
-    known = {"group": group, "help": text, "span": span, "among": among, "fixed": fixed}
+    known = {"group": group, "help": text, "span": span, "among": among.split(), "fixed": fixed}
     return field(default=default, metadata=known)
 
 
+free = partial(option, fixed=False)
+
+
+# fmt: off
 @dataclass(frozen=True)
 class Config:
     """The only source of options: each field is a flag and goes into the checkpoint and log."""
 
-    data: tuple[str, ...] = option(
-        (), "files", "folder, zip or tar of dogs; repeatable", fixed=False
-    )
-    out: str = option("", "files", "folder for results (/kaggle/working or output)", fixed=False)
+    data: tuple[str, ...] = free((), "files", "folder, zip or tar of dogs; repeatable")
+    out: str = free("", "files", "folder for results (/kaggle/working or output)")
 
     crops: str = option("square", "data", "kinds of crop with weights, as in square:3,context:1")
     noise: float = option(0.0, "data", "reals get uniform noise from 0 to this", (0, 1))
-    augment: str = option(
-        "", "data", "differentiable augmentation of reals and fakes: color,translation,cutout"
-    )
+    augment: str = option("", "data",
+        "differentiable augmentation of reals and fakes: color,translation,cutout")
 
-    layers: str = option(
-        "deep", "networks", "deep, or paper: the DCGAN of 2015", among=("deep", "paper")
-    )
+    layers: str = option("deep", "networks", "deep, or paper: the DCGAN of 2015",
+        among="deep paper")
     latent_dim: int = option(256, "networks", "numbers in a latent z", (1, 4096))
     width: int = option(48, "networks", "channels per unit of G's table (and D's)", (1, 1024))
     d_width: int = option(0, "networks", "the same for D alone; 0 = width", (0, 1024))
-    init_std: float = option(
-        0.0, "networks", "std of normal initial weights; 0 = PyTorch's own", (0, 1)
-    )
-    condition: str = option(
-        "none", "networks", "what G and D are told of a dog: none or breed", among=("none", "breed")
-    )
+    init_std: float = option(0.0, "networks", "std of normal weights; 0 = PyTorch's own", (0, 1))
+    condition: str = option("none", "networks", "what G and D are told of a dog: none or breed",
+        among="none breed")
 
-    loss: str = option(
-        "margin", "loss", "margin, or rals: relativistic least squares", among=("margin", "rals")
-    )
-    margin: float = option(
-        0.8, "loss", "probability past which a real costs nothing; 1 = never", (0.01, 1)
-    )
-    smoothing: float = option(
-        0.0, "loss", "one-sided label smoothing: the reals' label is 1 - this", (0, 0.5)
-    )
-    classify: float = option(
-        0.0, "loss", "weight of telling breeds apart, if conditioned on them", (0, 10)
-    )
+    loss: str = option("margin", "loss", "margin, or rals: relativistic least squares",
+        among="margin rals")
+    margin: float = option(0.8, "loss",
+        "probability past which a real costs nothing; 1 = never", (0.01, 1))
+    smoothing: float = option(0.0, "loss",
+        "one-sided label smoothing: the reals' label is 1 - this", (0, 0.5))
+    classify: float = option(0.0, "loss",
+        "weight of telling breeds apart, if conditioned on them", (0, 10))
     r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals", (0, 1000))
 
     batch_size: int = option(32, "optimisation", "reals (and fakes) per step", (2, 65536))
@@ -139,49 +132,37 @@ class Config:
     d_lr: float = option(5e-4, "optimisation", "Adam's learning rate for D", (0, 1))
     beta1: float = option(0.3, "optimisation", "Adam's beta1", (0, 0.9999))
     beta2: float = option(0.999, "optimisation", "Adam's beta2", (0, 0.999999))
-    lr_decay_start: float = option(
-        1.0, "optimisation", "progress where lr begins to fall to 0", (0, 1)
-    )
+    lr_decay_start: float = option(1.0, "optimisation",
+        "progress where lr begins to fall to 0", (0, 1))
 
-    average: str = option(
-        "swa", "averaging", "weights to submit: swa, ema or none",
-        among=("swa", "ema", "none"), fixed=False,
-    )  # fmt: skip
+    average: str = free("swa", "averaging", "weights to submit: swa, ema or none",
+        among="swa ema none")
     average_every: int = option(20, "averaging", "steps between updates of both", (1, 10**9))
     swa_start: float = option(0.5, "averaging", "progress at which SWA begins, 0 to 1", (0, 1))
     ema_beta: float = option(0.9995, "averaging", "EMA's decay per step", (0, 0.9999999))
-    ema_schedule: str = option(
-        "constant", "averaging", "of that decay; stepped: 0.9, 0.99, 0.999, 0.9999 instead",
-        among=("constant", "stepped"),
-    )  # fmt: skip
-    truncation: float = option(
-        0.0, "averaging", "latents beyond this are drawn anew; 0 = none", (0, 100), fixed=False
-    )
+    ema_schedule: str = option("constant", "averaging",
+        "of that decay; stepped: 0.9, 0.99, 0.999, 0.9999 instead", among="constant stepped")
+    truncation: float = free(0.0, "averaging",
+        "latents beyond this are drawn anew; 0 = none", (0, 100))
 
-    steps: int = option(397_000, "length", "steps of the whole recipe", (1, 10**9), fixed=False)
-    hours: float = option(
-        8.5, "length", "wall-clock budget of all parts, zip included; inf = none", (0, math.inf),
-        fixed=False,
-    )  # fmt: skip
-    part_hours: float = option(
-        math.inf, "length", "end this part after so long, to be resumed", (0, math.inf), fixed=False
-    )
+    steps: int = free(397_000, "length", "steps of the whole recipe", (1, 10**9))
+    hours: float = free(8.5, "length",
+        "wall-clock budget of all parts, zip included; inf = none", (0, math.inf))
+    part_hours: float = free(math.inf, "length",
+        "end this part after so long, to be resumed", (0, math.inf))
 
     seed: int = option(0, "run", "seed of everything random", (0, 2**32 - 1))
-    device: str = option("auto", "run", "auto, cpu, cuda or cuda:N", fixed=False)
-    precision: str = option(
-        "auto", "run", "of convolutions: auto, fp32, tf32, bf16 or fp16",
-        among=("auto", "fp32", "tf32", "bf16", "fp16"), fixed=False,
-    )  # fmt: skip
-    images: int = option(10_000, "run", "images in the zip", (1, 99_999), fixed=False)
-    checkpoint_seconds: float = option(
-        300.0, "run", "seconds between checkpoints", (0, 1e9), fixed=False
-    )
+    device: str = free("auto", "run", "auto, cpu, cuda or cuda:N")
+    precision: str = free("auto", "run", "of convolutions: auto, fp32, tf32, bf16 or fp16",
+        among="auto fp32 tf32 bf16 fp16")
+    images: int = free(10_000, "run", "images in the zip", (1, 99_999))
+    checkpoint_seconds: float = free(300.0, "run", "seconds between checkpoints", (0, 1e9))
 
     @property
     def conditional(self) -> bool:
         """Whether the networks are told breeds."""
         return self.condition == "breed"
+# fmt: on
 
 
 # dogs: ours. first-public: the notebook that says it was first in public, crops by nearest kinds,
@@ -489,7 +470,7 @@ def gradient_penalty(seen: Seen) -> Tensor:
 
 
 def classify_reals(seen: Seen) -> Tensor:
-    """Cross-entropy of the breeds; of reals alone: from fakes of no clear breed nothing is learnt."""
+    """Cross-entropy of the breeds, of reals alone: fakes of no clear breed teach nothing."""
     return F.cross_entropy(seen.real.classes, seen.labels)
 
 
@@ -540,8 +521,8 @@ def logit(probability: float) -> float:
 
 # -------------------------------------------------------------------------------------- 4. One step
 
-# The augmentations are differentiable, for reals and fakes alike, in D's step and in G's, drawn anew
-# for every image: Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32
+# The augmentations are differentiable, for reals and fakes alike, in D's step and in G's, drawn
+# anew for every image: Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32
 # (N, 3, 64, 64) to the same.
 
 
@@ -677,21 +658,22 @@ class TrainingStep:
         self.sums += torch.stack([*d_values, *g_values, *outputs]).detach()
 
     def show(self, reals: Tensor, fakes: Tensor, labels: Tensor) -> Seen:
-        """D's verdicts on both, augmented; reals may be none. The images' slope can be asked for."""
+        """D's verdicts on both, augmented; there may be no reals."""
         images = torch.cat([reals, fakes])
-        for name in self.augments:
-            images = AUGMENTS[name](images, self.rng)
+        with self.autocast(False):  # a shift is exact in float32 alone
+            for name in self.augments:
+                images = AUGMENTS[name](images, self.rng)
         images = images.contiguous(memory_format=self.layout).requires_grad_()
         told = torch.cat([labels[: len(reals)], labels])
         real, fake = self.D(images, len(reals), told).split(len(reals))
         scale = 1.0 if self.scale is None else self.scale
         return Seen(images, real, fake, labels, self.config, scale)
 
-    def autocast(self) -> torch.autocast:
-        """The context in which networks compute in this run's precision."""
+    def autocast(self, wanted: bool = True) -> torch.autocast:
+        """The context in which networks compute in this run's precision; not `wanted`: in float32."""
         dtype = PRECISIONS[self.precision]
-        kind = self.device.type if self.device.type == "cuda" else "cpu"
-        return torch.autocast(kind, dtype, enabled=dtype is not None)
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        return torch.autocast(kind, dtype, enabled=wanted and dtype is not None)
 
     @property
     def scale(self) -> Tensor | None:
@@ -771,7 +753,7 @@ class Averages:
 
     @torch.no_grad()
     def generator(self, like: nn.Module, choice: str, batches: int, config: Config) -> nn.Module:
-        """A copy of G with the weights of `choice`, norms estimated over `batches`, in eval mode."""
+        """A copy of G with the weights of `choice`, its norms estimated over `batches`, in eval."""
         G = copy.deepcopy(like)
         weights = {"swa": self.swa, "ema": self.ema, "none": list(like.parameters())}[choice]
         for target, source in zip(G.parameters(), weights, strict=True):
@@ -1387,7 +1369,7 @@ def load_crops(path: Path, weights: dict[str, float]) -> CropSet | None:
         return None
 
 
-# ------------------------------------------------------------------------------------- 9. The device
+# ------------------------------------------------------------------------------------ 9. The device
 
 
 def choose_device(name: str) -> torch.device:
@@ -1570,10 +1552,11 @@ def unfuse(trainer: Trainer) -> None:
     for adam in (trainer.opt_g, trainer.opt_d):
         group = adam.param_groups[0]
         group["fused"], group["lr"] = False, float(group["lr"])
+        adam.grad_scale = adam.found_inf = None  # only a fused step takes them
 
 
 def compare_steps(trainer: Trainer, start: dict[str, object], replay: Callable[[], None]) -> str:
-    """ "" if a replayed step leads where an eager one does from `start`, else how far it does not."""
+    """How a replayed step from `start` ends elsewhere than an eager one; "" where it does not."""
     ends = []
     for step in (trainer.one_step, replay):
         trainer.load_state_dict(start)
@@ -1766,9 +1749,9 @@ def flops_per_image(config: Config, breeds: int = 120) -> int:
         skipped=[],
         key="",
     )
-    trainer = Trainer(config, crops, meta)
+    step = TrainingStep(config, crops, meta)
     with FlopCounterMode(display=False) as counter:
-        trainer.one_step()
+        step.one_step()
     return counter.get_total_flops() // config.batch_size
 
 
@@ -2132,7 +2115,7 @@ class Report:
 
 
 def in_notebook() -> bool:
-    """Whether this runs in a Jupyter kernel (Colab's shell is a subclass), not merely beside one."""
+    """Whether this runs in a Jupyter kernel (Colab's is a subclass), not merely beside one."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)
 
@@ -2177,7 +2160,7 @@ def write_checkpoint(out: Path, state: dict[str, object]) -> None:
 
 
 class Saver:
-    """Writes checkpoints in a thread: 755 MB take seconds, a copy of them on the CPU a third of one.
+    """Writes checkpoints in a thread while training goes on: 755 MB take a disk some seconds.
 
     A full disk does not end the training: it is said, and tried again at the next time.
     """
@@ -2231,8 +2214,8 @@ def load_state(path: Path, part: str) -> dict[str, object]:
     if known and {part, "config"} <= state.keys() and isinstance(state["config"], dict):
         return state
     raise UserError(
-        f"{path} was not made by this version of the program, or is not its {part}: move it away, or"
-        " give another --out."
+        f"{path} was not made by this version of the program, or holds no {part}: move it away,"
+        " or give another --out."
     )
 
 
@@ -2326,7 +2309,7 @@ def estimate_finish(trainer: Trainer) -> float:
 
 
 def reserve_time(run: Run) -> float:
-    """Write a first zip where that costs under 2 % of the budget, and keep back what the last takes.
+    """Write a first zip where that costs under 2 % of the budget; reserve what the last takes.
 
     Returns the seconds of finishing. Raises `UserError` where the budget cannot hold them.
     """
@@ -2340,7 +2323,7 @@ def reserve_time(run: Run) -> float:
         begin = time.monotonic()
         write_results(trainer, out)
         finishing = time.monotonic() - begin
-    # Half as much again: other programs may slow the end down, and the sheet and animation come too.
+    # Half as much again: other programs may slow the end down; sheet and animation come too.
     clock.reserve = 1.5 * (finishing + 2 * saving) + 1
     if left <= clock.reserve:
         (out / "checkpoint.new.pt").unlink()
@@ -2410,7 +2393,7 @@ def train(run: Run, saver: Saver, finishing: float) -> bool:
 def show_progress(run: Run, spent: tuple[float, float], finishing: float) -> tuple[float, float]:
     """A sheet, and the zip anew, where the seconds `spent` on either so far allow it.
 
-    On a slow device some are left out: sheets above 5 % of the time used, zips above 2 % of the run.
+    On a slow device some are left out: sheets above 5 % of the time, zips above 2 % of the run.
     """
     on_sheets, on_zips = spent
     begin = time.monotonic()
@@ -2437,7 +2420,7 @@ def look(run: Run) -> None:
     reals = real_images(trainer.crops, config.seed)
     variety = pairwise_distance(images) / pairwise_distance(reals)
     report.event(step=trainer.steps_done, variety=round(variety, 4))
-    if variety < 0.5:
+    if variety < 0.5 and run.clock.progress(trainer.steps_done) >= 0.1:
         report.event(
             f"warning: the samples differ {variety:.2f} times as much among each other as real dogs"
             " do: if it stays so, G has collapsed; try a lower --g-lr or a wider --d-width"
@@ -2605,7 +2588,7 @@ def spoken(breed: str) -> str:
 
 
 def show_plan(config: Config, device: torch.device) -> int:
-    """`--dry-run`: crop the dogs, print what would be done, at what cost, and try a GPU's replay."""
+    """`--dry-run`: crop the dogs, print the plan and its cost, and try a GPU's replay."""
     photos = find_photos(config.data, config.out)
     crops = prepare_crops(photos, config.crops)
     say(f"{len(photos.photos)} photos, {len(crops.first)} dogs of {len(crops.breeds)} breeds in")

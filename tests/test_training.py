@@ -31,7 +31,7 @@ from runs import (
 from test_networks import PlainDiscriminator, in_order
 
 import train_dogs
-from train_dogs import Clock, Config, CropSet, Trainer, find_photos, prepare_crops
+from train_dogs import Clock, Config, CropSet, Seen, Trainer, find_photos, prepare_crops
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def double() -> Iterator[None]:
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
-    "changes", [{}, {"margin": 1.0, "smoothing": 0.1}, {"d_width": 3, "init_std": 0.02}]
+    "changes", [{"margin": 0.55}, {"margin": 1.0, "smoothing": 0.1}, {"d_width": 3, "init_std": 0.02}]
 )
 def test_a_step_is_a_plain_dcgan_step_with_plain_adam(dogs, changes):
     """Four steps against: ordinary batch norms in forwards apart, BCE by hand, Adam by hand."""
@@ -107,18 +107,25 @@ def test_a_step_is_a_plain_dcgan_step_with_plain_adam(dogs, changes):
 
         # D's step: -log D(x) down to the margin, -log(1 - D(G(z))).
         fakes = G(z)
-        p, s = torch.sigmoid(D(reals)), config.smoothing
+        real, fake = D(reals), D(fakes.detach())
+        p, s = torch.sigmoid(real), config.smoothing
         real_loss = (-p.log()).clamp_min(-math.log(config.margin)) + math.log(config.margin)
         d_loss = ((1 - s) * real_loss - s * (1 - p).log()).mean()
-        d_loss = d_loss - (1 - torch.sigmoid(D(fakes.detach()))).log().mean()
+        d_loss = d_loss - (1 - torch.sigmoid(fake)).log().mean()
         gradients = torch.autograd.grad(d_loss, in_order(D))
         check(gradients, before_d, in_order(trainer.D), d_states, 1e-3)
         # G's step: -log D(G(z)) of the same fakes, by the D that has just been improved.
         D = PlainDiscriminator(trainer.D, config.d_width or 2)
-        gradients = torch.autograd.grad(-F.logsigmoid(D(fakes)).mean(), list(G.parameters()))
+        g_loss = -F.logsigmoid(D(fakes)).mean()
+        gradients = torch.autograd.grad(g_loss, list(G.parameters()))
         check(gradients, before_g, list(trainer.G.parameters()), g_states, 3e-3)
-    stats = trainer.read_stats()
-    assert set(stats) == {"d_loss", "g_loss", "d_real", "d_fake", "past_margin"}
+
+        past = (p > config.margin).double().mean()
+        expected = (d_loss, g_loss, real.mean(), fake.mean(), past)
+        assert trainer.stats == ("d_loss", "g_loss", "d_real", "d_fake", "past_margin")
+        assert list(trainer.read_stats().values()) == pytest.approx(
+            [float(value.detach()) for value in expected], rel=1e-6, abs=1e-9
+        )
     assert trainer.steps_done == 4
 
 
@@ -233,18 +240,20 @@ def test_another_seed_writes_other_images(finished_run, tmp_path):
 
 
 def sick_from(
-    monkeypatch: pytest.MonkeyPatch, name: str, first: int, last: float, value: float = math.nan
+    monkeypatch: pytest.MonkeyPatch, network: int, first: int, last: float, value: float = math.nan
 ) -> list[int]:
-    """Let a loss be `value` in its calls `first` to `last`, from 1; returns its calls."""
+    """Let the loss of D (0) or G (1) be `value` in its calls `first` to `last`, from 1."""
     calls: list[int] = []
-    loss = getattr(train_dogs, name)
+    terms = list(train_dogs.ADVERSARIAL["margin"])
+    loss = terms[network].loss
 
-    def sick(*args: object) -> torch.Tensor:
+    def sick(seen: Seen) -> torch.Tensor:
         calls.append(len(calls) + 1)
-        healthy = loss(*args)
+        healthy = loss(seen)
         return healthy * value if first <= len(calls) <= last else healthy
 
-    monkeypatch.setattr(train_dogs, name, sick)
+    terms[network] = terms[network]._replace(loss=sick)
+    monkeypatch.setitem(train_dogs.ADVERSARIAL, "margin", tuple(terms))
     return calls
 
 
@@ -257,12 +266,10 @@ def assert_healthy(out: Path) -> None:
     assert images.std() > 1
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("generator_loss", math.nan), ("discriminator_loss", math.inf)]
-)
-def test_a_sick_step_is_taken_back_and_said_aloud(name, value, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("network", "value"), [(1, math.nan), (0, math.inf)])
+def test_a_sick_step_is_taken_back_and_said_aloud(network, value, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    calls = sick_from(monkeypatch, name, 15, 15, value)
+    calls = sick_from(monkeypatch, network, 15, 15, value)
     assert run_here(out, steps=30, images=4, checkpoint_seconds=0.02) == 0
     assert len(calls) > 30  # some steps were done again
     assert "not finite" in capsys.readouterr().out
@@ -274,7 +281,7 @@ def test_a_sick_step_is_taken_back_and_said_aloud(name, value, tmp_path, monkeyp
 
 def test_after_three_rollbacks_it_finishes_from_the_average(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    sick_from(monkeypatch, "generator_loss", 31, math.inf)
+    sick_from(monkeypatch, 1, 31, math.inf)
     assert run_here(out, steps=60, images=4, checkpoint_seconds=0.02, swa_start=0.1) == 0
     backs = [line for line in log_of(out) if line.get("rollbacks")]
     assert [line["rollbacks"] for line in backs][:3] == [1, 2, 3]
@@ -287,7 +294,7 @@ def test_after_three_rollbacks_it_finishes_from_the_average(tmp_path, monkeypatc
 
 def test_sick_from_the_first_step_on_it_still_ends_with_whole_files(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    sick_from(monkeypatch, "discriminator_loss", 1, math.inf)
+    sick_from(monkeypatch, 0, 1, math.inf)
     assert run_here(out, steps=30, images=4) == 0
     assert_healthy(out)
     assert log_of(out)[-1]["step"] == 0
@@ -295,7 +302,7 @@ def test_sick_from_the_first_step_on_it_still_ends_with_whole_files(tmp_path, mo
 
 def test_sickness_in_the_very_last_step_is_found_too(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    sick_from(monkeypatch, "generator_loss", 21, 21)  # not a step of the averages
+    sick_from(monkeypatch, 1, 21, 21)  # not a step of the averages
     assert run_here(out, steps=21, images=4, checkpoint_seconds=0.02) == 0
     assert_healthy(out)
 
@@ -309,7 +316,7 @@ def test_after_a_rollback_the_randomness_is_fresh(dogs, tmp_path, monkeypatch):
         step(trainer, progress)
 
     monkeypatch.setattr(Trainer, "step", spy)
-    calls = sick_from(monkeypatch, "generator_loss", 4, 12)
+    calls = sick_from(monkeypatch, 1, 4, 12)
     assert run_here(tmp_path / "out", steps=6, images=2, average_every=1) == 0
     assert len(calls) > 6
     assert len(set(states)) == len(states)  # no state of the generator was used twice
