@@ -30,7 +30,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,21 +43,14 @@ from train_dogs import Config, CropSet, Discriminator, SplitBatchNorm2d, Trainer
 # -------------------------------------------------------------------------------------- the clock
 
 
-class Spread(NamedTuple):
-    """Median, least and most of what the repeats gave."""
+def spread(values: Sequence[float]) -> list[float]:
+    """Median, least and most of one value for each repeat."""
+    return [statistics.median(values), min(values), max(values)]
 
-    median: float
-    least: float
-    most: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of one value for each repeat."""
-        return cls(statistics.median(values), min(values), max(values))
-
-    def show(self, digits: int) -> str:
-        """`1.20 (1.16-1.26)`."""
-        return f"{self.median:.{digits}f} ({self.least:.{digits}f}-{self.most:.{digits}f})"
+def shown(numbers: list[float] | None) -> str:
+    """A spread as `1.20 (1.16-1.26)`."""
+    return "{:.2f} ({:.2f}-{:.2f})".format(*numbers) if numbers else "-"
 
 
 @dataclass
@@ -232,9 +224,7 @@ def convolutions_alone(
         wait(device)
         with torch.cuda.graph(graph, stream=stream):
             found.again()
-    replay = graph.replay
-    replay.__self__.calls = found.calls  # the graph reads their tensors
-    return replay
+    return lambda kept=found: graph.replay()  # which reads the tensors that are kept
 
 
 def precisions(device: torch.device) -> list[str]:
@@ -273,7 +263,7 @@ def rows_of(contestants: Sequence[Contestant], config: Config, preset: str) -> l
     times = {one.name: one.times for one in contestants if not one.failed}
 
     def ratio(base: str, mine: list[float]) -> list[float] | None:
-        return list(Spread.of([b / t for b, t in zip(times[base], mine)])) if base in times else None
+        return spread([b / t for b, t in zip(times[base], mine)]) if base in times else None
 
     rows = []
     for one in contestants:
@@ -284,7 +274,7 @@ def rows_of(contestants: Sequence[Contestant], config: Config, preset: str) -> l
             continue
         rate = config.batch_size / statistics.median(one.times)
         row |= {"images_per_second": rate, "gflops": rate * flops / 1e9}
-        row |= {"ms_per_step": list(Spread.of([1000 * t for t in one.times]))}
+        row |= {"ms_per_step": spread([1000 * t for t in one.times])}
         row |= {"times_plain": ratio("plain", one.times)}
         row |= {"of_ceiling": ratio(f"convolutions {one.name.partition(' ')[2]}", one.times)}
         rows.append(row)
@@ -296,12 +286,9 @@ def show(row: dict) -> str:
     start = f"{row['preset']:>12} {row['width']:>5} {row['batch_size']:>5} {row['contestant']:>17}"
     if "failed" in row:
         return f"{start} failed: {row['failed']}"
-    plain, ceiling = (
-        Spread(*row[k]).show(2) if row[k] else "-" for k in ("times_plain", "of_ceiling")
-    )
     return (
-        f"{start} {row['images_per_second']:>9.1f} {Spread(*row['ms_per_step']).show(2):>26}"
-        f" {plain:>18} {row['gflops']:>9.1f} {ceiling:>18}"
+        f"{start} {row['images_per_second']:>9.1f} {shown(row['ms_per_step']):>26}"
+        f" {shown(row['times_plain']):>18} {row['gflops']:>9.1f} {shown(row['of_ceiling']):>18}"
     )
 
 
@@ -324,18 +311,14 @@ def noise_crops(count: int, breeds: int = 120) -> CropSet:
     )
 
 
-def whole_numbers(text: str) -> list[int]:
-    """`16,32` to [16, 32]."""
-    return [int(part) for part in text.split(",")]
-
-
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--presets", default="dogs", help="some of them, by commas; default dogs")
-    parser.add_argument("--all", action="store_true", help="every preset")
-    parser.add_argument("--widths", type=whole_numbers, help="default the preset's; 16 on a CPU")
-    parser.add_argument("--batch-sizes", type=whole_numbers, default=[32], help="default 32")
+    names = list(train_dogs.PRESETS)
+    parser.add_argument("--presets", choices=names, nargs="+", default=["dogs"], metavar="NAME")
+    parser.add_argument("--all", dest="presets", action="store_const", const=names)
+    parser.add_argument("--widths", type=int, nargs="+", help="default the preset's; 16 on a CPU")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[32], help="default 32")
     parser.add_argument("--repeats", type=int, default=5, help="default 5")
     parser.add_argument("--seconds", type=float, help="of a turn; default 0.5 on a GPU, 4 on a CPU")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -348,12 +331,11 @@ def main(argv: Sequence[str] = ()) -> int:
     device = train_dogs.choose_device(given.device)
     cuda = device.type == "cuda"
     torch.backends.cudnn.benchmark = True  # as in a run of ours
-    presets = list(train_dogs.PRESETS) if given.all else given.presets.split(",")
     crops, rows = noise_crops(20_580 if cuda else 1024), []
     described = train_dogs.describe_device(device)
     print(f"{described}; median (least-most) over {given.repeats} repeats\n{HEAD}")
-    for preset in presets:
-        config = train_dogs.parse(["--preset", preset]).config
+    for preset in given.presets:
+        config = Config(**train_dogs.PRESETS[preset])
         for width in given.widths or [config.width if cuda else 16]:
             for batch in given.batch_sizes:
                 sized = replace(config, width=width, batch_size=batch)

@@ -257,13 +257,17 @@ def sick_from(
     return calls
 
 
+def submission(out: Path) -> dict:
+    """The line of the log that says what was submitted."""
+    return next(line for line in reversed(log_of(out)) if "submitted" in line)
+
+
 def assert_healthy(out: Path) -> None:
     """Nothing that is not finite has reached a file of the run."""
-    checkpoints = [p for p in out.glob("checkpoint*.pt")]
+    checkpoints = list(out.glob("checkpoint*.pt"))
     assert checkpoints
     assert all(all_finite(path) for path in (*checkpoints, out / "generator.pt"))
-    images = pixels(out / "images.zip")
-    assert images.std() > 1
+    assert pixels(out / "images.zip").std() > 1
 
 
 @pytest.mark.parametrize(("network", "value"), [(1, math.nan), (0, math.inf)])
@@ -275,7 +279,7 @@ def test_a_sick_step_is_taken_back_and_said_aloud(network, value, tmp_path, monk
     assert "not finite" in capsys.readouterr().out
     backs = [line for line in log_of(out) if line.get("rollbacks")]
     assert [line["rollbacks"] for line in backs] == [1]
-    assert log_of(out)[-1]["step"] == 30
+    assert submission(out)["step"] == 30
     assert_healthy(out)
 
 
@@ -287,7 +291,7 @@ def test_after_three_rollbacks_it_finishes_from_the_average(tmp_path, monkeypatc
     assert [line["rollbacks"] for line in backs][:3] == [1, 2, 3]
     text = capsys.readouterr().out
     assert text.count("fresh randomness") == 3 and "finishing" in text
-    last = log_of(out)[-1]
+    last = submission(out)
     assert last["submitted"] in ("swa", "ema") and 10 <= last["step"] <= 30
     assert_healthy(out)
 
@@ -297,7 +301,7 @@ def test_sick_from_the_first_step_on_it_still_ends_with_whole_files(tmp_path, mo
     sick_from(monkeypatch, 0, 1, math.inf)
     assert run_here(out, steps=30, images=4) == 0
     assert_healthy(out)
-    assert log_of(out)[-1]["step"] == 0
+    assert submission(out)["step"] == 0
 
 
 def test_sickness_in_the_very_last_step_is_found_too(tmp_path, monkeypatch):
@@ -349,12 +353,6 @@ def test_a_collapsed_generator_and_a_d_that_has_won_are_warned_of(tmp_path, caps
     assert any("collapsed" in text and text in said for text in warnings)
     assert any("certainty" in text and text in said for text in warnings)
     assert [line["variety"] for line in log_of(out) if "variety" in line] == [0]
-
-
-def test_collapse_is_watched_by_margin_d_outputs_and_variety(finished_run):
-    lines = log_of(finished_run)
-    names = {name for line in lines for name in line}
-    assert {"past_margin", "d_real", "d_fake", "variety"} <= names
 
 
 def test_variety_is_the_mean_distance_of_all_pairs():
