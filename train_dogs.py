@@ -37,6 +37,7 @@ import struct
 import sys
 import tarfile
 import threading
+import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -54,7 +55,7 @@ import numpy as np
 import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -168,7 +169,7 @@ class Config:
 # dogs: ours. first-public: the notebook that says it was first in public, crops by nearest kinds,
 # without its quirks (a margin for G too, rotation that leaves black wedges, samples in training
 # mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434). sample: the
-# drawn dogs of data/sample, in three minutes of two cores (0.15 GFLOP an image).
+# drawn dogs of data/sample, in three minutes of two cores (0.17 GFLOP an image).
 PRESET_NAMES = ("dogs", "first-public", "dcgan", "sample")
 PRESET_TABLE = {  # field: its value in each preset; fields that are not here have their defaults
     "layers":         ("deep",     "deep",                      "paper",    "paper"),
@@ -888,7 +889,7 @@ def folder_entries(place: Path, results: Path | None) -> Iterator[Entry]:
     for folder, inner, names in os.walk(place, onerror=stop):
         if results is not None and results.is_dir():
             inner[:] = [name for name in inner if not results.samefile(Path(folder, name))]
-        below = Path(place.name, Path(folder).relative_to(place))
+        below = Path(place.name or place.absolute().name, Path(folder).relative_to(place))
         for file in (Path(folder, name) for name in names):
             if file.is_file():
                 status = file.stat()
@@ -926,6 +927,8 @@ def tar_entries(place: Path) -> Iterator[Entry]:
     stamp = place.stat().st_mtime_ns
     with tarfile.open(place, "r:") as archive:
         for info in archive:
+            if info.size < 0:
+                raise tarfile.ReadError("a member of negative size")  # older Pythons loop on it
             if info.isreg():
                 path = f"{place.stem}/{info.name.removeprefix('./')}"
                 yield Entry(path, info.size, stamp, partial(read, info))
@@ -1016,6 +1019,7 @@ def match_photos(
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 32_000_000  # pixels to decode, 12 bytes each on the way: 400 MB in each thread
+LARGEST_ANNOTATION = 1 << 20  # bytes
 MOST_BOXES = 100  # in one annotation
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
@@ -1033,6 +1037,8 @@ def parse_annotation(xml: bytes) -> list[Box]:
 
     Raises `BadItem` for XML that is broken, hostile, or has no box.
     """
+    if len(xml) > LARGEST_ANNOTATION:
+        raise BadItem("annotation larger than 1 MB")
     try:
         root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=NoDoctype()))
     except DAMAGE as error:
@@ -1071,19 +1077,34 @@ def open_picture(data: bytes) -> Image.Image:
     if not data:
         raise BadItem("empty file")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadItem("absurd pixel count") from error
     except DAMAGE as error:
         raise BadItem("not a picture") from error
+    scaled = picture.format in ("JPEG", "MPO")  # may be decoded to fewer pixels
+    if not scaled and picture.width * picture.height > LARGEST_PICTURE:
+        raise BadItem("absurd pixel count")
+    return picture
 
 
-def is_turned(picture: Image.Image) -> bool:
-    """Whether EXIF says that the stored picture lies on its side; damaged EXIF says nothing."""
+TURNS = {  # EXIF's orientation: what makes such a picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 where there is none or it is damaged; from 5 on it lies on its side.
+
+    (Pillow's `exif_transpose` writes the block anew, which fails for some that can be read.)
+    """
     try:
-        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
+        stated = picture.getexif().get(0x0112)
     except DAMAGE:
-        return False
+        return 1
+    return stated if stated in TURNS else 1
 
 
 def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) -> Image.Image:
@@ -1093,14 +1114,15 @@ def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) 
     picture is damaged, or too large for the memory.
     """
     try:
+        if "progressive" in picture.info and picture.width * picture.height > LARGEST_PICTURE:
+            raise BadItem("absurd pixel count")  # libjpeg holds all of it at any scale
         if shrink > 1:  # a no-op for anything but a JPEG
             picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
         if picture.width * picture.height > LARGEST_PICTURE:
             raise BadItem("absurd pixel count")
         picture.load()
-        if upright:
-            with suppress(DAMAGE):  # of the EXIF block
-                picture = ImageOps.exif_transpose(picture)
+        if upright and (turn := TURNS.get(orientation(picture))) is not None:
+            picture = picture.transpose(turn)
         if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
             picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
         if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
@@ -1121,7 +1143,7 @@ def open_photo(photo: Photo) -> tuple[Image.Image, list[Box], list[str]]:
     """
     picture = open_picture(photo.picture.read())
     if photo.annotation is None:
-        width, height = picture.size[::-1] if is_turned(picture) else picture.size
+        width, height = picture.size[::-1] if orientation(picture) >= 5 else picture.size
         return picture, [(0, 0, width, height)], []
     boxes, reasons = [], []
     for box in parse_annotation(photo.annotation.read()):
@@ -1216,7 +1238,7 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     """
     picture, boxes, reasons = open_photo(photo)
     upright = photo.annotation is None
-    frame = picture.size[::-1] if upright and is_turned(picture) else picture.size
+    frame = picture.size[::-1] if upright and orientation(picture) >= 5 else picture.size
     dogs = [[CROPS[kind](box, *frame) for kind in kinds] for box in boxes]
     least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
     shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
@@ -2734,6 +2756,7 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     `started`: the `time.monotonic()` from which the budget counts; None = now.
     """
     started = time.monotonic() if started is None else started
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_picture` decides
     options = None
     try:
         with interrupts() as stop:

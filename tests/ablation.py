@@ -1,45 +1,48 @@
 """One change at a time: train it, score it, and say in a table what it costs and what it gains.
 
-    python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0,1 base breed augment
+    python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0 1 -- base breed augment
     python tests/ablation.py --data DOGS --out runs --points 12 base@8.5
+    python tests/ablation.py --data DOGS --out runs --tenth --seeds 0 1 -- base no-margin r1
     python tests/ablation.py --data DOGS --floor base box square+whole
     python tests/ablation.py --out runs --table
 
 A change is a name of `CHANGES` or fields of the configuration, as in `margin=1,smoothing=0.05`; the
 same fields for all by `--base width=16`. Each run costs `--hours` P100-hours by arithmetic, or what
-stands behind its @, so that changes compare at equal FLOPs on any device. It saves the generators
-of `--averages` at the end (and at `--points` before it, for the curve), samples `--images` of each,
-and scores them with mifid.py by both rules. Lines are appended to `OUT/results.jsonl`, one for each
-generator scored. What is done is not done again, and training goes on from its checkpoint: stop it
-at any time and give the same command.
+stands behind its @, so that changes compare at equal FLOPs on any device. It keeps the generators
+of `--averages` at the end (and at `--points` before it, for the curve), as `train_dogs.py --breed`
+and `--sample-only` read them, and scores `--images` of each by both rules of mifid.py. Lines are
+appended to `OUT/results.jsonl`, one for each generator scored. What is done is not done again, and
+training goes on from its checkpoint: stop it at any time and give the same command.
 
-`--floor` trains nothing: it scores real dogs, cropped as each change says, against photos that show
-others: what a perfect generator of those crops would reach.
-
-For a machine without the photos: `--pack dogs.pt` writes the crops that the changes need and the
-references' features to one file, which is then its `--data`.
+`--tenth` trains on a tenth of the photos, chosen by a hash of their names, and scores against the
+others: there over-fitting is real, within hours. `--floor` trains nothing: it scores real dogs,
+cropped as each change says, against photos that show others: what a perfect generator of those
+crops would reach. For a machine without the photos: `--pack dogs.pt` writes the crops that the
+changes need and the references' features to one file, which is then its `--data`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mifid
 import train_dogs
-from train_dogs import Config, Trainer
+from train_dogs import Config, Photo, PhotoSet, Trainer
 
 CHANGES: dict[str, dict[str, object]] = {
     "base": {},
@@ -56,34 +59,13 @@ CHANGES: dict[str, dict[str, object]] = {
     "slower-G": {"g_lr": 2e-4},
     "slower-D": {"d_lr": 2e-4},
     "r1": {"r1": 0.1},
+    "rals": {"loss": "rals"},
     "truncation": {"truncation": 2.0},
     "no-margin": {"margin": 1.0},
     "smoothing": {"smoothing": 0.05},
+    "batch-16": {"batch_size": 16},
     "batch-64": {"batch_size": 64},
 }
-
-
-class Run:
-    """One change at one seed: its configuration, its folder, and what it is called in the log."""
-
-    def __init__(self, args: argparse.Namespace, change: str, seed: int) -> None:
-        change, _, own_hours = change.partition("@")
-        hours = float(own_hours or args.hours)
-        recipe = train_dogs.PRESETS[args.preset] | args.base | fields_of(change)
-        config = replace(Config(**recipe), seed=seed, hours=0.0, device=args.device)
-        flops = sum(train_dogs.flops_per_image(config).values())
-        step_hours = flops * config.batch_size / train_dogs.P100_FLOPS / 3600
-        self.steps = max(1, round(hours / step_hours))
-        self.config = train_dogs.check_config(replace(config, steps=self.steps))
-        self.change, self.step_hours = change, step_hours
-        self.key = {
-            "preset": args.preset,
-            "base": args.base,
-            "change": change,
-            "seed": seed,
-            "hours": hours,
-        }
-        self.folder = args.out / train_dogs.digest(self.key)
 
 
 def fields_of(text: str) -> dict[str, object]:
@@ -100,47 +82,107 @@ def fields_of(text: str) -> dict[str, object]:
     return found
 
 
-def read_lines(out: Path) -> list[dict]:
-    """What was scored so far; a last line that a stop cut short is left out."""
-    path = out / "results.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+class Run:
+    """One change at one seed: its configuration, its folder, and what it is called in the log."""
+
+    def __init__(self, args: argparse.Namespace, change: str, seed: int) -> None:
+        self.change, _, own_hours = change.partition("@")
+        hours = float(own_hours or args.hours)
+        recipe = train_dogs.PRESETS[args.preset] | args.base | fields_of(self.change)
+        config = replace(Config(**recipe), seed=seed, hours=math.inf, device=args.device)
+        self.step_hours = train_dogs.p100_hours(config, 1)
+        self.steps = max(1, round(hours / self.step_hours))
+        self.config = train_dogs.check_config(replace(config, steps=self.steps))
+        self.key = {"preset": args.preset, "base": args.base, "tenth": args.tenth}
+        self.key |= {"change": self.change, "seed": seed, "hours": hours}
+        self.folder = args.out / train_dogs.digest(self.key)
+
+    def generator(self, step: int, average: str) -> Path:
+        """Where the generator of an average at a step lies."""
+        return self.folder / f"generator_{step:07d}_{average}.pt"
 
 
-def append_line(out: Path, line: dict) -> None:
-    """Add a line, after the whole ones."""
-    path = out / "results.jsonl"
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    with train_dogs.whole_file(path) as part:
-        part.write_text(whole + json.dumps(line) + "\n")
-
-
-# ------------------------------------------------------------------------------------------ dogs
+# --------------------------------------------------------------------------------------------- dogs
 
 
 class Dogs:
-    """The crops of a data set, or of a file that `--pack` wrote, each mixture prepared once."""
+    """What is trained on and what scores compare with: of photos, or of a file that was packed."""
 
-    def __init__(self, data: Path) -> None:
-        self.packed = load_pack(data)["crops"] if data.suffix == ".pt" else {}
-        self.found = None if self.packed else train_dogs.find_photos([data])
+    def __init__(self, data: Path, tenth: bool) -> None:
+        self.photos = self.others = None
+        self.pack = {"crops": {}, "references": {}, "tenth": tenth}
+        if data.suffix == ".pt":
+            self.pack = torch.load(data, weights_only=True, mmap=True)
+            if self.pack["tenth"] != tenth:
+                sys.exit("these dogs were packed with --tenth, or without: give it likewise.")
+            return
+        self.photos = self.others = train_dogs.find_photos([data])
+        if tenth:
+            self.photos, self.others = split(self.photos, in_tenth)
 
-    def prepared(self, crops: str) -> train_dogs.CropSet:
-        """What `crops` shows of them."""
-        if crops not in self.packed:
-            if self.found is None:
-                sys.exit(f"these dogs were packed without --crops {crops}: pack them again.")
-            self.packed[crops] = vars(train_dogs.prepare_crops(self.found, crops))
-        return train_dogs.CropSet(**self.packed[crops])
+    def crops(self, kinds: str) -> train_dogs.CropSet:
+        """What `kinds` show of those to train on."""
+        if kinds not in self.pack["crops"]:
+            if self.photos is None:
+                sys.exit(f"these dogs were packed without --crops {kinds}: pack them again.")
+            self.pack["crops"][kinds] = vars(train_dogs.prepare_crops(self.photos, kinds))
+        return train_dogs.CropSet(**self.pack["crops"][kinds])
+
+    def references(self, model: Callable[[], mifid.Inception]) -> dict[str, np.ndarray]:
+        """The features of those to compare with, by rule; `model` is called if it is needed."""
+        if self.photos is None:
+            return {rule: kept.numpy() for rule, kept in self.pack["references"].items()}
+        return references(self.others, model)
 
 
-def load_pack(path: Path) -> dict[str, dict]:
-    """What `--pack` wrote: "crops" by mixture, and "references" by rule."""
-    return torch.load(path, weights_only=True, mmap=True)
+def in_tenth(photo: Photo) -> bool:
+    """Whether the hash of a photo's name falls into the first tenth."""
+    return int(train_dogs.digest(photo.name), 16) % 10 == 0
 
 
-# -------------------------------------------------------------------------------------- training
+def split(photos: PhotoSet, chosen: Callable[[Photo], bool]) -> tuple[PhotoSet, PhotoSet]:
+    """The chosen photos and the others, each as a set of its own."""
+    both = ([p for p in photos.photos if chosen(p) is wanted] for wanted in (True, False))
+    first, second = (replace(photos, photos=some, skipped=[]) for some in both)
+    return first, second
+
+
+def references(photos: PhotoSet, model: Callable[[], mifid.Inception]) -> dict[str, np.ndarray]:
+    """Features of whole frames and of boxes, as mifid.py's two rules squash them; cached."""
+    names = [(p.name, p.picture.size, p.picture.stamp) for p in photos.photos]
+    found = {}
+    for rule in ("whole", "box") if photos.annotated else ("whole",):
+        path = train_dogs.cache_folder() / f"reference_{train_dogs.digest([rule, names])}.npz"
+        found[rule] = kept_features(path, model, lambda rule=rule: squashed(photos, rule))
+    return found
+
+
+def squashed(photos: PhotoSet, rule: str) -> np.ndarray:
+    """uint8 (n, 64, 64, 3): every readable photo whole, or every box by itself."""
+
+    def views(photo: Photo) -> list[np.ndarray]:
+        try:
+            picture, boxes = train_dogs.read_photo(photo)
+        except train_dogs.BadItem:
+            return []
+        frames = [picture] if rule == "whole" else [picture.crop([*map(round, b)]) for b in boxes]
+        return [np.asarray(f.resize((64, 64), Image.Resampling.LANCZOS)) for f in frames]
+
+    return np.stack([v for found in train_dogs.in_threads(views, photos.photos) for v in found])
+
+
+def kept_features(
+    path: Path, model: Callable[[], mifid.Inception], images: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """The features in `path`; made of `images` and written there where there are none."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mifid.save_arrays(path, features=mifid.extract_features(model(), images()))
+    with np.load(path) as arrays:
+        return arrays["features"]
+
+
+# ----------------------------------------------------------------------------------------- training
 
 
 def marks(steps: int, points: int) -> list[int]:
@@ -149,104 +191,97 @@ def marks(steps: int, points: int) -> list[int]:
 
 
 def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: int) -> float:
-    """Train to the end and keep the generators, from the checkpoint on if there is one.
+    """Train to the end, from the checkpoint on if there is one, and keep the generators.
 
     Returns the seconds that it took, all calls together.
     """
     config, checkpoint = run.config, run.folder / "checkpoint.pt"
-    wanted, seconds, state = marks(run.steps, points), 0.0, None
+    trainer, seconds = Trainer(config, dogs, train_dogs.choose_device(config.device)), 0.0
     if checkpoint.exists():
         state = train_dogs.load_state(checkpoint, "trainer")
+        train_dogs.load_trainer(trainer, state)
         seconds = state["seconds_used"]
-        missing = [a for a in averages if not generator_path(run, run.steps, a).exists()]
-        if state["trainer"]["steps_done"] == run.steps and not missing:
-            return seconds
-    trainer = Trainer(config, dogs, train_dogs.choose_device(config.device))
-    if state:
-        trainer.load_state_dict(state["trainer"])
-        if trainer.steps_done == run.steps:  # an average that nobody asked for before
-            for average in missing:
-                keep_generator(run, trainer, average)
-            return seconds
-    trainer.capture()
+    if trainer.steps_done < run.steps and (reason := train_dogs.capture(trainer)):
+        print(f"{run.change}: {reason}: going on by a slower way", flush=True)
     begin = saved = time.monotonic()
-
-    def save() -> float:
-        used = seconds + time.monotonic() - begin
-        state = {"format": 1, "trainer": trainer.state_dict(), "seconds_used": used}
-        train_dogs.save(checkpoint, state)
-        return used
-
-    while trainer.steps_done < run.steps:
-        progress = trainer.steps_done / run.steps
-        trainer.step(progress)
-        if trainer.steps_done % config.average_every == 0:
-            trainer.average(progress)
+    wanted, start = marks(run.steps, points), trainer.steps_done
+    while True:
         if trainer.steps_done in wanted:
             if not trainer.is_healthy():
                 sys.exit(f"{run.change}, seed {config.seed}: not finite at {trainer.steps_done}")
             for average in averages:
                 keep_generator(run, trainer, average)
-        if time.monotonic() > saved + 60:
-            save()
+        done = trainer.steps_done == run.steps
+        if (done and start < run.steps) or time.monotonic() > saved + 60:
             saved = time.monotonic()
-            share = trainer.steps_done / run.steps
+            clock = train_dogs.Clock(config, begin, seconds)
+            train_dogs.save(checkpoint, train_dogs.checkpoint_state(trainer, clock, done))
             stats = {k: round(v, 3) for k, v in trainer.read_stats().items()}
+            share = trainer.steps_done / run.steps
             print(f"{run.change}, seed {config.seed}: {share:.0%} {stats}", flush=True)
-    return save()
-
-
-def generator_path(run: Run, step: int, average: str) -> Path:
-    """Where the generator of an average at a step lies."""
-    return run.folder / f"generator_{step:07d}_{average}.pt"
+        if done:
+            return seconds + (saved - begin)
+        trainer.step(trainer.steps_done / run.steps)
 
 
 def keep_generator(run: Run, trainer: Trainer, average: str) -> None:
-    """Save G with the weights of `average`; before SWA begins there is none of it."""
-    if average == "swa" and not trainer.swa_count:
+    """Save G with the weights of `average`, if it is not there; an average begins some time."""
+    path, averages = run.generator(trainer.steps_done, average), trainer.averages
+    begun = {"swa": averages.swa_updates, "ema": averages.ema_updates, "none": True}[average]
+    if path.exists() or not begun:
         return
-    G = trainer.averaged_generator(average, train_dogs.NORM_BATCHES)
+    G = averages.generator(trainer.G, average, train_dogs.NORM_BATCHES, trainer.config)
+    state = {"format": train_dogs.FORMAT, "config": train_dogs.plain(trainer.config)}
+    state |= {"weights": average, "shape": G.shape, "breeds": trainer.crops.breeds}
+    state |= {"steps_done": trainer.steps_done}
     weights = {k: v.cpu() for k, v in G.state_dict().items()}
-    path = generator_path(run, trainer.steps_done, average)
-    train_dogs.save(path, {"format": 1, "shape": G.shape, "state_dict": weights})
+    train_dogs.save(path, state | {"state_dict": weights})
 
 
-# --------------------------------------------------------------------------------------- scoring
+# ------------------------------------------------------------------------------------------ scoring
 
 
 class Scorer:
-    """Inception, and the references' moments, ready for one generator after another."""
+    """Inception, loaded once it is needed, and the references' moments."""
 
-    def __init__(self, args: argparse.Namespace, without: frozenset[str] = frozenset()) -> None:
-        """`without`: names of photos that the references leave out."""
-        self.device = train_dogs.choose_device(args.device)
-        self.model = mifid.load_inception(mifid.find_weights(args.weights), self.device)
-        whole, box = args.reference or args.data, args.box_reference or args.data
-        self.features = {"whole": reference(whole, "whole", self.model, without)}
-        if args.box_reference or not args.reference:
-            self.features["box"] = reference(box, "box", self.model, without)
-        self.moments = {k: mifid.mean_and_covariance(f) for k, f in self.features.items()}
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.loaded: mifid.Inception | None = None
+        self.features: dict[str, np.ndarray] = {}
 
-    def score(self, path: Path, config: Config, count: int) -> dict[str, float]:
-        """FID by each rule, distance and MiFID of `count` images of the generator in `path`."""
-        kept = path.with_suffix(".npz")
-        features = np.load(kept)["features"] if kept.exists() else ()
-        if len(features) != count:
+    def model(self) -> mifid.Inception:
+        """The network."""
+        self.loaded = self.loaded or mifid.load_inception(device=self.device)
+        return self.loaded
+
+    def compare_with(self, features: dict[str, np.ndarray]) -> None:
+        """Score against these, by rule, from now on."""
+        self.features = features
+        self.moments = {rule: moments(f) for rule, f in features.items()}
+
+    def score(self, path: Path, config: Config, count: int) -> dict[str, object]:
+        """`compare` for the images that a submission of the generator in `path` would hold."""
+
+        def images() -> np.ndarray:
             state = train_dogs.load_state(path, "state_dict")
             G = train_dogs.Generator(**state["shape"])
             G.load_state_dict(state["state_dict"])
             G = G.to(self.device, memory_format=train_dogs.memory_layout(self.device)).eval()
-            images = list(train_dogs.sample_images(G, *train_dogs.draw_inputs(G, config, count)))
-            sheet = train_dogs.draw_sheet(np.concatenate(images)[:100])
+            seed = train_dogs.seed_for(config.seed, "submission")
+            z = train_dogs.draw_latents(count, G.latent_dim, seed, config.truncation)
+            labels = train_dogs.draw_labels(G, count, config.seed)
+            drawn = np.concatenate(list(train_dogs.sample_images(G, z, labels)))
+            sheet = train_dogs.draw_sheet(drawn[:100])
             train_dogs.save_picture(path.with_suffix(".png"), [sheet])
-            features = mifid.extract_features(self.model, np.concatenate(images))
-            mifid.save_arrays(kept, features=features)
-        return self.compare(features)
+            return drawn
 
-    def compare(self, features: np.ndarray) -> dict[str, float]:
+        kept = path.with_name(f"{path.stem}_{count}.npz")
+        return self.compare(kept_features(kept, self.model, images))
+
+    def compare(self, features: np.ndarray) -> dict[str, object]:
         """FID by each rule, distance and MiFID of N x 2048 features."""
-        moments = mifid.mean_and_covariance(features)
-        fids = {k: mifid.frechet_distance(*moments, *m) for k, m in self.moments.items()}
+        mine = moments(features)
+        fids = {k: mifid.frechet_distance(*mine, *m) for k, m in self.moments.items()}
         distance = mifid.memorization_distance(features, self.features["whole"])
         return {
             "fid": fids["whole"],
@@ -258,80 +293,86 @@ class Scorer:
         }
 
 
-def reference(
-    source: Path, rule: str, model: mifid.Inception, without: frozenset[str] = frozenset()
-) -> np.ndarray:
-    """The features of a packed file, of an .npz, or of a data set under a rule.
-
-    `without`: the names of photos of a data set that are left out.
-    """
-    if source.suffix == ".pt":
-        return load_pack(source)["references"][rule].numpy()
-    found = mifid.open_source(source, True, None if source.suffix == ".npz" else rule, False, None)
-    if isinstance(found, mifid.ImageSet):
-        found = mifid.features_of(found, model, None, cache=True, progress=True)
-    if without:
-        names = [found.images.pictures[owner].name for owner in found.owners]
-        return found.values[[name not in without for name in names]]
-    return found.values
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 mean and unbiased covariance of N x D features."""
+    return features.mean(0, dtype=np.float64), np.cov(features, rowvar=False, dtype=np.float64)
 
 
 def show_floor(args: argparse.Namespace) -> str:
     """Markdown: real dogs of some photos, cropped as the changes say, against the other photos."""
     found = train_dogs.find_photos([args.data])
     order = np.random.default_rng(args.seeds[0]).permutation(len(found.photos))
-    drawn = [found.photos[k] for k in order[: min(args.images, len(order) // 2)]]
-    scorer = Scorer(args, frozenset(photo.name for photo in drawn))
+    names = {found.photos[k].name for k in order[: min(args.images, len(order) // 2)]}
+    drawn, others = split(found, lambda photo: photo.name in names)
+    scorer = Scorer(train_dogs.choose_device(args.device))
+    scorer.compare_with(references(others, scorer.model))
     text = [
         "| crops | images | FID, whole frames | FID, boxes | distance |",
         "|---|---|---|---|---|",
     ]
     for change in args.changes:
         crops = Run(args, change, 0).config.crops
-        dogs = train_dogs.prepare_crops(replace(found, photos=drawn), crops)
+        dogs = train_dogs.prepare_crops(drawn, crops)
         rows = torch.arange(args.images) % len(dogs.first)  # every dog about as often
         chance = torch.Generator().manual_seed(args.seeds[0])
         reals = [train_dogs.draw_reals(dogs, part, chance) for part in rows.split(1000)]
         images = np.concatenate([train_dogs.to_bytes(real) for real in reals])
-        x = scorer.compare(mifid.extract_features(scorer.model, images))
-        numbers = f"{x['fid']:.2f} | {x['fid_box']:.2f} | {x['memorization_distance']:.4f}"
-        text.append(f"| {crops} | {len(images):,} | {numbers} |")
+        x = scorer.compare(mifid.extract_features(scorer.model(), images))
+        cells = [spread([x], *of) for of in COLUMNS]
+        text.append(f"| {crops} | {len(images):,} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-# --------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
+
+COLUMNS = (("fid", 1), ("fid_box", 1), ("memorization_distance", 3))  # and their digits
+
+
+def read_lines(out: Path) -> list[dict]:
+    """What was scored so far."""
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_line(out: Path, line: dict) -> None:
+    """Add a line; the file is whole at any time."""
+    lines = [*read_lines(out), line]
+    with train_dogs.whole_file(out / "results.jsonl") as part:
+        part.write_text("".join(json.dumps(x) + "\n" for x in lines))
+
+
+def grouped(lines: Sequence[dict], *names: str) -> dict[str, list[dict]]:
+    """Lines by the values of some fields."""
+    groups: dict[str, list[dict]] = {}
+    for x in lines:
+        groups.setdefault(json.dumps([x[name] for name in names]), []).append(x)
+    return groups
 
 
 def show_tables(out: Path) -> str:
     """Markdown: what each change scored at the end of its runs, and the curves of long ones."""
-    lines = read_lines(out)
     text = []
-    settings: dict[tuple, list[dict]] = {}
-    for x in lines:
-        key = (x["preset"], json.dumps(x["base"]), x["hours"], x["n"])
-        settings.setdefault(key, []).append(x)
-    for (preset, base, hours, n), mine in sorted(settings.items(), key=lambda s: str(s[0])):
-        text.append(f"\n{preset} with {base}, {hours} P100-hours a run, {n:,} images scored\n")
+    for mine in grouped(read_lines(out), "preset", "base", "tenth", "hours", "n").values():
+        x = mine[0]
+        where = "a tenth against the others, " if x["tenth"] else ""
         text.append(
-            "| change | weights | seeds | images | FID, whole frames | FID, boxes | distance |"
+            f"\n{x['preset']} with {x['base']}, {where}{x['hours']} P100-hours a run,"
+            f" {x['n']:,} images scored\n\n"
+            "| change | weights | seeds | images | FID, whole frames | FID, boxes | distance |\n"
+            "|---|---|---|---|---|---|---|"
         )
-        text.append("|---|---|---|---|---|---|---|")
-        last = [x for x in mine if x["step"] == x["steps"]]
-        groups: dict[tuple[str, str], list[dict]] = {}
-        for x in last:
-            groups.setdefault((x["change"], x["average"]), []).append(x)
-        best_first = sorted(groups.items(), key=lambda g: statistics.mean(x["fid"] for x in g[1]))
-        for (change, average), rows in best_first:
-            cells = [change, average, str(len(rows)), f"{rows[0]['images']:,}"]
-            cells += [spread(rows, "fid", 1), spread(rows, "fid_box", 1)]
-            cells += [spread(rows, "memorization_distance", 3)]
-            text.append(f"| {' | '.join(cells)} |")
+        ends = grouped([x for x in mine if x["step"] == x["steps"]], "change", "average").values()
+        for rows in sorted(ends, key=lambda rows: statistics.mean(x["fid"] for x in rows)):
+            x, cells = rows[0], [spread(rows, *of) for of in COLUMNS]
+            start = f"{x['change']} | {x['average']} | {len(rows)} | {x['images']:,}"
+            text.append(f"| {start} | {' | '.join(cells)} |")
+        curves = {x["change"] for x in mine if x["step"] < x["steps"]}
         text += [
             f"{x['change']}, seed {x['seed']}, {x['average']}: {x['images']:,} images,"
             f" {x['p100_hours']:.3f} P100-hours, FID {x['fid']:.1f},"
             f" distance {x['memorization_distance']:.3f}"
             for x in sorted(mine, key=lambda x: (x["change"], x["seed"], x["average"], x["step"]))
-            if any(y["step"] < y["steps"] and y["change"] == x["change"] for y in mine)
+            if x["change"] in curves
         ]
     return "\n".join(text)
 
@@ -346,106 +387,93 @@ def spread(rows: Sequence[dict], name: str, digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({least} to {most})"
 
 
-# ------------------------------------------------------------------------------------------ main
-
-
-def numbers(text: str) -> list[int]:
-    """`0,1` to [0, 1]."""
-    return [int(part) for part in text.split(",")]
-
-
-def averages(text: str) -> list[str]:
-    """`swa,none` to ["swa", "none"]."""
-    if not set(text.split(",")) <= set(train_dogs.WEIGHTS):
-        raise ValueError
-    return text.split(",")
+# --------------------------------------------------------------------------------------------- main
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("changes", nargs="*", default=["base"], help="names or field=value,…")
     parser.add_argument("--data", type=Path, help="Stanford Dogs, as for train_dogs.py")
-    parser.add_argument(
-        "--out", type=Path, default=Path("output/ablation"), help="folder of the runs"
-    )
+    default = Path("output/ablation")
+    parser.add_argument("--out", type=Path, default=default, help="folder of the runs")
     parser.add_argument("--preset", default="dogs", choices=list(train_dogs.PRESETS))
     parser.add_argument("--base", type=fields_of, default={}, help="field=value,… for all runs")
     parser.add_argument("--hours", type=float, default=0.85, help="P100-hours of each run")
-    parser.add_argument("--seeds", type=numbers, default=[0], help="by commas")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--images", type=int, default=10_000, help="images to score")
-    parser.add_argument("--averages", type=averages, default=["swa", "ema", "none"])
+    weights = list(train_dogs.WEIGHTS)
+    parser.add_argument("--averages", nargs="+", choices=weights, default=weights)
     parser.add_argument("--points", type=int, default=1, help="generators scored along a run")
-    parser.add_argument("--reference", type=Path, help=".npz of whole frames; default --data")
-    parser.add_argument("--box-reference", type=Path, help=".npz of boxes; default --data")
-    parser.add_argument("--weights", help="Inception's, as for mifid.py")
+    parser.add_argument("--tenth", action="store_true", help="train on a tenth of the photos")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so long")
     parser.add_argument("--pack", type=Path, help="write crops and references to this .pt")
     parser.add_argument("--floor", action="store_true", help="score real crops and stop")
     parser.add_argument("--table", action="store_true", help="show the tables and stop")
     args = parser.parse_args(argv)
     if not (args.table or args.data):
         parser.error("give --data, the folder of dogs to train on")
-    if args.floor and (args.reference or args.box_reference or args.data.suffix == ".pt"):
-        parser.error("--floor needs the photos of --data as its reference, and no other")
+    if args.floor and args.data.suffix == ".pt":
+        parser.error("--floor needs photos: give their folder as --data")
     return args
+
+
+def score_run(run: Run, args: argparse.Namespace, dogs: Dogs, scorer: Scorer) -> None:
+    """Train a run and score its generators, as far as that is not done."""
+    log = read_lines(args.out)
+    names = [
+        run.key | {"step": step, "average": average, "n": args.images}
+        for step in marks(run.steps, args.points)
+        for average in args.averages
+    ]
+    left = [name for name in names if not any(line.items() >= name.items() for line in log)]
+    if not left:
+        return
+    seconds = train(run, dogs.crops(run.config.crops), args.averages, args.points)
+    for name in left:
+        path = run.generator(name["step"], name["average"])
+        if not path.exists():  # an average that had not begun
+            continue
+        if not scorer.features:
+            scorer.compare_with(dogs.references(scorer.model))
+        line = name | {
+            "steps": run.steps,
+            "images": name["step"] * run.config.batch_size,
+            "p100_hours": name["step"] * run.step_hours,
+            "seconds": round(seconds, 1),
+            "config": train_dogs.plain(run.config),
+            "device": train_dogs.describe_device(scorer.device),
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+        }
+        line |= scorer.score(path, run.config, args.images)
+        append_line(args.out, line)
+        print(
+            f"{run.change}, seed {run.config.seed}, {name['average']}, step {name['step']}:"
+            f" FID {line['fid']:.2f}, distance {line['memorization_distance']:.4f}",
+            flush=True,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and score what is not yet scored; print the tables."""
     args = parse(argv)
-    if args.table:
-        print(show_tables(args.out))
-        return 0
-    if args.floor:
-        print(show_floor(args))
+    if args.table or args.floor:
+        print(show_tables(args.out) if args.table else show_floor(args))
         return 0
     torch.backends.cudnn.benchmark = True
-    device = train_dogs.choose_device(args.device)
-    about = {
-        "device": train_dogs.describe_device(device),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-    }
-    dogs, scorer, begin = Dogs(args.data), None, time.monotonic()
+    dogs = Dogs(args.data, args.tenth)
+    scorer = Scorer(train_dogs.choose_device(args.device))
     if args.pack:
         for change in args.changes:
-            dogs.prepared(Run(args, change, 0).config.crops)
-        references = {k: torch.from_numpy(f) for k, f in Scorer(args).features.items()}
-        train_dogs.save(args.pack, {"crops": dogs.packed, "references": references})
+            dogs.crops(Run(args, change, 0).config.crops)
+        features = dogs.references(scorer.model)
+        kept = {rule: torch.from_numpy(f) for rule, f in features.items()}
+        train_dogs.save(args.pack, dogs.pack | {"references": kept})
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:  # all changes at one seed first: a stop leaves whole comparisons
         for change in args.changes:
-            if args.minutes and time.monotonic() > begin + 60 * args.minutes:
-                break
-            run = Run(args, change, seed)
-            run.folder.mkdir(exist_ok=True)
-            crops = dogs.prepared(run.config.crops)
-            seconds = train(run, crops, args.averages, args.points)
-            for step in marks(run.steps, args.points):
-                for average in args.averages:
-                    path = generator_path(run, step, average)
-                    name = run.key | {"step": step, "average": average, "n": args.images}
-                    done = any(x.items() >= name.items() for x in read_lines(args.out))
-                    if done or not path.exists():
-                        continue
-                    scorer = scorer or Scorer(args)
-                    line = name | {
-                        "steps": run.steps,
-                        "images": step * run.config.batch_size,
-                        "p100_hours": step * run.step_hours,
-                        "seconds": round(seconds, 1),
-                        "config": asdict(run.config),
-                    }
-                    line |= scorer.score(path, run.config, args.images) | about
-                    append_line(args.out, line)
-                    print(
-                        f"{run.change}, seed {seed}, {average}, step {step}: FID {line['fid']:.2f},"
-                        f" distance {line['memorization_distance']:.4f}",
-                        flush=True,
-                    )
+            score_run(Run(args, change, seed), args, dogs, scorer)
     print(show_tables(args.out))
     return 0
 

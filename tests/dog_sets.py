@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+import train_dogs
+
 BREEDS = ("n90000001-Chihuahua", "n90000002-Shih-Tzu", "n90000003-Saint_Bernard")
 SIZE = (96, 80)
 BOX = (10, 12, 86, 70)
@@ -18,7 +20,7 @@ Boxes = list[tuple[object, object, object, object]]
 
 
 class Dog(NamedTuple):
-    """A picture and its annotation as files of a set."""
+    """A picture and its annotation as files of a set; None where one is missing."""
 
     breed: str
     stem: str
@@ -40,18 +42,16 @@ def encode(picture: Image.Image, form: str = "JPEG", **options: object) -> bytes
     return buffer.getvalue()
 
 
-def annotate(boxes: Boxes, size: tuple[object, object] | None = SIZE) -> bytes:
+def annotate(boxes: Boxes, size: tuple[object, object] = SIZE) -> bytes:
     """A PASCAL-VOC annotation, tags in the order and nesting of Stanford Dogs."""
     corners = ("xmin", "ymin", "xmax", "ymax")
-    frame = (
-        "" if size is None else f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
-    )
     objects = "".join(
         "<object><name>dog</name><bndbox>"
         + "".join(f"<{tag}>{value}</{tag}>" for tag, value in zip(corners, box))
         + "</bndbox></object>"
         for box in boxes
     )
+    frame = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
     return f"<annotation><folder>x</folder>{frame}{objects}</annotation>".encode()
 
 
@@ -67,44 +67,47 @@ def make_dogs(count: int = 40) -> list[Dog]:
     return [make_dog(k) for k in range(count)]
 
 
+def photo_of(picture: bytes, annotation: bytes | None) -> train_dogs.Photo:
+    """A photo of these bytes, as one found in a set."""
+    entries = [
+        None if data is None else train_dogs.Entry("x", len(data), 0, lambda data=data: data)
+        for data in (picture, annotation)
+    ]
+    return train_dogs.Photo("x/x.jpg", "x", *entries)
+
+
 def write(path: Path, data: bytes) -> None:
     """A file and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 
 
-def as_folders(root: Path, dogs: list[Dog]) -> Path:
-    """`Images/<breed>/*.jpg` and `Annotation/<breed>/*`: the layout of the official archives."""
+def as_folders(
+    root: Path, dogs: list[Dog], pictures: str = "Images/{}", annotations: str = "Annotation/{}"
+) -> Path:
+    """Two folders, the breed in the place of {}: by default the layout of the official archives."""
     for dog in dogs:
         if dog.picture is not None:
-            write(root / "Images" / dog.breed / (dog.stem + dog.suffix), dog.picture)
+            write(root / pictures.format(dog.breed) / (dog.stem + dog.suffix), dog.picture)
         if dog.annotation is not None:
-            write(root / "Annotation" / dog.breed / dog.stem, dog.annotation)
+            write(root / annotations.format(dog.breed) / dog.stem, dog.annotation)
     return root
 
 
-def as_flat(root: Path, dogs: list[Dog], pictures: str, annotations: str) -> Path:
-    """Kaggle's form: all pictures in one folder, the breed in the annotation's folder alone."""
-    for dog in dogs:
-        if dog.picture is not None:
-            write(root / pictures / (dog.stem + dog.suffix), dog.picture)
-        if dog.annotation is not None:
-            write(root / annotations / dog.breed / dog.stem, dog.annotation)
+def as_pictures(root: Path, count: int = 20, first: int = 0) -> Path:
+    """Pictures alone, some of them in a folder below."""
+    for k in range(count):
+        write(root / f"{'sub/' if k % 2 else ''}{k}.jpg", make_dog(first + k).picture)
     return root
-
-
-def files_of(folder: Path) -> list[tuple[str, Path]]:
-    """Every file below a folder with its name relative to it."""
-    return [(p.relative_to(folder).as_posix(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
 
 
 def zip_folder(folder: Path, place: Path, prefix: str, method: int = zipfile.ZIP_STORED) -> None:
-    """A folder as a zip with entries for the folders too, as most tools write them."""
+    """A folder as a zip with an entry for the folder too, as most tools write them."""
     with zipfile.ZipFile(place, "w", method) as archive:
         if prefix:
             archive.writestr(zipfile.ZipInfo(prefix), b"")
-        for name, path in files_of(folder):
-            archive.write(path, prefix + name)
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            archive.write(path, prefix + path.relative_to(folder).as_posix())
 
 
 def tar_folder(folder: Path, place: Path, prefix: str, mode: str = "w") -> None:
