@@ -1786,6 +1786,8 @@ def p100_hours(config: Config, steps: int) -> float:
 
 # ------------------------------------------------------------------------ 11. Sampling, submission
 
+FORMAT = 2  # of checkpoint.pt and generator.pt
+NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
 SEED_USES = ("training", "submission", "norms", "sheet", "reals", "breeds")
 
 
@@ -1982,9 +1984,7 @@ def pairwise_distance(images: np.ndarray) -> float:
 
 # ------------------------------------------------------------------------------------- 12. The run
 
-NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
-FORMAT = 2  # of checkpoint.pt and generator.pt
 
 
 class Clock:
@@ -2039,7 +2039,8 @@ def interrupts() -> Iterator[Interrupts]:
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            under_nohup = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+            if number and not under_nohup:
                 previous[number] = signal.signal(number, state.handle)
     try:
         yield state
@@ -2078,7 +2079,7 @@ def say(text: str, file: object = None) -> None:
     try:
         tqdm.write(text, file=file or sys.stdout)
         (file or sys.stdout).flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last: a signal in the midst of a write
         pass
 
 

@@ -1,8 +1,8 @@
 """One change at a time: train it, score it, and say in a table what it costs and what it gains.
 
-    python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0 1 -- base breed augment
+    python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0,1 base breed augment
     python tests/ablation.py --data DOGS --out runs --points 12 base@8.5
-    python tests/ablation.py --data DOGS --out runs --tenth --seeds 0 1 -- base no-margin r1
+    python tests/ablation.py --data DOGS --out runs --tenth --seeds 0,1 base no-margin r1
     python tests/ablation.py --data DOGS --floor base box square+whole
     python tests/ablation.py --out runs --table
 
@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -109,30 +110,30 @@ class Dogs:
     """What is trained on and what scores compare with: of photos, or of a file that was packed."""
 
     def __init__(self, data: Path, tenth: bool) -> None:
-        self.photos = self.others = None
-        self.pack = {"crops": {}, "references": {}, "tenth": tenth}
-        if data.suffix == ".pt":
-            self.pack = torch.load(data, weights_only=True, mmap=True)
-            if self.pack["tenth"] != tenth:
-                sys.exit("these dogs were packed with --tenth, or without: give it likewise.")
-            return
-        self.photos = self.others = train_dogs.find_photos([data])
-        if tenth:
-            self.photos, self.others = split(self.photos, in_tenth)
+        self.packed = torch.load(data, weights_only=True, mmap=True) if is_packed(data) else {}
+        self.tenth = self.packed.get("tenth", tenth)
+        if not self.packed:
+            found = train_dogs.find_photos([data])
+            self.seen, self.unseen = split(found, in_tenth) if tenth else (found, found)
 
     def crops(self, kinds: str) -> train_dogs.CropSet:
         """What `kinds` show of those to train on."""
-        if kinds not in self.pack["crops"]:
-            if self.photos is None:
-                sys.exit(f"these dogs were packed without --crops {kinds}: pack them again.")
-            self.pack["crops"][kinds] = vars(train_dogs.prepare_crops(self.photos, kinds))
-        return train_dogs.CropSet(**self.pack["crops"][kinds])
+        if not self.packed:
+            return train_dogs.prepare_crops(self.seen, kinds)
+        if kinds not in self.packed["crops"]:
+            sys.exit(f"these dogs were packed without --crops {kinds}: pack them again.")
+        return train_dogs.CropSet(**self.packed["crops"][kinds])
 
-    def references(self, model: Callable[[], mifid.Inception]) -> dict[str, np.ndarray]:
-        """The features of those to compare with, by rule; `model` is called if it is needed."""
-        if self.photos is None:
-            return {rule: kept.numpy() for rule, kept in self.pack["references"].items()}
-        return references(self.others, model)
+    def references(self, model: mifid.Inception) -> dict[str, np.ndarray]:
+        """The features of those to compare with, by rule."""
+        if not self.packed:
+            return references(self.unseen, model)
+        return {rule: kept.numpy() for rule, kept in self.packed["references"].items()}
+
+
+def is_packed(data: Path) -> bool:
+    """Whether `data` is what `--pack` wrote."""
+    return data.suffix == ".pt"
 
 
 def in_tenth(photo: Photo) -> bool:
@@ -147,13 +148,13 @@ def split(photos: PhotoSet, chosen: Callable[[Photo], bool]) -> tuple[PhotoSet, 
     return first, second
 
 
-def references(photos: PhotoSet, model: Callable[[], mifid.Inception]) -> dict[str, np.ndarray]:
+def references(photos: PhotoSet, model: mifid.Inception) -> dict[str, np.ndarray]:
     """Features of whole frames and of boxes, as mifid.py's two rules squash them; cached."""
     names = [(p.name, p.picture.size, p.picture.stamp) for p in photos.photos]
     found = {}
     for rule in ("whole", "box") if photos.annotated else ("whole",):
         path = train_dogs.cache_folder() / f"reference_{train_dogs.digest([rule, names])}.npz"
-        found[rule] = kept_features(path, model, lambda rule=rule: squashed(photos, rule))
+        found[rule] = kept_features(path, model, partial(squashed, photos, rule))
     return found
 
 
@@ -172,12 +173,12 @@ def squashed(photos: PhotoSet, rule: str) -> np.ndarray:
 
 
 def kept_features(
-    path: Path, model: Callable[[], mifid.Inception], images: Callable[[], np.ndarray]
+    path: Path, model: mifid.Inception, images: Callable[[], np.ndarray]
 ) -> np.ndarray:
     """The features in `path`; made of `images` and written there where there are none."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        mifid.save_arrays(path, features=mifid.extract_features(model(), images()))
+        mifid.save_arrays(path, features=mifid.extract_features(model, images()))
     with np.load(path) as arrays:
         return arrays["features"]
 
@@ -242,40 +243,20 @@ def keep_generator(run: Run, trainer: Trainer, average: str) -> None:
 
 
 class Scorer:
-    """Inception, loaded once it is needed, and the references' moments."""
+    """Inception, and the references' moments, ready for one generator after another."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.loaded: mifid.Inception | None = None
-        self.features: dict[str, np.ndarray] = {}
-
-    def model(self) -> mifid.Inception:
-        """The network."""
-        self.loaded = self.loaded or mifid.load_inception(device=self.device)
-        return self.loaded
-
-    def compare_with(self, features: dict[str, np.ndarray]) -> None:
-        """Score against these, by rule, from now on."""
-        self.features = features
-        self.moments = {rule: moments(f) for rule, f in features.items()}
+    def __init__(
+        self, device: torch.device, found: Callable[[mifid.Inception], dict[str, np.ndarray]]
+    ) -> None:
+        """`found`: what makes the features of the references, by rule."""
+        self.model = mifid.load_inception(device=device)
+        self.features = found(self.model)
+        self.moments = {rule: moments(f) for rule, f in self.features.items()}
 
     def score(self, path: Path, config: Config, count: int) -> dict[str, object]:
         """`compare` for the images that a submission of the generator in `path` would hold."""
-
-        def images() -> np.ndarray:
-            state = train_dogs.load_state(path, "state_dict")
-            G = train_dogs.Generator(**state["shape"])
-            G.load_state_dict(state["state_dict"])
-            G = G.to(self.device, memory_format=train_dogs.memory_layout(self.device)).eval()
-            seed = train_dogs.seed_for(config.seed, "submission")
-            z = train_dogs.draw_latents(count, G.latent_dim, seed, config.truncation)
-            labels = train_dogs.draw_labels(G, count, config.seed)
-            drawn = np.concatenate(list(train_dogs.sample_images(G, z, labels)))
-            sheet = train_dogs.draw_sheet(drawn[:100])
-            train_dogs.save_picture(path.with_suffix(".png"), [sheet])
-            return drawn
-
         kept = path.with_name(f"{path.stem}_{count}.npz")
+        images = partial(submitted, path, config, count)
         return self.compare(kept_features(kept, self.model, images))
 
     def compare(self, features: np.ndarray) -> dict[str, object]:
@@ -293,6 +274,21 @@ class Scorer:
         }
 
 
+def submitted(path: Path, config: Config, count: int) -> np.ndarray:
+    """uint8 (count, 64, 64, 3): what the generator in `path` draws; a sheet is laid beside it."""
+    device = train_dogs.choose_device(config.device)
+    state = train_dogs.load_state(path, "state_dict")
+    G = train_dogs.Generator(**state["shape"])
+    G.load_state_dict(state["state_dict"])
+    G = G.to(device, memory_format=train_dogs.memory_layout(device)).eval()
+    seed = train_dogs.seed_for(config.seed, "submission")
+    z = train_dogs.draw_latents(count, G.latent_dim, seed, config.truncation)
+    labels = train_dogs.draw_labels(G, count, config.seed)
+    images = np.concatenate(list(train_dogs.sample_images(G, z, labels)))
+    train_dogs.save_picture(path.with_suffix(".png"), [train_dogs.draw_sheet(images[:100])])
+    return images
+
+
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float64 mean and unbiased covariance of N x D features."""
     return features.mean(0, dtype=np.float64), np.cov(features, rowvar=False, dtype=np.float64)
@@ -304,8 +300,7 @@ def show_floor(args: argparse.Namespace) -> str:
     order = np.random.default_rng(args.seeds[0]).permutation(len(found.photos))
     names = {found.photos[k].name for k in order[: min(args.images, len(order) // 2)]}
     drawn, others = split(found, lambda photo: photo.name in names)
-    scorer = Scorer(train_dogs.choose_device(args.device))
-    scorer.compare_with(references(others, scorer.model))
+    scorer = Scorer(train_dogs.choose_device(args.device), partial(references, others))
     text = [
         "| crops | images | FID, whole frames | FID, boxes | distance |",
         "|---|---|---|---|---|",
@@ -317,7 +312,7 @@ def show_floor(args: argparse.Namespace) -> str:
         chance = torch.Generator().manual_seed(args.seeds[0])
         reals = [train_dogs.draw_reals(dogs, part, chance) for part in rows.split(1000)]
         images = np.concatenate([train_dogs.to_bytes(real) for real in reals])
-        x = scorer.compare(mifid.extract_features(scorer.model(), images))
+        x = scorer.compare(mifid.extract_features(scorer.model, images))
         cells = [spread([x], *of) for of in COLUMNS]
         text.append(f"| {crops} | {len(images):,} | {' | '.join(cells)} |")
     return "\n".join(text)
@@ -390,6 +385,11 @@ def spread(rows: Sequence[dict], name: str, digits: int) -> str:
 # --------------------------------------------------------------------------------------------- main
 
 
+def listed(kind: type) -> Callable[[str], list]:
+    """What makes `0,1` a list of `kind`."""
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -400,10 +400,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="dogs", choices=list(train_dogs.PRESETS))
     parser.add_argument("--base", type=fields_of, default={}, help="field=value,… for all runs")
     parser.add_argument("--hours", type=float, default=0.85, help="P100-hours of each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=listed(int), default=[0], help="by commas")
     parser.add_argument("--images", type=int, default=10_000, help="images to score")
-    weights = list(train_dogs.WEIGHTS)
-    parser.add_argument("--averages", nargs="+", choices=weights, default=weights)
+    parser.add_argument("--averages", type=listed(str), default=list(train_dogs.WEIGHTS))
     parser.add_argument("--points", type=int, default=1, help="generators scored along a run")
     parser.add_argument("--tenth", action="store_true", help="train on a tenth of the photos")
     parser.add_argument("--device", default="auto")
@@ -411,48 +410,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--floor", action="store_true", help="score real crops and stop")
     parser.add_argument("--table", action="store_true", help="show the tables and stop")
     args = parser.parse_args(argv)
+    if not set(args.averages) <= set(train_dogs.WEIGHTS):
+        parser.error(f"--averages: give some of {', '.join(train_dogs.WEIGHTS)}")
     if not (args.table or args.data):
         parser.error("give --data, the folder of dogs to train on")
-    if args.floor and args.data.suffix == ".pt":
+    if args.floor and is_packed(args.data):
         parser.error("--floor needs photos: give their folder as --data")
     return args
 
 
-def score_run(run: Run, args: argparse.Namespace, dogs: Dogs, scorer: Scorer) -> None:
-    """Train a run and score its generators, as far as that is not done."""
+def missing(run: Run, args: argparse.Namespace) -> list[dict]:
+    """The generators of a run that are not yet scored, as they are called in the log."""
     log = read_lines(args.out)
     names = [
         run.key | {"step": step, "average": average, "n": args.images}
         for step in marks(run.steps, args.points)
         for average in args.averages
     ]
-    left = [name for name in names if not any(line.items() >= name.items() for line in log)]
-    if not left:
-        return
-    seconds = train(run, dogs.crops(run.config.crops), args.averages, args.points)
-    for name in left:
-        path = run.generator(name["step"], name["average"])
-        if not path.exists():  # an average that had not begun
-            continue
-        if not scorer.features:
-            scorer.compare_with(dogs.references(scorer.model))
-        line = name | {
-            "steps": run.steps,
-            "images": name["step"] * run.config.batch_size,
-            "p100_hours": name["step"] * run.step_hours,
-            "seconds": round(seconds, 1),
-            "config": train_dogs.plain(run.config),
-            "device": train_dogs.describe_device(scorer.device),
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-        }
-        line |= scorer.score(path, run.config, args.images)
-        append_line(args.out, line)
-        print(
-            f"{run.change}, seed {run.config.seed}, {name['average']}, step {name['step']}:"
-            f" FID {line['fid']:.2f}, distance {line['memorization_distance']:.4f}",
-            flush=True,
-        )
+    return [name for name in names if not any(line.items() >= name.items() for line in log)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -462,21 +437,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(show_tables(args.out) if args.table else show_floor(args))
         return 0
     torch.backends.cudnn.benchmark = True
-    dogs = Dogs(args.data, args.tenth)
-    scorer = Scorer(train_dogs.choose_device(args.device))
+    dogs, scorer, device = Dogs(args.data, args.tenth), None, train_dogs.choose_device(args.device)
+    args.tenth = dogs.tenth
+    about = {"device": train_dogs.describe_device(device), "python": platform.python_version()}
+    about |= {"torch": str(torch.__version__)}
     if args.pack:
-        for change in args.changes:
-            dogs.crops(Run(args, change, 0).config.crops)
-        features = dogs.references(scorer.model)
-        kept = {rule: torch.from_numpy(f) for rule, f in features.items()}
-        train_dogs.save(args.pack, dogs.pack | {"references": kept})
+        kinds = {Run(args, change, 0).config.crops for change in args.changes}
+        found = Scorer(device, dogs.references).features.items()
+        pack = {"tenth": dogs.tenth, "crops": {kind: vars(dogs.crops(kind)) for kind in kinds}}
+        pack["references"] = {rule: torch.from_numpy(features) for rule, features in found}
+        train_dogs.save(args.pack, pack)
         return 0
-    for seed in args.seeds:  # all changes at one seed first: a stop leaves whole comparisons
-        for change in args.changes:
-            score_run(Run(args, change, seed), args, dogs, scorer)
+    # All changes at one seed first: a stop leaves whole comparisons.
+    for run in [Run(args, change, seed) for seed in args.seeds for change in args.changes]:
+        if not (left := missing(run, args)):
+            continue
+        seconds = train(run, dogs.crops(run.config.crops), args.averages, args.points)
+        for name in left:
+            path = run.generator(name["step"], name["average"])
+            if not path.exists():  # an average that had not begun
+                continue
+            scorer = scorer or Scorer(device, dogs.references)
+            line = name | {"steps": run.steps, "images": name["step"] * run.config.batch_size}
+            line |= {"p100_hours": name["step"] * run.step_hours, "seconds": round(seconds, 1)}
+            line |= {"config": train_dogs.plain(run.config)} | about
+            line |= scorer.score(path, run.config, args.images)
+            append_line(args.out, line)
+            print(
+                f"{run.change}, seed {run.config.seed}, {name['average']}, step {name['step']}:"
+                f" FID {line['fid']:.2f}, distance {line['memorization_distance']:.4f}",
+                flush=True,
+            )
     print(show_tables(args.out))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except train_dogs.UserError as error:
+        sys.exit(f"ablation: {error}")
