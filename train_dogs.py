@@ -1712,12 +1712,12 @@ class Trainer(TrainingStep):
         self.averages.ema_updates, self.averages.swa_updates = (
             state["ema_updates"], state["swa_updates"],
         )  # fmt: skip
-        same_kind = state["rng"].shape == self.rng.get_state().shape
-        if same_kind:
+        try:
             self.rng.set_state(state["rng"])
-        else:
+            return True
+        except RuntimeError:
             self.rng.manual_seed(seed_for(self.config.seed, "training") + self.steps_done)
-        return same_kind
+            return False
 
     def use_own_generator(self) -> None:
         """Draw from a generator of this trainer's own from now on; its state is to be loaded."""
@@ -2235,9 +2235,12 @@ def load_state(path: Path, part: str) -> dict[str, object]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (*DAMAGE, pickle.UnpicklingError):
         state = None
-    known = isinstance(state, dict) and state.get("format") == FORMAT
-    if known and {part, "config"} <= state.keys() and isinstance(state["config"], dict):
-        return state
+    version = state.get("format") if isinstance(state, dict) else None
+    if type(version) is int and version == FORMAT:
+        config = state.get("config")
+        fits = isinstance(config, dict) and config.keys() == plain(Config()).keys()
+        if fits and isinstance(state.get(part), dict):
+            return state
     raise UserError(
         f"{path} was not made by this version of the program, or holds no {part}: move it away,"
         " or give another --out."
@@ -2265,9 +2268,12 @@ def check_state(saved: object, own: object, name: str = "the checkpoint") -> Non
     """Raise `UserError` where a state differs from a trainer's own in keys, types or shapes."""
     fits = type(saved) is type(own)
     if fits and isinstance(own, Tensor):
-        fits = saved.dtype == own.dtype and (saved.shape == own.shape or name.endswith(" rng"))
+        fits = saved.shape == own.shape or name.endswith(" rng")
+        fits &= (saved.dtype, saved.layout, saved.device) == (own.dtype, own.layout, own.device)
     elif fits and isinstance(own, dict):
         fits = saved.keys() == own.keys()
+    elif fits and isinstance(own, (int, float)):
+        fits = 0 <= saved < 2**62  # nor nan
     if not fits:
         raise UserError(f"{name} does not fit these networks and this data: start with --fresh.")
     if isinstance(own, dict):
@@ -2528,6 +2534,9 @@ def load_trainer(trainer: Trainer, state: dict[str, object]) -> bool:
         ("torch", str),
     ):
         check_state(state.get(name), kind(), f"the checkpoint's {name}")
+    order = state["trainer"]["tensors"]["order"]
+    if not torch.equal(order.sort().values, torch.arange(len(order))):
+        raise UserError("the checkpoint's order of the dogs is none: start with --fresh.")
     return trainer.load_state_dict(state["trainer"])
 
 
@@ -2561,8 +2570,10 @@ def start_run(options: Options, device: torch.device, started: float, stop: Inte
 
 def asks_for_more(config: Config, saved: dict[str, object]) -> bool:
     """Whether a finished run is to go on: more steps, or more hours (None = no limit)."""
-    before = math.inf if saved["hours"] is None else saved["hours"]
-    return config.steps > saved["steps"] or config.hours > before
+    steps, hours = saved["steps"], math.inf if saved["hours"] is None else saved["hours"]
+    if not all(isinstance(number, (int, float)) for number in (steps, hours)):
+        raise UserError("the checkpoint's steps or hours are no numbers: start with --fresh.")
+    return config.steps > steps or config.hours > hours
 
 
 SAMPLING = {"seed", "images", "truncation"}  # fields that --sample-only may change

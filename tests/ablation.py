@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -43,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mifid
 import train_dogs
-from train_dogs import Config, Photo, PhotoSet, Trainer
+from train_dogs import Config, Photo, PhotoSet, Trainer, digest
 
 CHANGES: dict[str, dict[str, object]] = {
     "base": {},
@@ -96,7 +95,7 @@ class Run:
         self.config = train_dogs.check_config(replace(config, steps=self.steps))
         self.key = {"preset": args.preset, "base": args.base, "tenth": args.tenth}
         self.key |= {"change": self.change, "seed": seed, "hours": hours}
-        self.folder = args.out / train_dogs.digest(self.key)
+        self.folder = args.out / digest(self.key)
 
     def generator(self, step: int, average: str) -> Path:
         """Where the generator of an average at a step lies."""
@@ -110,11 +109,14 @@ class Dogs:
     """What is trained on and what scores compare with: of photos, or of a file that was packed."""
 
     def __init__(self, data: Path, tenth: bool) -> None:
-        self.packed = torch.load(data, weights_only=True, mmap=True) if is_packed(data) else {}
-        self.tenth = self.packed.get("tenth", tenth)
-        if not self.packed:
-            found = train_dogs.find_photos([data])
-            self.seen, self.unseen = split(found, in_tenth) if tenth else (found, found)
+        self.packed, self.tenth = {}, tenth
+        if data.suffix == ".pt":
+            self.packed = torch.load(data, weights_only=True, mmap=True)
+            self.tenth = self.packed["tenth"]
+            return
+        self.seen = self.unseen = train_dogs.find_photos([data])
+        if tenth:
+            self.seen, self.unseen = split(self.seen, lambda n: int(digest(n), 16) % 10 == 0)
 
     def crops(self, kinds: str) -> train_dogs.CropSet:
         """What `kinds` show of those to train on."""
@@ -131,21 +133,10 @@ class Dogs:
         return {rule: kept.numpy() for rule, kept in self.packed["references"].items()}
 
 
-def is_packed(data: Path) -> bool:
-    """Whether `data` is what `--pack` wrote."""
-    return data.suffix == ".pt"
-
-
-def in_tenth(photo: Photo) -> bool:
-    """Whether the hash of a photo's name falls into the first tenth."""
-    return int(train_dogs.digest(photo.name), 16) % 10 == 0
-
-
-def split(photos: PhotoSet, chosen: Callable[[Photo], bool]) -> tuple[PhotoSet, PhotoSet]:
-    """The chosen photos and the others, each as a set of its own."""
-    both = ([p for p in photos.photos if chosen(p) is wanted] for wanted in (True, False))
-    first, second = (replace(photos, photos=some, skipped=[]) for some in both)
-    return first, second
+def split(photos: PhotoSet, chosen: Callable[[str], bool]) -> tuple[PhotoSet, PhotoSet]:
+    """The photos that are chosen by name, and the others, each as a set of its own."""
+    both = [[p for p in photos.photos if chosen(p.name) is wanted] for wanted in (True, False)]
+    return tuple(replace(photos, photos=some, skipped=[]) for some in both)
 
 
 def references(photos: PhotoSet, model: mifid.Inception) -> dict[str, np.ndarray]:
@@ -153,7 +144,7 @@ def references(photos: PhotoSet, model: mifid.Inception) -> dict[str, np.ndarray
     names = [(p.name, p.picture.size, p.picture.stamp) for p in photos.photos]
     found = {}
     for rule in ("whole", "box") if photos.annotated else ("whole",):
-        path = train_dogs.cache_folder() / f"reference_{train_dogs.digest([rule, names])}.npz"
+        path = train_dogs.cache_folder() / f"reference_{digest([rule, names])}.npz"
         found[rule] = kept_features(path, model, partial(squashed, photos, rule))
     return found
 
@@ -299,7 +290,7 @@ def show_floor(args: argparse.Namespace) -> str:
     found = train_dogs.find_photos([args.data])
     order = np.random.default_rng(args.seeds[0]).permutation(len(found.photos))
     names = {found.photos[k].name for k in order[: min(args.images, len(order) // 2)]}
-    drawn, others = split(found, lambda photo: photo.name in names)
+    drawn, others = split(found, names.__contains__)
     scorer = Scorer(train_dogs.choose_device(args.device), partial(references, others))
     text = [
         "| crops | images | FID, whole frames | FID, boxes | distance |",
@@ -385,9 +376,16 @@ def spread(rows: Sequence[dict], name: str, digits: int) -> str:
 # --------------------------------------------------------------------------------------------- main
 
 
-def listed(kind: type) -> Callable[[str], list]:
-    """What makes `0,1` a list of `kind`."""
-    return lambda text: [kind(part) for part in text.split(",")]
+def numbers(text: str) -> list[int]:
+    """`0,1` to [0, 1]."""
+    return [int(part) for part in text.split(",")]
+
+
+def averages(text: str) -> list[str]:
+    """`swa,none` to ["swa", "none"]."""
+    if not set(text.split(",")) <= set(train_dogs.WEIGHTS):
+        raise ValueError
+    return text.split(",")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -400,9 +398,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="dogs", choices=list(train_dogs.PRESETS))
     parser.add_argument("--base", type=fields_of, default={}, help="field=value,… for all runs")
     parser.add_argument("--hours", type=float, default=0.85, help="P100-hours of each run")
-    parser.add_argument("--seeds", type=listed(int), default=[0], help="by commas")
+    parser.add_argument("--seeds", type=numbers, default=[0], help="by commas")
     parser.add_argument("--images", type=int, default=10_000, help="images to score")
-    parser.add_argument("--averages", type=listed(str), default=list(train_dogs.WEIGHTS))
+    parser.add_argument("--averages", type=averages, default=list(train_dogs.WEIGHTS))
     parser.add_argument("--points", type=int, default=1, help="generators scored along a run")
     parser.add_argument("--tenth", action="store_true", help="train on a tenth of the photos")
     parser.add_argument("--device", default="auto")
@@ -410,11 +408,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--floor", action="store_true", help="score real crops and stop")
     parser.add_argument("--table", action="store_true", help="show the tables and stop")
     args = parser.parse_args(argv)
-    if not set(args.averages) <= set(train_dogs.WEIGHTS):
-        parser.error(f"--averages: give some of {', '.join(train_dogs.WEIGHTS)}")
     if not (args.table or args.data):
         parser.error("give --data, the folder of dogs to train on")
-    if args.floor and is_packed(args.data):
+    if args.floor and args.data.suffix == ".pt":
         parser.error("--floor needs photos: give their folder as --data")
     return args
 
@@ -439,8 +435,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     dogs, scorer, device = Dogs(args.data, args.tenth), None, train_dogs.choose_device(args.device)
     args.tenth = dogs.tenth
-    about = {"device": train_dogs.describe_device(device), "python": platform.python_version()}
-    about |= {"torch": str(torch.__version__)}
     if args.pack:
         kinds = {Run(args, change, 0).config.crops for change in args.changes}
         found = Scorer(device, dogs.references).features.items()
@@ -460,7 +454,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             scorer = scorer or Scorer(device, dogs.references)
             line = name | {"steps": run.steps, "images": name["step"] * run.config.batch_size}
             line |= {"p100_hours": name["step"] * run.step_hours, "seconds": round(seconds, 1)}
-            line |= {"config": train_dogs.plain(run.config)} | about
+            line |= {"device": train_dogs.describe_device(device)}
+            line |= {"config": train_dogs.plain(run.config)}
             line |= scorer.score(path, run.config, args.images)
             append_line(args.out, line)
             print(

@@ -272,7 +272,8 @@ def test_each_dog_has_each_kind_and_head_its_views(tmp_path, cache):
     assert made.pixels.dtype == torch.uint8 and made.pixels.shape == (16 * (5 + 3), 64, 64, 3)
     assert sorted(made.count.tolist()) == [[1, 1, 1]] * 16 + [[3, 1, 1]] * 16
     assert made.first.flatten().tolist() == [0, *made.count.flatten().cumsum(0).tolist()[:-1]]
-    whole = made.pixels[made.first[:, made.weights.tolist().index(0.5) + 1]]
+    assert made.weights.tolist() == [0.25, 0.5, 0.25]  # head, square, whole
+    whole = made.pixels[made.first[:, 2]]
     assert torch.equal(whole[::2], whole[1::2])  # two dogs of one photo
     assert [made.breeds[i] for i in made.breed] == sorted(d.breed for d in dogs for _ in boxes)
 
