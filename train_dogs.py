@@ -2115,12 +2115,13 @@ class Report:
         stats, now = trainer.read_stats(), time.monotonic()
         steps, batch = trainer.steps_done, trainer.config.batch_size
         rate = (steps - self.last_steps) / max(1e-9, now - self.last_time)
-        left = min(clock.training_left(), (clock.steps - steps) / max(rate, 1e-9))
+        left = min(clock.training_left(), (clock.steps - steps) / rate if rate else math.inf)
+        minutes = f"{max(0, left) / 60:.0f}" if math.isfinite(left) else "?"
         share = clock.progress(steps)
         line = (
             f"step {steps}, {steps * batch:,} images, {rate * batch:.0f} images/s,"
             f" D {stats['d_loss']:.3f}, G {stats['g_loss']:.3f},"
-            f" past margin {stats['past_margin']:.2f}, {max(0, left) / 60:.0f} min left"
+            f" past margin {stats['past_margin']:.2f}, {minutes} min left"
         )
         with suppress(OSError, ValueError):
             self.bar.n = share
@@ -2591,7 +2592,7 @@ def sample_only(options: Options, device: torch.device) -> int:
     saved = state["config"] | {k: v for k, v in free.items() if k in options.named}
     config = replace(options.config, **{name: saved[name] for name in SAMPLING})
     try:
-        G = Generator(**state["shape"]).to(device)
+        G = Generator(**state["shape"]).to(device, memory_format=memory_layout(device))
         G.load_state_dict(state["state_dict"])
     except (RuntimeError, TypeError, KeyError) as error:
         raise UserError(f"{path} holds no generator of this version: give another.") from error

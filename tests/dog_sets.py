@@ -59,7 +59,8 @@ def make_dog(k: int, boxes: Boxes = (BOX,), **changes: object) -> Dog:
     """Dog number `k`, a good JPEG with one box, unless `changes` say otherwise."""
     breed = BREEDS[k % len(BREEDS)]
     stem = f"{breed.partition('-')[0]}_{1000 + k}"
-    return Dog(breed, stem, encode(paint(k)), annotate(boxes))._replace(**changes)
+    dog = Dog(breed, stem, encode(paint(k)), annotate(boxes))
+    return dog._replace(**changes)
 
 
 def make_dogs(count: int = 40) -> list[Dog]:

@@ -56,7 +56,7 @@ def another(name: str) -> str:
     f = FIELDS[name]
     if type(f.default) not in (int, float):
         return TEXTS.get(name) or next(c for c in f.metadata["among"] if c != f.default)
-    near = [v for v in (*SPANS[name], 3) if math.isfinite(v) and v not in (0, f.default)]
+    near = [v for v in (*SPANS[name], 0, 3) if math.isfinite(v) and v != f.default]
     return repr(type(f.default)(near[0]))
 
 

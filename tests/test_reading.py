@@ -1,6 +1,5 @@
 """Every kind of bad input: read right where it can be, else left out, counted and logged."""
 
-import io
 import json
 import random
 import re
@@ -151,12 +150,281 @@ def test_boxes_and_pictures_of_annotated_sets_are_read_as_stored(orientation):
     assert read.size == picture.size and boxes == [box]
 
 
-# Read as orientation 6, but its other tags cannot be written again, which is what Pillow's
-# `exif_transpose` does: TypeError, struct.error, ValueError.
-TWISTED = {"type": (131, 0x80), "struct": (32, 0x28), "value": (133, 0x44)}
-EXIF = bytes.fromhex(
-    "4578696600004d4d002a000000080005010e0002000000060000004a011200030000000100060000011a0005000000"
-    "010000005087690004000000010000005888250004000000010000007e000000006120646f67000000000300000002"
-    "0002829a000c0000000100000076900000070000000430323330000000003fe00000000000000002000100020000000"
-    "24e00000000020005000000030000009c00000000000000010000000100000002000000010000000300000001"
+def test_a_picture_whose_exif_can_be_read_but_not_written_again_is_turned_too():
+    """As Pillow's `exif_transpose` would: here a resolution's unit is a fraction, its struct.error."""
+    tags = struct.pack(">HHHIHHHHIIIII", 2, 0x0112, 3, 1, 6, 0, 0x0128, 5, 1, 38, 0, 72, 1)
+    picture = paint(5, TURNED).transpose(Image.Transpose.ROTATE_90)
+    data = encode(picture, exif=b"Exif\0\0MM\0*\0\0\0\x08" + tags)
+    plain = paint(5, TURNED).resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.abs(crop(data, None, "whole") - np.asarray(plain, np.int16)).mean() < 2
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0XX*\0\0\0\0\x08", b"Exif\0\0II*\0\x08\0\0\0\xff", b"M"])
+def test_damaged_exif_leaves_a_good_picture(form, exif):
+    seen = crop(encode(halves(), form, exif=exif), None, "whole")
+    assert np.abs(seen[:, 4:26] - LEFT).max() < 12 and np.abs(seen[:, 38:60] - RIGHT).max() < 12
+
+
+# ---------------------------------------------- what cannot be read: left out and counted
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG whose header claims so many pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def huge_jpeg(side: int, **options: object) -> bytes:
+    data = bytearray(encode(paint(1), **options))
+    at = re.search(b"\xff[\xc0\xc2]", data).start() + 5  # the frame's header: height, width
+    data[at : at + 4] = struct.pack(">HH", side, side)
+    return bytes(data)
+
+
+def huge_bmp(side: int) -> bytes:
+    data = bytearray(encode(paint(1), "BMP"))
+    data[18:26] = struct.pack("<ii", side, side)
+    return bytes(data)
+
+
+def cut(form: str, picture: Image.Image | None = None) -> bytes:
+    data = encode(picture or paint(1), form)
+    return data[: int(len(data) * 0.6)]
+
+
+BAD_PICTURES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "empty"),
+    "truncated JPEG": (lambda: cut("JPEG"), "truncated|damaged"),
+    "truncated PNG": (lambda: cut("PNG"), "truncated|damaged"),
+    "truncated palette PNG": (lambda: cut("PNG", paint(1).quantize(64)), "truncated|damaged"),
+    "truncated WebP": (lambda: cut("WEBP"), "truncated|damaged|not a picture"),
+    "a web page": (lambda: b"<html>404</html>" * 99, "not a picture"),
+    "zeros": (lambda: b"\0" * 5000, "not a picture"),
+    "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    "a PNG of 50000x50000": (lambda: huge_png(50_000), "pixel"),
+    "a PNG of 8900x8900": (lambda: huge_png(8_900), "pixel"),
+    "a PNG of 5700x5700": (lambda: huge_png(5_700), "pixel"),
+    "a BMP of 50000x50000": (lambda: huge_bmp(50_000), "pixel"),
+    "a JPEG of 65000x65000": (lambda: huge_jpeg(65_000), "pixel"),
+    "a progressive JPEG of 13300x13300": (lambda: huge_jpeg(13_300, progressive=True), "pixel"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", BAD_PICTURES)
+def test_a_bad_picture_is_refused_by_its_reason(name):
+    make, reason = BAD_PICTURES[name]
+    data, begin = make(), time.process_time()
+    for annotation in (annotate([(0, 0, 5000, 5000)]), None):
+        with pytest.raises(BadItem, match=reason):
+            crop(data, annotation)
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("annotation", [ONE_BOX, None])
+def test_a_png_of_8900x8900_is_refused_before_it_is_decoded(annotation, monkeypatch):
+    """300 KB that become 1.2 GB; Pillow decodes a PNG whose EXIF is asked for too early."""
+
+    def load(picture: Image.Image) -> None:
+        raise KeyboardInterrupt("decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(BadItem, match="pixel"):
+        crop(huge_png(8_900), annotation)
+
+
+GOOD = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>60</xmax><ymax>60</ymax></bndbox>"
+BODY = f"<annotation><object>{GOOD}</object></annotation>"
+BOMB = (
+    '<!DOCTYPE bomb [<!ENTITY a0 "dog">'
+    + "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 10))
+    + f"]>{BODY.replace('<object>', '<object>&a9;')}"
 )
+BAD_XML: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "broken"),
+    "text": (b"no xml at all", "broken"),
+    "cut": (BODY[:-20].encode(), "broken"),
+    "bytes of no encoding": (BODY.replace("9", "\xff").encode("latin-1"), "broken"),
+    "unknown encoding": (f'<?xml version="1.0" encoding="x-dog"?>{BODY}'.encode(), "broken"),
+    "undefined entity": (BODY.replace("9", "&dog;", 1).encode(), "broken"),
+    "DOCTYPE": (f"<!DOCTYPE annotation>{BODY}".encode(), "DOCTYPE"),
+    "DOCTYPE in UTF-16": (f"<!DOCTYPE annotation>{BODY}".encode("utf-16"), "DOCTYPE"),
+    "DOCTYPE after a comment": (f"<!-- {'x' * 9000} -->\n<!DOCTYPE x>{BODY}".encode(), "DOCTYPE"),
+    "entity bomb": (BOMB.encode(), "DOCTYPE"),
+    "no boxes": (b"<annotation><object/></annotation>", "without boxes"),
+    "nested 50,000 deep": (b"<a>" * 50_000 + b"</a>" * 50_000, "without boxes|broken"),
+    "101 boxes": (annotate([BOX] * 101), "boxes"),
+    "200,000 boxes": (annotate([BOX] * 200_000), "boxes|larger"),
+    "64 MB of nothing": (b"<a>" + b"<b/>" * (16 << 20) + b"</a>", "larger"),
+    "nan": (annotate([("nan", 9, 60, 60)]), "number"),
+    "infinite": (annotate([(0, 0, "inf", "1e999")]), "number"),
+    "words": (annotate([("left", "top", "right", "bottom")]), "number"),
+    "no corners": (b"<annotation><object><bndbox/></object></annotation>", "number"),
+    "left and right swapped": (annotate([(60, 9, 9, 60)]), "reversed"),
+    "top and bottom swapped": (annotate([(9, 60, 60, 9)]), "reversed"),
+    "no width": (annotate([(9, 9, 9, 60)]), "empty"),
+    "no height": (annotate([(9, 30, 60, 30)]), "empty"),
+    "right of the picture": (annotate([(SIZE[0] + 4, 9, SIZE[0] + 60, 60)]), "outside"),
+    "above the picture": (annotate([(9, -60, 60, -9)]), "outside"),
+    "half a pixel inside": (annotate([(SIZE[0] - 0.5, 9, SIZE[0] + 60, 60)]), "outside"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_XML)
+def test_a_bad_annotation_is_refused_by_its_reason(name):
+    (xml, reason), picture, begin = BAD_XML[name], encode(paint(1)), time.process_time()
+    with pytest.raises(BadItem, match=reason):
+        crop(picture, xml)
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_annotations_in_other_encodings_are_read(encoding):
+    name = encoding.removesuffix("-sig")
+    xml = f'<?xml version="1.0" encoding="{name}"?><annotation><name>Löwchen</name>{GOOD}'
+    boxes = train_dogs.parse_annotation((xml + "</annotation>").encode(encoding))
+    assert boxes == [(9.0, 9.0, 60.0, 60.0)]
+
+
+def test_a_box_partly_outside_is_cut_at_the_edge():
+    picture = encode(paint(3), "PNG")
+    over = crop(picture, annotate([(-30, 20, SIZE[0] + 500, 1e6)]))
+    assert (over == crop(picture, annotate([(0, 20, *SIZE)]))).all()
+
+
+def test_each_good_box_of_a_photo_is_a_dog_and_each_bad_one_is_counted(tmp_path):
+    """By the crops, by what both programs read, and through the whole of finding and cropping."""
+    boxes = [(0, 0, 40, 40), (60, 9, 9, 60), (50, 0, 96, 40), (20, 30, 90, 80)]
+    good = [boxes[0], *boxes[2:]]
+    picture, xml = encode(paint(7), "PNG"), annotate(boxes)
+    dogs, reasons = train_dogs.crop_photo(photo(picture, xml), ["box"])
+    assert len(dogs) == 3 and reasons == ["reversed box"]
+    for dog, box in zip(dogs, good):
+        assert (dog[0][0] == paint(7).resize((64, 64), Image.Resampling.LANCZOS, box=box)).all()
+    read, found = train_dogs.read_photo(photo(picture, xml))
+    assert found == good and (np.asarray(read) == paint(7)).all()
+    made = prepare(as_folders(tmp_path, [*make_dogs(20), make_dog(99, boxes)]))
+    assert len(made.first) == 23 and [reason for _, reason in made.skipped] == ["reversed box"]
+
+
+# ------------------------------------------------------------------------ whatever else
+
+
+def corrupted(data: bytes, chance: random.Random) -> bytes:
+    """Some bytes changed, near the beginning more often; one in three is cut too."""
+    data = bytearray(data if chance.random() < 0.7 else data[: chance.randrange(len(data))])
+    for _ in range(chance.choice([0, 1, 1, 3, 10]) if data else 0):
+        at = chance.randrange(min(len(data), chance.choice([40, 200, len(data)])))
+        data[at] = chance.choice([0, 255, chance.randrange(256), data[at] ^ 128])
+    return bytes(data)
+
+
+def outcomes(photos: list[train_dogs.Photo]) -> set[str]:
+    """What became of each: crops, or a reason; nothing else may escape."""
+    seen = set()
+    for one in photos:
+        try:
+            dogs, _ = train_dogs.crop_photo(one, ["square"])
+            assert dogs[0][0].shape == (1, 64, 64, 3)
+            seen.add("read")
+        except BadItem as bad:
+            seen.add(str(bad))
+    return seen
+
+
+EXIF = Image.Exif()
+EXIF[0x0112], EXIF[0x010E], EXIF[0x011A] = 6, "a dog", 1.5
+EXIF[0x8825] = {1: "N", 2: (1.0, 2.0, 3.0)}
+FORMS = {
+    "JPEG": lambda: encode(paint(1), exif=EXIF),
+    "PNG": lambda: encode(paint(1), "PNG", exif=EXIF),
+    "WEBP": lambda: encode(paint(1), "WEBP", exif=EXIF),
+    "palette": lambda: encode(paint(1).quantize(16), "PNG"),
+    "16-bit grey": lambda: grey16("PNG"),
+    **{form: lambda form=form: encode(paint(1), form) for form in ("BMP", "GIF", "TIFF")},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS)
+def test_no_damage_to_a_picture_stops_the_run(form):
+    chance, whole = random.Random(form), FORMS[form]()
+    seen = outcomes([photo(corrupted(whole, chance), None) for _ in range(100)])
+    assert "read" in seen and len(seen) >= 2
+
+
+def test_no_damage_to_an_annotation_stops_the_run():
+    chance, xml, picture = random.Random(0), annotate([BOX, (5, 5, 50, 50)]), encode(paint(1))
+    seen = outcomes([photo(picture, corrupted(xml, chance)) for _ in range(300)])
+    assert {"read", "broken annotation"} <= seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_no_damage_to_exif_costs_the_picture(form):
+    chance = random.Random(form)
+    blocks = [bytearray(EXIF.tobytes()) for _ in range(150)]
+    for block in blocks:
+        for _ in range(chance.choice([1, 1, 2, 4])):
+            at = chance.randrange(len(block))
+            block[at] = chance.choice([0, 255, chance.randrange(256), block[at] ^ 128])
+    assert outcomes([photo(encode(paint(1), form, exif=bytes(b)), None) for b in blocks]) == {
+        "read"
+    }
+
+
+# ------------------------------------------------------------------- limits, summary, log
+
+
+def test_five_percent_bad_passes_and_one_more_stops_with_2(tmp_path, capsys):
+    """Bad items of every reason count."""
+    bad = [make_dog(200, picture=b""), make_dog(201, picture=None), make_dog(202, annotation=None)]
+    bad += [make_dog(203 + k, annotation=b"") for k in range(2)]
+    root = as_folders(tmp_path / "fits", make_dogs(95) + bad)
+    assert len(prepare(root).first) == 95
+    root = as_folders(tmp_path / "more", make_dogs(94) + bad + [make_dog(99, picture=b"")])
+    assert train_dogs.main(["--data", str(root), "--out", str(tmp_path / "out"), *SMALL]) == 2
+    said = capsys.readouterr().err
+    assert all(s in said for s in ("6 of 100", "2 empty file", "2 broken annotation", "5 %"))
+    assert not (tmp_path / "out/images.zip").exists()
+
+
+def test_sixteen_dogs_are_enough_and_fifteen_are_not(tmp_path):
+    root = as_folders(tmp_path / "16", [make_dog(k, [BOX, (1, 1, 40, 40)]) for k in range(8)])
+    assert len(prepare(root).first) == 16  # two in each photo
+    with pytest.raises(UserError, match="15 dogs.* 16 "):
+        prepare(as_folders(tmp_path / "15", make_dogs(15)))
+
+
+def test_a_run_counts_bad_items_by_reason_and_lists_them_in_its_log(tmp_path, capsys):
+    """Through the whole program: one line for people, the list in log.jsonl, data untouched."""
+    bad: list[Dog] = [
+        make_dog(200, picture=b""),
+        make_dog(201, picture=cut("JPEG")),
+        make_dog(202, picture=huge_png(50_000)),
+        make_dog(203, annotation=BOMB.encode()),
+        *(make_dog(204 + k, [(60, 9, 9, 60)]) for k in range(2)),
+        make_dog(206, picture=None),
+    ]
+    root, out = as_folders(tmp_path / "100 % dogs", [*make_dogs(140), *bad]), tmp_path / "out"
+    before = dog_sets.snapshot(root)
+    for _ in range(2):  # the second time from the cache, resumed from the first
+        flags = ["--data", str(root), "--out", str(out), "--batch-size", "4", *SMALL]
+        assert train_dogs.main(flags) == 0
+        (line,) = [s for s in capsys.readouterr().out.splitlines() if "reversed box" in s]
+        for counted in ("2 reversed box", "1 empty file", "1 annotation without picture"):
+            assert counted in line and "140 dogs" in line and "3 breeds" in line
+    assert dog_sets.snapshot(root) == before
+    log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    lists = [entry["skipped"] for entry in log if "skipped" in entry]
+    assert len(lists) == 2
+    for listed in lists:
+        assert sorted(name.split("_")[-1][:4] for name, _ in listed) == sorted(
+            dog.stem.split("_")[-1] for dog in bad
+        )
