@@ -886,9 +886,15 @@ def folder_entries(place: Path, results: Path | None) -> Iterator[Entry]:
     def stop(error: OSError) -> None:
         raise error
 
-    for folder, inner, names in os.walk(place, onerror=stop):
+    for folder, inner, names in os.walk(place, onerror=stop, followlinks=True):
+        real = Path(folder).resolve()
+        below_it = [name for name in inner if not real.is_relative_to(Path(folder, name).resolve())]
+        inner[:] = below_it  # no link back to where it lies
         if results is not None and results.is_dir():
             inner[:] = [name for name in inner if not results.samefile(Path(folder, name))]
+        if {"config.json", "log.jsonl"} <= set(names):  # results of this program are no data
+            inner[:] = [name for name in inner if name != "samples"]
+            names = [name for name in names if name != "progress.webp"]
         below = Path(place.name or place.absolute().name, Path(folder).relative_to(place))
         for file in (Path(folder, name) for name in names):
             if file.is_file():
@@ -1078,6 +1084,8 @@ def open_picture(data: bytes) -> Image.Image:
         raise BadItem("empty file")
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        if picture.format == "TIFF" and picture.width * picture.height <= LARGEST_PICTURE:
+            picture.load()  # Pillow turns these upright itself
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadItem("absurd pixel count") from error
     except DAMAGE as error:
@@ -1102,9 +1110,9 @@ def orientation(picture: Image.Image) -> int:
     """
     try:
         stated = picture.getexif().get(0x0112)
+        return stated if stated in TURNS and picture.format != "TIFF" else 1
     except DAMAGE:
         return 1
-    return stated if stated in TURNS else 1
 
 
 def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) -> Image.Image:
@@ -2553,7 +2561,6 @@ def start_run(options: Options, device: torch.device, started: float, stop: Inte
     if state is None:  # nothing of an earlier run is mixed with this one's
         for old in (out / "log.jsonl", *(out / "samples").glob("step_*.png")):
             old.unlink(missing_ok=True)
-    save_picture(out / "samples" / "real.png", [draw_sheet(real_images(crops, config.seed))])
     run = Run(options, trainer, clock, Report(out), stop, out)
     try:
         announce(run, photos.where, state)
@@ -2561,6 +2568,7 @@ def start_run(options: Options, device: torch.device, started: float, stop: Inte
             run.report.event("on another kind of device: going on with fresh randomness")
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(plain(config), indent=2), encoding="utf-8")
+        save_picture(out / "samples" / "real.png", [draw_sheet(real_images(crops, config.seed))])
         if not (state and state["finished"]) or asks_for_more(config, state["config"]):
             train_within_budget(run)
         finish(run)

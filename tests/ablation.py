@@ -50,21 +50,14 @@ CHANGES: dict[str, dict[str, object]] = {
     "square+context": {"crops": "square:1,context:1"},
     "box": {"crops": "box"},
     "translation": {"augment": "translation"},
-    "translation+cutout": {"augment": "translation,cutout"},
     "augment": {"augment": "color,translation,cutout"},
     "breed": {"condition": "breed"},
     "breed+classify": {"condition": "breed", "classify": 0.1},
-    "noise": {"noise": 1 / 128},
     "decay": {"lr_decay_start": 0.5},
-    "slower-G": {"g_lr": 2e-4},
-    "slower-D": {"d_lr": 2e-4},
     "r1": {"r1": 0.1},
     "rals": {"loss": "rals"},
-    "truncation": {"truncation": 2.0},
     "no-margin": {"margin": 1.0},
-    "smoothing": {"smoothing": 0.05},
     "batch-16": {"batch_size": 16},
-    "batch-64": {"batch_size": 64},
 }
 
 
@@ -100,6 +93,9 @@ class Run:
     def generator(self, step: int, average: str) -> Path:
         """Where the generator of an average at a step lies."""
         return self.folder / f"generator_{step:07d}_{average}.pt"
+
+    def __str__(self) -> str:
+        return f"{self.change}, seed {self.config.seed}"
 
 
 # --------------------------------------------------------------------------------------------- dogs
@@ -194,13 +190,13 @@ def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: i
         train_dogs.load_trainer(trainer, state)
         seconds = state["seconds_used"]
     if trainer.steps_done < run.steps and (reason := train_dogs.capture(trainer)):
-        print(f"{run.change}: {reason}: going on by a slower way", flush=True)
+        print(f"{run}: {reason}: going on by a slower way", flush=True)
     begin = saved = time.monotonic()
     wanted, start = marks(run.steps, points), trainer.steps_done
     while True:
         if trainer.steps_done in wanted:
             if not trainer.is_healthy():
-                sys.exit(f"{run.change}, seed {config.seed}: not finite at {trainer.steps_done}")
+                sys.exit(f"{run}: not finite at step {trainer.steps_done}")
             for average in averages:
                 keep_generator(run, trainer, average)
         done = trainer.steps_done == run.steps
@@ -209,8 +205,7 @@ def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: i
             clock = train_dogs.Clock(config, begin, seconds)
             train_dogs.save(checkpoint, train_dogs.checkpoint_state(trainer, clock, done))
             stats = {k: round(v, 3) for k, v in trainer.read_stats().items()}
-            share = trainer.steps_done / run.steps
-            print(f"{run.change}, seed {config.seed}: {share:.0%} {stats}", flush=True)
+            print(f"{run}: {trainer.steps_done / run.steps:.0%} {stats}", flush=True)
         if done:
             return seconds + (saved - begin)
         trainer.step(trainer.steps_done / run.steps)
@@ -234,15 +229,14 @@ def keep_generator(run: Run, trainer: Trainer, average: str) -> None:
 
 
 class Scorer:
-    """Inception, and the references' moments, ready for one generator after another."""
+    """Inception, and the references' features, ready for one generator after another."""
 
     def __init__(
         self, device: torch.device, found: Callable[[mifid.Inception], dict[str, np.ndarray]]
     ) -> None:
         """`found`: what makes the features of the references, by rule."""
-        self.model = mifid.load_inception(device=device)
+        self.device, self.model = device, mifid.load_inception(device=device)
         self.features = found(self.model)
-        self.moments = {rule: moments(f) for rule, f in self.features.items()}
 
     def score(self, path: Path, config: Config, count: int) -> dict[str, object]:
         """`compare` for the images that a submission of the generator in `path` would hold."""
@@ -251,18 +245,18 @@ class Scorer:
         return self.compare(kept_features(kept, self.model, images))
 
     def compare(self, features: np.ndarray) -> dict[str, object]:
-        """FID by each rule, distance and MiFID of N x 2048 features."""
-        mine = moments(features)
-        fids = {k: mifid.frechet_distance(*mine, *m) for k, m in self.moments.items()}
-        distance = mifid.memorization_distance(features, self.features["whole"])
-        return {
-            "fid": fids["whole"],
-            "fid_box": fids.get("box"),
-            "memorization_distance": distance,
-            "mifid": mifid.memorization_informed_fid(fids["whole"], distance),
-            "n_generated": len(features),
-            "n_reference": {k: len(f) for k, f in self.features.items()},
+        """FID by each rule, and the other numbers of the public one, for N x 2048 features."""
+        found = {
+            rule: mifid.score(features, reals, device=str(self.device))
+            for rule, reals in self.features.items()
         }
+        line = {name: found["whole"][name] for name in SCORES}
+        return line | {"fid_box": found["box"]["fid"] if "box" in found else None}
+
+
+SCORES = (
+    "fid", "memorization_distance", "mifid", "unseen_distance", "n_generated", "n_reference",
+)  # fmt: skip
 
 
 def submitted(path: Path, config: Config, count: int) -> np.ndarray:
@@ -278,11 +272,6 @@ def submitted(path: Path, config: Config, count: int) -> np.ndarray:
     images = np.concatenate(list(train_dogs.sample_images(G, z, labels)))
     train_dogs.save_picture(path.with_suffix(".png"), [train_dogs.draw_sheet(images[:100])])
     return images
-
-
-def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64 mean and unbiased covariance of N x D features."""
-    return features.mean(0, dtype=np.float64), np.cov(features, rowvar=False, dtype=np.float64)
 
 
 def show_floor(args: argparse.Namespace) -> str:
@@ -376,11 +365,6 @@ def spread(rows: Sequence[dict], name: str, digits: int) -> str:
 # --------------------------------------------------------------------------------------------- main
 
 
-def numbers(text: str) -> list[int]:
-    """`0,1` to [0, 1]."""
-    return [int(part) for part in text.split(",")]
-
-
 def averages(text: str) -> list[str]:
     """`swa,none` to ["swa", "none"]."""
     if not set(text.split(",")) <= set(train_dogs.WEIGHTS):
@@ -398,7 +382,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="dogs", choices=list(train_dogs.PRESETS))
     parser.add_argument("--base", type=fields_of, default={}, help="field=value,… for all runs")
     parser.add_argument("--hours", type=float, default=0.85, help="P100-hours of each run")
-    parser.add_argument("--seeds", type=numbers, default=[0], help="by commas")
+    parser.add_argument("--seeds", type=lambda x: [*map(int, x.split(","))], default=[0])
     parser.add_argument("--images", type=int, default=10_000, help="images to score")
     parser.add_argument("--averages", type=averages, default=list(train_dogs.WEIGHTS))
     parser.add_argument("--points", type=int, default=1, help="generators scored along a run")
@@ -458,11 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             line |= {"config": train_dogs.plain(run.config)}
             line |= scorer.score(path, run.config, args.images)
             append_line(args.out, line)
-            print(
-                f"{run.change}, seed {run.config.seed}, {name['average']}, step {name['step']}:"
-                f" FID {line['fid']:.2f}, distance {line['memorization_distance']:.4f}",
-                flush=True,
-            )
+            print(f"{run}, {path.stem}: FID {line['fid']:.2f}", flush=True)
     print(show_tables(args.out))
     return 0
 

@@ -24,39 +24,36 @@ from PIL import Image
 
 from train_dogs import CROPS, CropSet, PhotoSet, find_photos, prepare_crops
 
-CORNERS = ("xmin", "ymin", "xmax", "ymax")
-
 
 def default_data() -> Path:
     """The first place that holds dogs."""
-    named = [Path(os.environ["DOGS_DATA"])] if os.environ.get("DOGS_DATA") else []
     originals = ROOT.parent / "shared" / "data" / "stanford-dogs-originals"
-    places = [*named, originals, ROOT / "data" / "sample"]
+    places = [Path(os.environ.get("DOGS_DATA", originals)), originals, ROOT / "data" / "sample"]
     return next(place for place in places if (place / "Images").is_dir())
 
 
-def plainly(data: Path, dogs: PhotoSet, kind: str) -> np.ndarray:
+def plainly(data: Path, photos: PhotoSet, kind: str) -> np.ndarray:
     """The crops by one loop over the photos, the first view of each dog: uint8 (n, 64, 64, 3)."""
     crops = []
-    for photo in dogs.photos:
+    for photo in photos.photos:
         picture = Image.open(data / "Images" / photo.name).convert("RGB")
         annotation = data / "Annotation" / Path(photo.name).with_suffix("")
         for box in ElementTree.parse(annotation).iter("bndbox"):
-            edges = [float(box.findtext(corner)) for corner in CORNERS]
+            edges = [float(box.findtext(corner)) for corner in ("xmin", "ymin", "xmax", "ymax")]
             view = CROPS[kind](tuple(edges), *picture.size)[0]
             crop = picture.crop(tuple(int(edge) for edge in view))
             crops.append(np.asarray(crop.resize((64, 64), Image.Resampling.LANCZOS)))
     return np.stack(crops)
 
 
-def prepared(dogs: PhotoSet, kind: str) -> tuple[CropSet, float, float]:
+def prepared(photos: PhotoSet, kind: str) -> tuple[CropSet, float, float]:
     """The crops on an empty cache, and the seconds of the first and of a second start."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         begin = time.perf_counter()
-        made = prepare_crops(dogs, kind, show=False)
+        made = prepare_crops(photos, kind, show=False)
         between = time.perf_counter()
-        prepare_crops(dogs, kind, show=False).crops.sum()
+        prepare_crops(photos, kind, show=False).pixels.sum()
         return made, between - begin, time.perf_counter() - between
 
 
@@ -72,25 +69,21 @@ def main() -> None:
     parser.add_argument("--kind", choices=sorted(CROPS), default="square")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    dogs = find_photos([options.data])
-    some = dogs.photos[:: 1 + len(dogs.photos) // 100]
-    width = statistics.median(Image.open(options.data / "Images" / p.name).width for p in some)
-    print(f"{len(dogs.photos)} photos in {dogs.where}, median width {width:.0f}")
-    ratios = []
+    photos, ratios = find_photos([options.data]), []
+    count = len(photos.photos)
+    print(f"{count} photos in {photos.where}")
     for repeat in range(options.repeats + 1):  # the first warms the disk's cache and is not counted
         begin = time.perf_counter()
-        plain = plainly(options.data, dogs, options.kind)
+        plain = plainly(options.data, photos, options.kind)
         plain_seconds = time.perf_counter() - begin
-        made, seconds, again = prepared(dogs, options.kind)
+        made, seconds, again = prepared(photos, options.kind)
         if repeat:
             ratios.append(plain_seconds / seconds)
             print(
-                f"plain {len(dogs.photos) / plain_seconds:.0f} photos/s, prepared"
-                f" {len(dogs.photos) / seconds:.0f} photos/s, a second start {again:.2f} s:"
-                f" {ratios[-1]:.2f} x"
+                f"plain {count / plain_seconds:.0f} photos/s, prepared {count / seconds:.0f}"
+                f" photos/s, a second start {again:.2f} s: {ratios[-1]:.2f} x"
             )
-    first = made.crops[made.first[:, 0]].numpy()
-    close = psnr(first, plain)
+    close = psnr(made.pixels[made.first[:, 0]].numpy(), plain)
     print(
         f"bench_data: prepare_crops is {statistics.median(ratios):.2f} x as fast as the plain loop"
         f" ({os.cpu_count()} cores, {len(ratios)} repeats: {min(ratios):.2f} to {max(ratios):.2f}),"

@@ -5,10 +5,10 @@
 
 All train the same networks from the same crops, which lie on the device:
 
-- `plain`, the loop that most DCGANs begin from, pytorch/examples `dcgan/main.py`: two forwards of D
-  with a backward each, a third for G whose backward also computes gradients for D's weights in
-  vain, `.item()` in every iteration, Adam and memory layout as they come. Its D has `BatchNorm2d` in
-  training mode in the place of split batch norm, which is the same mathematics.
+- `plain`, the loop that most DCGANs begin from, pytorch/examples `dcgan/main.py`: two forwards of
+  D with a backward each, a third for G whose backward also computes gradients for D's weights in
+  vain, `.item()` in every iteration, Adam and memory layout as they come. Its D has `BatchNorm2d`
+  in training mode in the place of split batch norm, which is the same mathematics.
 - `eager P`: ours in precision P. `captured P`: the same, replayed as a CUDA graph (GPUs alone).
 - `convolutions P`: nothing but the convolutions of that step, with its own tensors: the ceiling.
 

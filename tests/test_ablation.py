@@ -6,7 +6,6 @@ One test scores by the real Inception; the others by a stand-in that reads the s
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from dog_sets import as_folders, make_dogs
-from runs import SAMPLE, left_over, light, load  # noqa: F401
+from runs import SAMPLE, left_over, light, load, pixels  # noqa: F401
 
 import mifid
 import train_dogs
@@ -45,7 +44,7 @@ class StandIn:
         weights = load(path)["state_dict"]
         mean = float(torch.cat([w.float().flatten() for w in weights.values()]).mean())
         numbers = {"fid": 100 * mean, "fid_box": None, "memorization_distance": 0.3, "mifid": 1.0}
-        return numbers | {"n_generated": count, "n_reference": {"whole": 120}}
+        return numbers | {"n_generated": count, "n_reference": 120}
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def run_of(change: str) -> ablation.Run:
 
 
 def test_all_changes_cost_the_same_flops_within_half_a_step():
-    for change in ablation.CHANGES:
+    for change in ("base", "r1", "rals", "breed+classify", "batch-16"):
         run = run_of(change)
         step = run.config.batch_size * train_dogs.flops_per_image(run.config) / 7.4e12 / 3600
         assert abs(run.steps * step - 0.85) <= 0.5001 * step, change
@@ -92,9 +91,9 @@ def test_all_changes_cost_the_same_flops_within_half_a_step():
 
 
 def test_what_costs_more_trains_on_fewer_images_and_what_costs_nothing_on_as_many():
-    base, r1, wide = (run_of(change).steps for change in ("base", "r1", "batch-64"))
-    assert r1 < 0.9 * base and abs(2 * wide - base) <= 1
-    for free in ("augment", "noise", "breed", "breed+classify", "smoothing", "truncation"):
+    base, r1, small = (run_of(change).steps for change in ("base", "r1", "batch-16"))
+    assert r1 < 0.9 * base and abs(small - 2 * base) <= 1
+    for free in ("augment", "noise=0.01", "breed", "breed+classify", "no-margin", "decay"):
         assert run_of(free).steps == pytest.approx(base, rel=1e-3)
 
 
@@ -156,7 +155,7 @@ def test_lost_lines_and_later_averages_are_scored_without_training(call, monkeyp
     no_training(monkeypatch)
     assert [x["fid"] for x in call("--averages", "swa,ema")] == [x["fid"] for x in both]
     (tmp_path / "out" / "results.jsonl").unlink()
-    assert call("--averages", "swa") == [{**lines[0], "seconds": lines[0]["seconds"]}]
+    assert call("--averages", "swa") == lines
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_generator(call, monkeypatch, tmp_path):
@@ -221,12 +220,6 @@ def test_scores_of_other_counts_of_images_are_not_averaged_with_these(call, caps
     assert all("| base | none | 1 |" in part for part in table)
 
 
-def test_without_data_it_says_so(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        ablation.main(["--out", str(tmp_path / "out")])
-    assert stop.value.code == 2 and "--data" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------- the scoring
 
 
@@ -262,15 +255,13 @@ def test_the_images_that_are_scored_are_those_of_the_submission(tmp_path, monkey
     assert ablation.main([*map(str, words)]) == 0
     (line,) = ablation.read_lines(tmp_path / "out")
     (path,) = (tmp_path / "out").glob("*/generator*.pt")
-    assert line["n_generated"] == 40 and line["n_reference"] == {"whole": 120, "box": 135}
+    assert line["n_generated"] == 40 and line["n_reference"] == 120
     assert path.with_suffix(".png").exists()
 
     again = ["--resume", path, "--sample-only", "--out", tmp_path / "zip", "--device", "cpu"]
     assert train_dogs.main([*map(str, again), "--images", "40"]) == 0
     with np.load(path.with_name(path.stem + "_40.npz")) as kept:
         ours = kept["features"]
-    from runs import pixels
-
     theirs = mifid.extract_features(None, pixels(tmp_path / "zip" / "images.zip"))
     assert np.array_equal(ours, theirs)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,11 @@ from torch import Tensor
 
 import train_dogs
 from train_dogs import (
+    AUGMENTS,
     Config,
     CropSet,
     Trainer,
     UserError,
-    augment,
     augment_color,
     augment_cutout,
     augment_translation,
@@ -28,7 +28,7 @@ from train_dogs import (
 )
 
 CPU = torch.device("cpu")
-ALL = ("color", "translation", "cutout")
+ALL = tuple(AUGMENTS)
 every = pytest.mark.parametrize("name", ALL)
 
 
@@ -46,6 +46,13 @@ def seeded(seed: int) -> torch.Generator:
 def pictures(count: int, side: int = 64, seed: int = 0) -> Tensor:
     """Images of noise in [-1, 1], no two of whose pixels are alike."""
     return torch.rand(count, 3, side, side, generator=seeded(seed)) * 2 - 1
+
+
+def augment(x: Tensor, names: Sequence[str], chance: torch.Generator | None) -> Tensor:
+    """One after the other."""
+    for name in names:
+        x = AUGMENTS[name](x, chance)
+    return x
 
 
 # ------------------------------------------------------------------------------ what all have alike
@@ -95,12 +102,6 @@ def test_images_do_not_mix(name):
 def test_the_gradient_is_that_of_finite_differences(name):
     x = pictures(2, side=8).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda y: augment(y, [name], seeded(4)), x)
-
-
-def test_gradients_flow_through_all_of_them_to_every_image():
-    x = pictures(6).requires_grad_()
-    (gradient,) = torch.autograd.grad(augment(x, ALL, seeded(0)).square().sum(), x)
-    assert gradient.isfinite().all() and (gradient.abs().sum((1, 2, 3)) > 0).all()
 
 
 # ------------------------------------------------------------------------------------------- colour
@@ -189,16 +190,6 @@ def test_shifts_are_uniform_from_8_up_to_8_down_and_independent():
     assert stats.chi2_contingency(table).pvalue > 1e-3
 
 
-def test_translation_invents_nothing():
-    x = pictures(50)
-    out = augment_translation(x, seeded(5))
-    assert out.abs().max() <= 1
-    for before, after in zip(x, out):
-        assert torch.isin(after, before).all()
-    white = torch.ones(50, 3, 64, 64)
-    assert torch.equal(augment_translation(white, seeded(6)), white)  # no black border
-
-
 # ------------------------------------------------------------------------------------------- cutout
 
 
@@ -245,22 +236,18 @@ def small(**changes: object) -> Config:
     return Config(**({"width": 1, "latent_dim": 4, "batch_size": 6, "precision": "fp32"} | changes))
 
 
-def spy_on_features(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The images that D sees, call by call."""
+def shown_to(trainer: Trainer) -> list[Tensor]:
+    """The images that D will see, call by call."""
     seen: list[Tensor] = []
-    features = trainer.D.features
-
-    def spy(images: Tensor, num_real: int) -> Tensor:
-        seen.append(images)
-        return features(images, num_real)
-
-    monkeypatch.setattr(trainer.D, "features", spy)
+    trainer.D.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     return seen
 
 
-def test_d_sees_reals_and_fakes_augmented_in_both_steps_each_time_anew(dogs, monkeypatch):
-    trainer = Trainer(small(augment="color,translation,cutout"), dogs, CPU)
-    seen, chance = spy_on_features(trainer, monkeypatch), torch.Generator()
+@pytest.mark.parametrize("augments", [ALL, ALL[::-1], ()])
+def test_d_sees_reals_and_fakes_augmented_in_both_steps_each_time_anew(augments, dogs):
+    """In the order of the option; and without it the generator is not asked for anything more."""
+    trainer = Trainer(small(augment=", ".join(augments)), dogs, CPU)
+    seen, chance = shown_to(trainer), torch.Generator()
     chance.set_state(trainer.rng.get_state())
     G = train_dogs.Generator(4, 1)
     G.load_state_dict(trainer.G.state_dict())
@@ -271,42 +258,29 @@ def test_d_sees_reals_and_fakes_augmented_in_both_steps_each_time_anew(dogs, mon
     with torch.no_grad():
         fakes = G(torch.randn(6, 4, generator=chance))
     for images, plain in zip(seen, (torch.cat([reals, fakes]), fakes), strict=True):
-        for each in (augment_color, augment_translation, augment_cutout):
-            plain = each(plain, chance)
-        torch.testing.assert_close(images.detach(), plain, rtol=1e-5, atol=1e-5)
+        expected = augment(plain, augments, chance)
+        torch.testing.assert_close(images.detach(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(chance.get_state(), trainer.rng.get_state())
 
 
 def test_gs_gradient_comes_through_the_augmentation(dogs, monkeypatch):
     trainer = Trainer(small(augment="cutout"), dogs, CPU)
-    seen = spy_on_features(trainer, monkeypatch)
     trainer.step(0.0)
-    in_d_step, in_g_step = seen
-    assert not in_d_step.requires_grad and in_g_step.requires_grad
-
-    monkeypatch.setitem(train_dogs.AUGMENTS, "cutout", lambda x, generator: x.mul(0))
-    before = [p.detach().clone() for p in trainer.G.parameters()]
+    monkeypatch.setitem(AUGMENTS, "cutout", lambda x, generator: x.mul(0))
     moments = [trainer.opt_g.state[p]["exp_avg"].clone() for p in trainer.G.parameters()]
     trainer.step(0.0)
     after = [trainer.opt_g.state[p]["exp_avg"] for p in trainer.G.parameters()]
     for m, n in zip(moments, after):  # all that is left of the gradient: Adam's memory, fading
+        assert m.abs().max() > 0
         torch.testing.assert_close(n, 0.3 * m)
-    assert any(not torch.equal(p, q) for p, q in zip(before, trainer.G.parameters()))
 
 
-def test_without_augmentation_a_step_is_bit_equal_to_one_without_its_code(dogs, monkeypatch):
-    def refuse(x: Tensor, generator: torch.Generator) -> Tensor:
-        raise AssertionError("augmented")
-
-    trainers = [Trainer(small(), dogs, CPU) for _ in range(2)]
-    monkeypatch.setattr(trainers[1], "_augment", lambda images: images)
-    monkeypatch.setattr(train_dogs, "AUGMENTS", dict.fromkeys(ALL, refuse))
-    for trainer in trainers:
-        for _ in range(3):
-            trainer.step(0.0)
-    ours, theirs = (trainer.state_dict() for trainer in trainers)
-    assert torch.equal(ours["rng"], theirs["rng"])
-    assert all(torch.equal(t, theirs["tensors"][k]) for k, t in ours["tensors"].items())
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_augmentation_is_in_float32_whatever_the_networks_compute_in(name, dogs):
+    trainer = Trainer(small(augment=",".join(ALL), precision=name), dogs, CPU)
+    seen = shown_to(trainer)
+    trainer.step(0.0)
+    assert {images.dtype for images in seen} == {torch.float32}
 
 
 def test_augmentation_is_for_training_alone(tmp_path, monkeypatch):
@@ -324,19 +298,6 @@ def test_augmentation_is_for_training_alone(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ names
-
-
-def test_names_are_taken_in_the_order_in_which_they_are_given(monkeypatch):
-    assert parse_augment("") == ()
-    assert parse_augment("cutout, color") == ("cutout", "color")
-
-    def note(name: str) -> Callable[[Tensor, object], Tensor]:
-        return lambda x, generator: calls.append(name) or x
-
-    calls: list[str] = []
-    monkeypatch.setattr(train_dogs, "AUGMENTS", {name: note(name) for name in ALL})
-    augment(torch.zeros(1, 3, 64, 64), ("cutout", "color"), None)
-    assert calls == ["cutout", "color"]
 
 
 @pytest.mark.parametrize("text", ["flip", "color,flip", "color,color", "color,", ",", "Color", " "])

@@ -139,8 +139,8 @@ def assert_statistics(G: Generator, latents: Tensor, labels: Tensor) -> None:
     for norm, xs in zip(norms(G), seen, strict=True):
         means = sum(x.mean((0, 2, 3)) for x in xs) / len(xs)
         variances = sum(x.var((0, 2, 3), unbiased=True) for x in xs) / len(xs)
-        torch.testing.assert_close(norm.running_mean.double(), means, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(norm.running_var.double(), variances, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(norm.running_mean.double(), means, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(norm.running_var.double(), variances, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("breeds", [0, 3])
@@ -153,17 +153,15 @@ def test_re_estimated_statistics_are_the_means_over_latents_and_breeds_of_their_
         if isinstance(module, BreedBatchNorm2d):
             nn.init.normal_(module.weight)
     assert estimate_norms(G, 4, seed=3) is G and not G.training
-    z = torch.randn(4 * 128, 6, generator=torch.Generator().manual_seed(3 + (2 << 32)))
-    chance = torch.rand(4 * 128, generator=torch.Generator().manual_seed(3 + (5 << 32)))
-    assert_statistics(G, z, (chance * max(1, breeds)).long())
+    z, chance = (torch.Generator().manual_seed(seed_for(3, use)) for use in ("norms", "breeds"))
+    labels = (torch.rand(4 * 128, generator=chance) * max(1, breeds)).long()
+    assert_statistics(G, torch.randn(4 * 128, 6, generator=z), labels)
 
 
 def test_uses_of_a_seed_never_share_their_randomness():
-    uses = ("training", "submission", "norms", "sheet", "reals", "breeds")
-    seeds = [seed_for(s, use) for s in (0, 1, 2**32 - 1) for use in uses]
-    assert len(set(seeds)) == len(seeds)
-    z = [draw_latents(128, 4, seed_for(0, use)) for use in uses]
-    assert len(torch.unique(torch.stack(z).flatten(1), dim=0)) == len(uses)
+    for seed in (0, 1, 2**32 - 1):
+        z = [draw_latents(1, 4, seed_for(seed, use)) for use in train_dogs.SEED_USES]
+        assert len(torch.unique(torch.cat(z), dim=0)) == len(z) > 1
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +182,7 @@ def test_without_re_estimation_the_images_would_be_others(submitted, finished_ru
     """The trap: averaged weights with the statistics of the last G, or with none, draw badly."""
     z = torch.randn(512, 16, generator=torch.Generator().manual_seed(6))
     trained = load(finished_run / "checkpoint.pt")["trainer"]["tensors"]
-    error = {}
+    drawn = {}
     for name in ("batch", "kept", "stale", "fresh"):
         G = Generator(16, 1)
         G.load_state_dict(submitted.state_dict())
@@ -195,9 +193,8 @@ def test_without_re_estimation_the_images_would_be_others(submitted, finished_ru
             elif isinstance(norm, nn.BatchNorm2d) and name == "fresh":
                 norm.reset_running_stats()
         with torch.no_grad():
-            images = G.train(name == "batch")(z)  # by this very batch: as it was trained
-        by_batch = images if name == "batch" else by_batch
-        error[name] = float((images - by_batch).square().mean().sqrt())
+            drawn[name] = G.train(name == "batch")(z)  # by this very batch: as it was trained
+    error = {k: float((x - drawn["batch"]).square().mean().sqrt()) for k, x in drawn.items()}
     assert error["kept"] < 0.02 and min(error["stale"], error["fresh"]) > 3 * error["kept"]
 
 

@@ -3,10 +3,10 @@
 import io
 import os
 import re
-import resource
 import struct
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from dog_sets import Dog, as_folders, as_pictures, make_dog, make_dogs, tar_folder, zip_folder
 from PIL import Image
-from runs import assert_one_sentence, run_script
+from runs import assert_one_sentence, light, run_script  # noqa: F401
 
 import train_dogs
 from train_dogs import PhotoSet, UserError, find_photos, prepare_crops
@@ -165,34 +165,18 @@ def test_annotations_named_xml_are_matched(dogs, tmp_path):
     assert len(found.photos) == len(dogs) and found.skipped == []
 
 
-def test_the_real_photos_are_all_found(real_dogs):
-    found = find_photos([real_dogs])
-    assert len(found.photos) == len(list(real_dogs.glob("Images/*/*.jpg")))
-    assert len({p.breed for p in found.photos}) == len(list((real_dogs / "Images").iterdir()))
-    assert found.skipped == [] and found.annotated
-
-
 # ------------------------------------------------------------------------- where is looked
 
 
-@pytest.mark.parametrize(
-    ("mount", "layout"),
-    [
-        ("generative-dog-images", "kaggle nested"),
-        ("competitions/generative-dog-images", "zips with folders"),
-        ("datasets/somebody/dogs", "kaggle nested"),
-        ("datasets/somebody/dogs/versions", "zips with folders"),
-    ],
-)
-def test_kaggle_mounts_are_found_down_to_depth_4(mount, layout, dogs, mounts, tmp_path):
-    (mounts / mount).parent.mkdir(parents=True, exist_ok=True)
-    LAYOUTS[layout](tmp_path / "made", dogs).rename(mounts / mount)
-    found = find_photos()
-    assert len(found.photos) == len(dogs) and str(mounts / mount) in found.where
-
-
-def test_kaggle_mounts_below_depth_4_are_not_searched(dogs, mounts):
-    as_folders(mounts / "1/2/3/4/5", dogs)
+def test_kaggle_mounts_are_found_down_to_depth_4(dogs, mounts, tmp_path):
+    made = LAYOUTS["zips with folders"](tmp_path / "made", dogs)
+    for mount in ("slug", "competitions/slug", "datasets/somebody/slug", "1/2/3/4"):
+        (mounts / mount).parent.mkdir(parents=True, exist_ok=True)
+        made = made.rename(mounts / mount)
+        found = find_photos()
+        assert len(found.photos) == len(dogs) and str(mounts / mount) in found.where
+    as_folders(mounts / "1/2/3/other/5", dogs)
+    made.rename(tmp_path / "gone")
     with pytest.raises(UserError, match="no dogs found"):
         find_photos()
 
@@ -265,19 +249,15 @@ def test_an_archive_of_plain_pictures_is_one_class_too(pack, tmp_path):
     assert prepare(tmp_path / "dogs.archive").key == prepare(root).key
 
 
-def test_the_programs_own_results_are_no_data(dogs, tmp_path, monkeypatch):
+def test_the_programs_own_results_are_no_data(tmp_path, monkeypatch):
     """`cd photos; train_dogs.py --data .`, twice: the sheets of the first run are no dogs."""
     monkeypatch.chdir(as_pictures(tmp_path / "photos"))
-    small = ["--width", "1", "--latent-dim", "4", "--images", "4", "--steps", "1"]
-    for out in ("output", str(tmp_path / "photos/sub/deep")):
-        keys = []
-        for _ in range(2):
-            assert train_dogs.main(["--data", ".", "--out", out, "--device", "cpu", *small]) == 0
-            keys.append(prepare_crops(find_photos(["."], out), "square", show=False).key)
-        assert list(Path(out, "samples").glob("*.png")) and keys[0] == keys[1]
-        assert len(find_photos(["."], out).photos) == 20
-        for path in sorted(Path(out).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+    flags = ["--data", ".", "--out", "output", "--device", "cpu", "--width", "1", "--images", "4"]
+    for _ in range(2):  # with other dogs the second would be refused
+        assert train_dogs.main([*flags, "--latent-dim", "4", "--steps", "1"]) == 0
+    assert {p.suffix for p in Path("output").rglob("*.*")} >= {".png", ".webp"}
+    for place, results in ((".", "output"), (tmp_path, Path("output"))):
+        assert len(find_photos([place], results).photos) == 20
 
 
 # ------------------------------------------------------------------- more than one --data
@@ -343,32 +323,22 @@ def test_hidden_and_macos_files_are_passed_over_in_silence(dogs, tmp_path, monke
 
 
 def test_a_named_folder_may_be_hidden_but_none_below_it_is_data(tmp_path, monkeypatch):
-    root = as_pictures(tmp_path / ".dogs")
-    as_pictures(root / ".trash", 16, 100)
-    assert len(find_photos([root]).photos) == 20
+    root = as_pictures(tmp_path / ".dogs", 16)
+    as_pictures(root / ".trash")
+    dog_sets.write(root / "_roll1/_DSC0001.JPG", make_dog(1).picture)  # as cameras name them
     monkeypatch.chdir(root)
-    assert len(find_photos(["."]).photos) == 20
-
-
-def test_pictures_of_cameras_that_begin_with_an_underscore_are_kept(tmp_path):
-    for k in range(16):
-        dog_sets.write(tmp_path / f"dogs/_roll{k % 2}/_DSC{k:04d}.JPG", make_dog(k).picture)
-    assert len(find_photos([tmp_path / "dogs"]).photos) == 16
+    assert len(find_photos([root]).photos) == len(find_photos(["."]).photos) == 17
 
 
 def test_links_to_halves_and_files_are_followed_and_dead_ones_passed_over(dogs, tmp_path):
     real, root = as_folders(tmp_path / "real", dogs), tmp_path / "set"
     root.mkdir()
     (root / "Images").symlink_to(real / "Images", target_is_directory=True)
-    for path in (real / "Annotation").rglob("*_*_*"):
+    for path in (real / "Annotation").glob("*/*"):
         link = root / path.relative_to(real)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
     (real / "Images" / dogs[0].breed / "gone.jpg").symlink_to(tmp_path / "gone")
-    for path in (p for p in (real / "Annotation").rglob("*") if p.is_file()):
-        link = root / path.relative_to(real)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
     found = find_photos([root])
     assert len(found.photos) == len(dogs) and found.skipped == []
 
@@ -415,28 +385,19 @@ def tar_of(count: int) -> bytearray:
     return bytearray(buffer.getvalue())
 
 
-def central(data: bytearray) -> list[int]:
-    """Where a zip's list of members has its entries."""
-    return [m.start() for m in re.finditer(b"PK\x01\x02", data)]
-
-
 def patched(data: bytearray, at: int, new: bytes) -> bytes:
     data[at : at + len(new)] = new
     return bytes(data)
 
 
-def zip_with(offset: int, new: bytes) -> bytes:
-    """A zip whose first entry in the list of members says something else."""
-    data = zip_of(20)
-    return patched(data, central(data)[0] + offset, new)
+def listed(data: bytearray, offset: int, new: bytes, entry: int = 0) -> bytes:
+    """A zip whose list of members says something else of one of them."""
+    return patched(data, [m.start() for m in re.finditer(b"PK\x01\x02", data)][entry] + offset, new)
 
 
 def not_utf8() -> bytes:
     """A member's name marked as UTF-8 that is none: UnicodeDecodeError out of zipfile."""
-    data = zip_of(20)
-    at = central(data)[0]
-    patched(data, at + 8, struct.pack("<H", 0x800))
-    return patched(data, at + 46, b"\xff")
+    return listed(bytearray(listed(zip_of(20), 8, b"\0\x08")), 46, b"\xff")
 
 
 def pax_headers(count: int) -> bytes:
@@ -446,17 +407,25 @@ def pax_headers(count: int) -> bytes:
     return header.tobuf() * count + bytes(tar_of(1))
 
 
-WHOLE = {"zip": lambda: bytes(zip_of(20)), "tar": lambda: bytes(tar_of(20))}
+def negative() -> bytes:
+    """A tar whose second member leads back to itself."""
+    data, at = tar_of(2), 512 + -len(make_dog(0).picture) // 512 * -512
+    patched(data, at + 124, b"\xff" + (256**11 - 512).to_bytes(11, "big"))
+    patched(data, at + 148, b" " * 8)
+    return patched(data, at + 148, b"%06o\0 " % sum(data[at : at + 512]))
+
+
 BROKEN_ARCHIVES: dict[str, Callable[[], bytes]] = {
     "empty": lambda: b"",
     "a web page": lambda: b"<html>404 not found</html>" * 99,
-    "a cut zip": lambda: WHOLE["zip"]()[:-300],
-    "a cut tar": lambda: WHOLE["tar"]()[:-12_000],
-    "a zip without its list": lambda: zip_with(0, b"\xff" * 46),
+    "a cut zip": lambda: bytes(zip_of(20))[:-300],
+    "a cut tar": lambda: bytes(tar_of(20))[:-12_000],
+    "a zip without its list": lambda: listed(zip_of(20), 0, b"\xff" * 46),
     "a tar without its first header": lambda: patched(tar_of(20), 0, b"\xff" * 46),
-    "of a later version": lambda: zip_with(6, b"\x63\x00"),  # NotImplementedError
+    "of a later version": lambda: listed(zip_of(20), 6, b"\x63\0"),  # NotImplementedError
     "a name that is no text": not_utf8,
     "5,000 headers for one file": lambda: pax_headers(5000),
+    "a member of negative size": negative,  # an endless loop in Pythons up to 3.13.5
     "a size that is no number": lambda: patched(tar_of(20), 124, b"x" * 11),  # ValueError
 }
 
@@ -488,51 +457,25 @@ def test_what_is_no_data_ends_with_2_and_does_not_hang(what, tmp_path):
 
 def bomb(method: int) -> bytes:
     """300 MB of zeros in a member that claims to hold 1,000 bytes."""
-    data = zip_of(60)
-    with zipfile.ZipFile(buffer := io.BytesIO(data), "a", method) as archive:
-        with archive.open("bomb.jpg", "w") as member:
-            for _ in range(300):
-                member.write(bytes(MIB))
-    data = bytearray(buffer.getvalue())
-    return patched(data, central(data)[-1] + 24, struct.pack("<I", 1000))
+    with zipfile.ZipFile(buffer := io.BytesIO(zip_of(60)), "a", method) as archive:
+        archive.writestr("bomb.jpg", bytes(300 * MIB))
+    return listed(bytearray(buffer.getvalue()), 24, struct.pack("<I", 1000), -1)
 
 
-def member_of(method: int) -> bytes:
-    """A member whose list entry names a method of compression that is none."""
-    data = zip_of(60)
-    for at in (8, central(data)[0] + 10):
-        patched(data, at, struct.pack("<H", method))
-    return bytes(data)
-
-
-def with_flag(flag: int) -> bytes:
-    """A member that is encrypted (1), patched (0x20) or strongly encrypted (0x40)."""
-    data = zip_of(60)
-    for at in (6, central(data)[0] + 8):
-        patched(data, at, struct.pack("<H", flag))
-    return bytes(data)
-
-
-def too_large_in_zip() -> bytes:
-    data = zip_of(60)
-    return patched(data, central(data)[0] + 24, struct.pack("<I", 70 * MIB))
-
-
-def deflated_garbage() -> bytes:
-    data = zip_of(60, DEFLATED)
-    return patched(data, 30 + len("00.jpg"), b"\xff" * 400)
+def first_member(offset: int, new: bytes, method: int = STORED) -> bytes:
+    """A zip whose first member says something else of itself, there and in the list."""
+    return patched(bytearray(listed(zip_of(60, method), offset + 2, new)), offset, new)
 
 
 BAD_MEMBERS: dict[str, Callable[[], bytes]] = {
-    "deflated garbage": deflated_garbage,
-    "encrypted": lambda: with_flag(1),
-    "patched": lambda: with_flag(0x20),
-    "strongly encrypted": lambda: with_flag(0x40),
-    "an unknown method": lambda: member_of(77),
-    "larger than 64 MB": too_large_in_zip,
+    "deflated garbage": lambda: patched(zip_of(60, DEFLATED), 36, b"\xff" * 400),
+    "encrypted": lambda: first_member(6, b"\x01\0"),
+    "patched": lambda: first_member(6, b"\x20\0"),  # NotImplementedError
+    "strongly encrypted": lambda: first_member(6, b"\x40\0"),
+    "an unknown method": lambda: first_member(8, b"\x4d\0"),
+    "larger than 64 MB": lambda: listed(zip_of(60), 24, struct.pack("<I", 70 * MIB)),
     "a deflated bomb": lambda: bomb(DEFLATED),
     "a bzip2 bomb": lambda: bomb(zipfile.ZIP_BZIP2),
-    "an LZMA bomb": lambda: bomb(zipfile.ZIP_LZMA),
 }
 
 
@@ -540,11 +483,13 @@ BAD_MEMBERS: dict[str, Callable[[], bytes]] = {
 def test_a_bad_member_of_a_zip_is_counted_and_costs_no_memory(name, tmp_path):
     place = tmp_path / "dogs.zip"
     place.write_bytes(BAD_MEMBERS[name]())
-    find_photos([place])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    made = prepare(place)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # kB
-    assert len(made.first) in (59, 60) and len(made.skipped) == 1
+    found = find_photos([place])
+    tracemalloc.start()
+    made = prepare_crops(found, "square", show=False)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(made.first) == len(found.photos) - 1 and len(made.skipped) == 1
+    assert most < 30 * MIB  # the other photos and all their crops are 1 MB
 
 
 def test_files_larger_than_64_mb_are_counted_without_being_read(dogs, tmp_path):

@@ -56,8 +56,8 @@ def another(name: str) -> str:
     f = FIELDS[name]
     if type(f.default) not in (int, float):
         return TEXTS.get(name) or next(c for c in f.metadata["among"] if c != f.default)
-    near = [v for v in (*SPANS[name], 0, 3) if math.isfinite(v) and v != f.default]
-    return repr(type(f.default)(near[0]))
+    least, most = SPANS[name]
+    return repr(type(f.default)(next(v for v in (3, 0.25) if least <= v <= most)))
 
 
 def test_every_field_of_the_configuration_is_a_flag_with_hyphens():

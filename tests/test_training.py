@@ -72,7 +72,8 @@ def double() -> Iterator[None]:
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
-    "changes", [{"margin": 0.55}, {"margin": 1.0, "smoothing": 0.1}, {"d_width": 3, "init_std": 0.02}]
+    "changes",
+    [{"margin": 0.55}, {"margin": 1.0, "smoothing": 0.1}, {"d_width": 3, "init_std": 0.02}],
 )
 def test_a_step_is_a_plain_dcgan_step_with_plain_adam(dogs, changes):
     """Four steps against: ordinary batch norms in forwards apart, BCE by hand, Adam by hand."""
