@@ -856,14 +856,11 @@ ANNOTATION_PLACES = (
 )  # fmt: skip
 
 
-def list_files(place: Path, results: Path | None = None) -> list[Entry]:
-    """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked.
-
-    `results`: a folder of this program's own, which is no data.
-    """
+def list_files(place: Path) -> list[Entry]:
+    """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked."""
     try:
         if place.is_dir():
-            entries = list(folder_entries(place, results))
+            entries = list(folder_entries(place))
         elif place.exists() and not place.is_file():
             raise ValueError("neither file nor folder")  # a pipe, which would be waited for
         else:
@@ -880,7 +877,7 @@ def is_shown(path: str) -> bool:
     return not any(part.startswith((".", "__MACOSX")) for part in path.split("/")[1:])
 
 
-def folder_entries(place: Path, results: Path | None) -> Iterator[Entry]:
+def folder_entries(place: Path) -> Iterator[Entry]:
     """The files of a folder and of those below."""
 
     def stop(error: OSError) -> None:
@@ -890,8 +887,6 @@ def folder_entries(place: Path, results: Path | None) -> Iterator[Entry]:
         real = Path(folder).resolve()
         below_it = [name for name in inner if not real.is_relative_to(Path(folder, name).resolve())]
         inner[:] = below_it  # no link back to where it lies
-        if results is not None and results.is_dir():
-            inner[:] = [name for name in inner if not results.samefile(Path(folder, name))]
         if {"config.json", "log.jsonl"} <= set(names):  # results of this program are no data
             inner[:] = [name for name in inner if name != "samples"]
             names = [name for name in names if name != "progress.webp"]
@@ -954,13 +949,13 @@ def places_below(folder: Path, levels: int) -> list[Path]:
     return []
 
 
-def find_photos(paths: Sequence[str | Path] = (), results: str | Path | None = None) -> PhotoSet:
+def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
     """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
 
     A path may be a folder that holds the set in any of its published forms (folders, Kaggle's flat
     form, two zips, the two official tars), an archive, or a folder of pictures. Where there is no
-    annotation at all, the pictures are one class. `results`: a folder whose pictures are this
-    program's own. Raises `UserError` where there are no dogs.
+    annotation at all, the pictures are one class. Raises `UserError` where there are
+    no dogs.
     """
     places = [p for path in map(Path, paths) for p in places_below(path, 4) or [path]]
     if not paths:
@@ -973,8 +968,7 @@ def find_photos(paths: Sequence[str | Path] = (), results: str | Path | None = N
             " drawn ones with --data data/sample."
         )
     pictures, annotations = [], {}
-    own_folder = None if results is None else Path(results)
-    for entry in (e for place in places for e in list_files(place, own_folder)):
+    for entry in (e for place in places for e in list_files(place)):
         folder, _, name = entry.path.rpartition("/")
         if Path(name).suffix.lower() in PICTURE_SUFFIXES:
             pictures.append(entry)
@@ -1800,8 +1794,11 @@ SEED_USES = ("training", "submission", "norms", "sheet", "reals", "breeds")
 
 
 def seed_for(seed: int, use: str) -> int:
-    """A seed for one use of randomness, far from those of the others."""
-    return seed + (SEED_USES.index(use) << 32)
+    """A seed for one use of randomness, far from those of the others; "training" has `seed`.
+
+    It has 32 bits: torch's generator of a CPU looks at no more.
+    """
+    return (seed + SEED_USES.index(use) * 0x9E3779B1) % 2**32
 
 
 def draw_latents(count: int, latent_dim: int, seed: int, truncation: float = 0.0) -> Tensor:
@@ -2552,7 +2549,7 @@ def load_trainer(trainer: Trainer, state: dict[str, object]) -> bool:
 def start_run(options: Options, device: torch.device, started: float, stop: Interrupts) -> int:
     """Find, crop, train, submit. Returns the exit code."""
     config, out = options.config, Path(options.config.out)
-    photos = find_photos(config.data, out)
+    photos = find_photos(config.data)
     state = resumed_state(options)
     crops = prepare_crops(photos, config.crops)
     trainer = Trainer(config, crops, device)
@@ -2634,7 +2631,7 @@ def spoken(breed: str) -> str:
 
 def show_plan(config: Config, device: torch.device) -> int:
     """`--dry-run`: crop the dogs, print the plan and its cost, and try a GPU's replay."""
-    photos = find_photos(config.data, config.out)
+    photos = find_photos(config.data)
     crops = prepare_crops(photos, config.crops)
     say(f"{len(photos.photos)} photos, {len(crops.first)} dogs of {len(crops.breeds)} breeds in")
     say(f"{photos.where}; left out: {count_reasons(crops.skipped) or 'nothing'}")

@@ -249,15 +249,16 @@ def test_an_archive_of_plain_pictures_is_one_class_too(pack, tmp_path):
     assert prepare(tmp_path / "dogs.archive").key == prepare(root).key
 
 
-def test_the_programs_own_results_are_no_data(tmp_path, monkeypatch):
+@pytest.mark.parametrize("out", ["output", "."])
+def test_the_programs_own_results_are_no_data(out, tmp_path, monkeypatch):
     """`cd photos; train_dogs.py --data .`, twice: the sheets of the first run are no dogs."""
     monkeypatch.chdir(as_pictures(tmp_path / "photos"))
-    flags = ["--data", ".", "--out", "output", "--device", "cpu", "--width", "1", "--images", "4"]
+    flags = ["--data", ".", "--out", out, "--device", "cpu", "--width", "1", "--images", "4"]
     for _ in range(2):  # with other dogs the second would be refused
         assert train_dogs.main([*flags, "--latent-dim", "4", "--steps", "1"]) == 0
-    assert {p.suffix for p in Path("output").rglob("*.*")} >= {".png", ".webp"}
-    for place, results in ((".", "output"), (tmp_path, Path("output"))):
-        assert len(find_photos([place], results).photos) == 20
+    assert {p.suffix for p in Path(out).rglob("*.*")} >= {".png", ".webp"}
+    for place in (".", tmp_path):
+        assert len(find_photos([place]).photos) == 20
 
 
 # ------------------------------------------------------------------- more than one --data
@@ -330,15 +331,15 @@ def test_a_named_folder_may_be_hidden_but_none_below_it_is_data(tmp_path, monkey
     assert len(find_photos([root]).photos) == len(find_photos(["."]).photos) == 17
 
 
-def test_links_to_halves_and_files_are_followed_and_dead_ones_passed_over(dogs, tmp_path):
+def test_links_are_followed_once_and_dead_ones_passed_over(dogs, tmp_path):
+    """A half that is a link, breeds that are, and links back to where they lie."""
     real, root = as_folders(tmp_path / "real", dogs), tmp_path / "set"
-    root.mkdir()
+    (root / "Annotation").mkdir(parents=True)
     (root / "Images").symlink_to(real / "Images", target_is_directory=True)
-    for path in (real / "Annotation").glob("*/*"):
-        link = root / path.relative_to(real)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
+    for breed in (real / "Annotation").iterdir():
+        (root / "Annotation" / breed.name).symlink_to(breed, target_is_directory=True)
     (real / "Images" / dogs[0].breed / "gone.jpg").symlink_to(tmp_path / "gone")
+    (real / "Images" / "again").symlink_to(real / "Images", target_is_directory=True)
     found = find_photos([root])
     assert len(found.photos) == len(dogs) and found.skipped == []
 
