@@ -5,6 +5,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -16,8 +17,6 @@ import PIL
 import pytest
 import torch
 from dog_sets import annotate, as_folders, encode, make_dog, make_dogs, paint, photo_of
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
 import train_dogs
@@ -58,45 +57,33 @@ def test_all_boxes_of_all_small_frames():
             assert (views["box"], views["whole"]) == ([box], [(0, 0, width, height)])
 
 
-@st.composite
-def frames_and_boxes(draw: st.DrawFn) -> tuple[Box, int, int]:
-    """A frame of up to 5,000 pixels and a box between pixels that `clip_box` has let through."""
-    width, height = (draw(st.one_of(st.integers(1, 40), st.integers(1, 5000))) for _ in range(2))
-    edges = [sorted(draw(st.floats(0, n)) for _ in range(2)) for n in (width, height)]
-    (left, right), (top, bottom) = edges
-    assume(right - left >= 1 and bottom - top >= 1)
-    return clip_box((left, top, right, bottom), width, height), width, height
+def test_views_of_large_frames_lie_inside_hold_a_pixel_and_are_square():
+    """Boxes between pixels, in frames of up to 5,000."""
+    chance = random.Random(0)
+    for _ in range(3000):
+        frame = [chance.choice([chance.randint(1, 40), chance.randint(1, 5000)]) for _ in range(2)]
+        edges = [sorted((chance.uniform(0, n), chance.uniform(0, n))) for n in frame]
+        if min(high - low for low, high in edges) < 1:
+            continue
+        for kind, crop in CROPS.items():
+            for left, top, right, bottom in crop(tuple(itertools.chain(*zip(*edges))), *frame):
+                assert -1e-6 <= left and right <= frame[0] + 1e-6, kind
+                assert -1e-6 <= top and bottom <= frame[1] + 1e-6, kind
+                assert min(right - left, bottom - top) >= 1 - 1e-6, kind
+                assert kind in ("box", "whole") or abs(right - left - bottom + top) < 1e-6, kind
 
 
-@settings(max_examples=800)
-@given(case=frames_and_boxes())
-def test_views_lie_in_the_frame_hold_a_pixel_and_are_square(case):
-    _, width, height = case
-    near = 1e-9 * max(width, height)
-    for kind, crop in CROPS.items():
-        for left, top, right, bottom in crop(*case):
-            assert -near <= left and right <= width + near, kind
-            assert -near <= top and bottom <= height + near, kind
-            assert right - left >= 1 - near and bottom - top >= 1 - near, kind
-            assert kind in ("box", "whole") or abs(right - left - bottom + top) <= near, kind
-
-
-@settings(max_examples=800)
-@given(
-    box=st.tuples(*[st.integers(-300, 900)] * 4),
-    width=st.integers(1, 600),
-    height=st.integers(1, 600),
-)
-def test_a_clipped_box_is_the_set_of_its_pixels_inside(box, width, height):
-    """Against a slow oracle: the pixels of the box, one by one along each side."""
-    columns = [x for x in range(box[0], box[2]) if 0 <= x < width]
-    rows = [y for y in range(box[1], box[3]) if 0 <= y < height]
-    if columns and rows:
-        inside = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-        assert clip_box(box, width, height) == inside
-    else:
-        with pytest.raises(BadItem):
-            clip_box(box, width, height)
+def test_a_clipped_box_is_the_set_of_its_pixels_inside():
+    """Every box around a frame of 4 x 3 against its pixels, one by one along each side."""
+    for box in itertools.product(range(-2, 7), repeat=4):
+        columns = [x for x in range(box[0], box[2]) if 0 <= x < 4]
+        rows = [y for y in range(box[1], box[3]) if 0 <= y < 3]
+        if columns and rows:
+            inside = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+            assert clip_box(box, 4, 3) == inside
+        else:
+            with pytest.raises(BadItem):
+                clip_box(box, 4, 3)
 
 
 def test_crops_are_parsed_into_shares():
@@ -110,10 +97,9 @@ def test_crops_are_parsed_into_shares():
     ["", "dog", "square,", "square:0", "square:-1", "square:nan", "square:inf", "square:x"]
     + ["square,square", "square:1:2", "Square"],
 )
-def test_senseless_crops_end_with_2_and_name_the_kinds(text, capsys):
-    assert train_dogs.main([f"--crops={text}", "--device", "cpu"]) == 2
-    said = capsys.readouterr().err
-    assert all(kind in said for kind in ("box", "square", "head", "context", "whole"))
+def test_senseless_crops_are_refused_and_the_kinds_are_named(text):
+    with pytest.raises(UserError, match="box, square, head, context, whole"):
+        train_dogs.parse_crops(text)
 
 
 # --------------------------------------------------------------------------------- pixels
@@ -355,9 +341,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a list": lambda p: torch.save([1, 2], p),
     "an object": lambda p: torch.save(Path("x"), p),
     "other keys": lambda p: torch.save({"key": "", "pixels": torch.zeros(1)}, p),
-    "a count less": lambda p: torch.save(
-        (table := torch.load(p)) | {"count": table["count"][:-1]}, p
-    ),
+    "a count less": lambda p: torch.save((t := torch.load(p)) | {"count": t["count"][:-1]}, p),
 }
 
 
@@ -471,14 +455,14 @@ def test_kinds_are_drawn_by_weight_views_evenly_and_each_of_them_mirrored_half_t
 def test_the_weights_of_crops_reach_the_batches_whatever_their_order(tmp_path, cache):
     root = as_folders(tmp_path / "set", make_dogs(16))
     for kinds in ("whole:1,box:3", "box:3,whole:1"):
-        rows = torch.zeros(4000, dtype=torch.int64)
+        rows = torch.zeros(1000, dtype=torch.int64)
         made = prepare(root, kinds)
         drawn = train_dogs.draw_reals(made, rows, torch.Generator().manual_seed(0))
         picture = Image.open(a_picture(root)).resize((64, 64), Image.Resampling.LANCZOS)
         whole = torch.from_numpy(np.asarray(picture) / 127.5 - 1).permute(2, 0, 1)
         off = torch.minimum((drawn - whole).abs().mean((1, 2, 3)),
             (drawn - whole.flip(2)).abs().mean((1, 2, 3)))  # fmt: skip
-        assert abs((off < 0.01).float().mean() - 0.25) < 0.035
+        assert abs((off < 0.01).float().mean() - 0.25) < 0.07
 
 
 def test_a_draw_is_a_view_or_its_mirror_image_scaled_to_one(dogs_root, cache):
