@@ -635,9 +635,7 @@ class TrainingStep:
         self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
         self.precision = choose_precision(config.precision, device)
         self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
-        # A captured graph knows the default CUDA generator; on a CPU the run has one of its own.
-        on_gpu = device.type == "cuda"
-        self.rng = torch.cuda.default_generators[device.index] if on_gpu else torch.Generator()
+        self.rng = torch.Generator(device if device.type == "cuda" else "cpu")
         self.rng.manual_seed(config.seed)
         self.batches = Batches(self.crops, config, self.rng)
         self.stats = (*self.d_objective.terms, *self.g_objective.terms, *D_OUTPUTS)
@@ -1475,7 +1473,8 @@ def choose_precision(name: str, device: torch.device) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, in any of the forms in which torch, cuDNN and cuBLAS say so."""
     said = str(error).lower()
-    signs = ("out of memory", "alloc_failed", "unable to find an engine", "not enough memory")
+    signs = ("out of memory", "alloc_failed", "allocation_failed", "unable to find an engine")
+    signs += ("not enough memory",)
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(sign in said for sign in signs)
     )
@@ -1526,7 +1525,6 @@ def capture(trainer: Trainer) -> str:
             if is_out_of_memory(error):
                 raise
             reason = f"the step cannot be captured as a CUDA graph ({first_line(error)})"
-            trainer.use_own_generator()  # the default one may be left in the state of a capture
             return reason
         reason = compare_steps(trainer, warm, replay)
         if not reason:
@@ -1552,6 +1550,8 @@ def warm_up(trainer: Trainer) -> None:
 def captured(trainer: Trainer) -> Callable[[], None]:
     """The replay of `one_step` as a CUDA graph. Raises what the step raised, not what followed."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(trainer.device)
+    own = trainer.rng
+    trainer.use_generator(torch.cuda.default_generators[trainer.device.index])  # a graph knows it
     groups = [adam.param_groups[0] for adam in (trainer.opt_g, trainer.opt_d)]
     first: list[BaseException] = []
     try:
@@ -1564,9 +1564,10 @@ def captured(trainer: Trainer) -> Callable[[], None]:
             except BaseException as error:
                 first.append(error)
                 raise
-    except RuntimeError:  # of the capture's end, perhaps, in the place of what the step raised
+    except BaseException:
+        trainer.rng = trainer.batches.rng = own  # the default one may stay as in a capture
         if first:
-            raise first[0] from None
+            raise first.pop() from None  # not what the capture's end said to it
         raise
     finally:
         for group in groups:
@@ -1584,6 +1585,7 @@ def unfuse(trainer: Trainer) -> None:
 
 def compare_steps(trainer: Trainer, start: dict[str, object], replay: Callable[[], None]) -> str:
     """How a replayed step from `start` ends elsewhere than an eager one; "" where it does not."""
+    start["tensors"]["loss_scale"] *= 0.25  # a step that overflows is skipped, and shows nothing
     ends = []
     for step in (trainer.one_step, replay):
         trainer.load_state_dict(start)
@@ -1723,9 +1725,10 @@ class Trainer(TrainingStep):
             self.rng.manual_seed(seed_for(self.config.seed, "training") + self.steps_done)
             return False
 
-    def use_own_generator(self) -> None:
-        """Draw from a generator of this trainer's own from now on; its state is to be loaded."""
-        self.rng = self.batches.rng = torch.Generator(self.device)
+    def use_generator(self, rng: torch.Generator) -> None:
+        """Draw from `rng` from now on, from the state that the generator of now has."""
+        rng.set_state(self.rng.get_state())
+        self.rng = self.batches.rng = rng
 
 
 def make_adam(network: nn.Module, lr: float, config: Config) -> torch.optim.Adam:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import queue
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import (
@@ -19,6 +21,8 @@ from runs import (
     log_of,
     pixels,
 )
+
+import train_dogs
 
 pytest.importorskip("ipykernel")
 manager = pytest.importorskip("jupyter_client.manager")
@@ -87,31 +91,35 @@ def pasted(notebook: Notebook) -> tuple[str, str]:
     return notebook.run(SCRIPT.read_text("utf-8"), lambda said: "breeds" in said)
 
 
-def test_pasted_whole_it_runs_with_its_defaults_and_does_not_parse_the_kernels_argv(
+def test_pasted_whole_it_runs_with_its_defaults_and_an_interrupt_ends_it_in_one_line(
     pasted, notebook
 ):
     status, said = pasted
     assert status == "ok", said
     assert "135 dogs of 6 breeds in data" in said.replace(str(notebook.folder) + "/", "")
     assert "usage" not in said and "Traceback" not in said and "SystemExit" not in said
+    assert "interrupted" in said
     assert (notebook.folder / "output").is_dir()  # the default of --out
-    _, said = notebook.run("print('__file__' in globals(), Config().width)")
-    assert said.split() == ["False", "48"]
-
-
-def test_interrupted_before_the_first_step_it_says_so_and_leaves_no_zip(pasted, notebook):
-    status, said = pasted
-    assert status == "ok" and "interrupted" in said
     assert not (notebook.folder / "output" / "images.zip").exists()
-
-
-def test_signal_handlers_and_the_kernels_argv_are_as_they_were(pasted, notebook):
     cell = """
 import signal, sys
-print(signal.getsignal(signal.SIGINT) is signal.default_int_handler,
-      signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "-f" in sys.argv)
+print("__file__" in globals(), Config().width, "-f" in sys.argv,
+      signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+      signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
 """
-    assert notebook.run(cell)[1].split() == ["True", "True", "True"]
+    assert notebook.run(cell)[1].split() == ["False", "48", "True", "True", "True"]
+
+
+def test_a_shell_below_the_kernels_is_a_notebook_too_and_a_terminals_is_not(monkeypatch):
+    kernels = pytest.importorskip("ipykernel.zmqshell").ZMQInteractiveShell
+    terminals = pytest.importorskip("IPython.terminal.interactiveshell").TerminalInteractiveShell
+    colabs = type("Shell", (kernels,), {})  # as google.colab._shell.Shell is
+    for kind, expected in ((kernels, True), (colabs, True), (terminals, False), (None, False)):
+        shell = None if kind is None else object.__new__(kind)
+        monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda s=shell: s))
+        assert train_dogs.in_notebook() == expected
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert not train_dogs.in_notebook()
 
 
 def test_main_takes_options_shows_a_bar_and_returns(pasted, notebook):

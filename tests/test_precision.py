@@ -195,6 +195,21 @@ def test_every_term_is_nearly_the_same_in_less_precision(dogs):
             assert stats[name][term] == pytest.approx(stats["fp32"][term], rel=0.05), term
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("changes", [{}, {"layers": "paper", "init_std": 0.02}])
+def test_r1_in_half_precision_has_the_gradients_of_float32(name, changes, dogs):
+    """Its double backward takes D's norms' 1 / std to the third power: past 65504 from 0.025 on."""
+    moments = []
+    for precision in ("fp32", name):
+        trainer = Trainer(small(precision=precision, r1=1.0, beta1=0.0, **changes), dogs, CPU)
+        trainer.loss_scale.fill_(256.0)
+        trainer.step(0.0)
+        moments.append([state["exp_avg"] for state in trainer.opt_d.state.values()])
+        assert float(trainer.loss_scale) >= 256  # no update was skipped
+    for exact, half in zip(*moments, strict=True):
+        assert (half - exact).norm() < 0.3 * exact.norm()
+
+
 # ----------------------------------------------------------------------------------- the loss scale
 
 

@@ -105,16 +105,6 @@ def test_a_preset_trains_samples_and_resumes(name, tmp_path, monkeypatch):
         assert written[field] == PRESETS[name][field]
 
 
-def test_first_public_is_the_notebook_as_it_was():
-    config = parse(["--preset", "first-public"]).config
-    assert (config.layers, config.latent_dim, config.width) == ("deep", 256, 48)
-    assert config.batch_size == 32
-    assert (config.g_lr, config.d_lr, config.beta1, config.beta2) == (5e-4, 5e-4, 0.3, 0.999)
-    assert (config.margin, config.smoothing) == (0.8, 0.05)
-    assert (config.average, config.ema_schedule, config.average_every) == ("ema", "stepped", 1)
-    assert train_dogs.parse_crops(config.crops).keys() == {"head", "square", "context"}
-
-
 # ----------------------------------------------------------------------------------- the DCGAN
 
 
@@ -140,22 +130,11 @@ def test_dcgan_has_the_layers_of_its_paper(paper):
     assert norms == [256, 512, 1024]  # none at D's input
 
 
-def test_dcgans_weights_are_normal_with_a_std_of_2_hundredths(paper):
-    for network in paper:
-        for module in network.modules():
-            weight = getattr(module, "weight", None)
-            if weight is None or weight.numel() < 100:
-                continue
-            mean = 0.0 if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) else 1.0
-            values = weight.detach().flatten()[:20_000].numpy()
-            assert stats.kstest((values - mean) / 0.02, "norm").pvalue > 1e-4
-
-
 def test_dcgan_learns_as_its_paper_says():
     config = parse(["--preset", "dcgan"]).config
-    assert (config.g_lr, config.d_lr, config.beta1, config.beta2) == (2e-4, 2e-4, 0.5, 0.999)
-    assert (config.latent_dim, config.batch_size, config.average) == (100, 128, "none")
-    assert (config.margin, config.smoothing) == (1.0, 0.0)  # the logistic loss itself
+    assert (config.g_lr, config.d_lr, config.beta1, config.init_std) == (2e-4, 2e-4, 0.5, 0.02)
+    assert (config.batch_size, config.average) == (128, "none")
+    assert (config.margin, config.smoothing, config.loss) == (1.0, 0.0, "margin")  # plain logistic
 
 
 # --------------------------------------------------------------------------------- the stepped EMA
@@ -226,15 +205,10 @@ def penalty_of(logits: Tensor, images: Tensor) -> float:
     return float(gradient_penalty(seen).detach())
 
 
-@given(st.integers(1, 6), st.integers(0, 10**6))
-def test_r1_of_a_linear_d_is_half_its_squared_slope(batch, seed):
-    torch.manual_seed(seed)
-    slope, images = torch.randn(3, 8, 8), torch.randn(batch, 3, 8, 8).requires_grad_()
+def test_r1_is_half_the_squared_slope_in_the_mean_over_reals_though_fakes_lie_behind_them():
+    slope, images = torch.randn(3, 8, 8), torch.randn(4, 3, 8, 8).requires_grad_()
     logits = (images * slope).sum((1, 2, 3)) + 5
     assert penalty_of(logits, images) == pytest.approx(float(slope.square().sum()) / 2, rel=1e-5)
-
-
-def test_r1_is_the_mean_over_reals_even_where_fakes_lie_behind_them():
     x = torch.randn(7, 3, 4, 4).requires_grad_()
     logits = x.square().sum((1, 2, 3))  # slope 2x
     expected = float((2 * x.detach()[:3]).square().sum((1, 2, 3)).mean()) / 2
@@ -259,18 +233,6 @@ def test_r1_in_ds_step_is_that_of_a_plain_d_and_its_gradient_reaches_the_weights
         c = torch.zeros_like(a) if c is None else c
         torch.testing.assert_close(a - b, c, rtol=1e-4, atol=1e-5 * float(c.abs().max()) + 1e-6)
     assert max(float(c.abs().max()) for c in expected if c is not None) > 0
-
-
-def test_r1_is_for_d_alone_and_flattens_it(dogs):
-    slopes = []
-    for r1 in (100.0, 0.0):
-        trainer = Trainer(small(r1=r1, g_lr=0.0, d_lr=0.01), dogs, CPU)
-        for _ in range(12):
-            trainer.step(0.0)
-        reals = train_dogs.draw_reals(dogs, torch.arange(20), torch.Generator()).requires_grad_()
-        slopes.append(penalty_of(trainer.D(reals, 20).logits, reals))
-        assert trainer.is_healthy()
-    assert slopes[0] < 0.5 * slopes[1]
 
 
 def test_r1_is_counted_as_the_work_that_it_is():

@@ -239,21 +239,6 @@ def test_a_sheet_shows_every_image_once_in_reading_order():
     assert len({y for y, _ in places}) == 3 and len({x for _, x in places}) == 10
 
 
-def test_the_sheet_of_reals_is_the_first_a_run_leaves_and_the_animation_shows_the_others(tmp_path):
-    sheets = [train_dogs.draw_sheet(pictures(20, seed)) for seed in range(3)]
-    train_dogs.save_picture(tmp_path / "samples" / "real.png", sheets[:1])
-    with Image.open(tmp_path / "samples" / "real.png") as seen:
-        assert (seen.format, seen.mode) == ("PNG", "RGB")
-        assert (np.asarray(seen) == np.asarray(sheets[0])).all()
-    train_dogs.save_picture(tmp_path / "progress.webp", sheets)
-    with Image.open(tmp_path / "progress.webp") as seen:
-        assert seen.format == "WEBP" and seen.n_frames == 3
-        for k, sheet in enumerate(sheets):
-            seen.seek(k)
-            frame = np.asarray(seen.convert("RGB"), int)
-            assert np.abs(frame - np.asarray(sheet)).mean() < 12
-
-
 def test_a_sheet_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "progress.webp"
     sheets = [train_dogs.draw_sheet(pictures(4, seed)) for seed in range(2)]

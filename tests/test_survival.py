@@ -181,17 +181,16 @@ KILLS = int(os.environ.get("KILLS", "6"))
 def test_killed_at_random_moments_it_leaves_whole_files_and_ends_as_if_it_had_not_been(
     killer, finished_run, tmp_path
 ):
-    out, chance, codes = tmp_path / "out", random.Random(KILLS), []
-    zipped, begin = False, time.monotonic()
-    assert killer(arguments(tmp_path / "unbroken", steps=STEPS)) == 0
-    length = time.monotonic() - begin
-    for _ in range(KILLS):
-        argv = arguments(out, steps=STEPS, checkpoint_seconds=chance.choice([0, 0.1]))
+    out, chance, codes, zipped = tmp_path / "out", random.Random(KILLS), [], False
+    length = 4.0
+    while codes.count(-signal.SIGKILL) < KILLS:
+        argv, begin = arguments(out, steps=STEPS, checkpoint_seconds=0), time.monotonic()
         codes.append(killer(argv, chance.uniform(0, length), "", -1, ""))
+        length = 0.9 * min(length, time.monotonic() - begin) if codes[-1] == 0 else length
         assert_whole(out)
         zipped |= (out / "images.zip").exists()
         assert zipped == (out / "images.zip").exists()
-    assert set(codes) <= {0, -signal.SIGKILL} and codes.count(0) < KILLS / 2
+    assert set(codes) <= {0, -signal.SIGKILL}  # never refused
     assert zipped and run_here(out, steps=STEPS) == 0
     assert_same_result(out, finished_run)
 
@@ -669,14 +668,14 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_that_was_learnt(
     captured = capsys.readouterr()
     assert "no checkpoint could be written (No space left on device)" in captured.out
     assert "the results of now cannot be written" in captured.out
-    assert_one_sentence_of_the_log(captured.err)
+    assert only_of_the_log(captured.err)
     assert log_of(disk.out)[-1]["text"].startswith("look at")  # every line of it is whole
     assert_same_result(disk.out, finished_run)
 
 
-def assert_one_sentence_of_the_log(stderr: str) -> None:
-    """Nothing is said but, once, that the log is not complete."""
-    assert re.fullmatch(r"log\.jsonl cannot be written \(.*\): going on\n|", stderr), stderr
+def only_of_the_log(stderr: str) -> bool:
+    """Whether nothing is said but, once, that the log is not complete."""
+    return bool(re.fullmatch(r"(log\.jsonl cannot be written \(.*\): going on\n)?", stderr))
 
 
 def test_a_disk_that_stays_full_is_one_sentence_and_the_files_of_before_stay_whole(
@@ -732,36 +731,31 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(stopped, finished_run
     (stopped / "log.jsonl").unlink()
     (stopped / "log.jsonl").symlink_to("/dev/full")
     assert run_here(stopped, steps=STEPS) == 0
-    assert_one_sentence_of_the_log(capsys.readouterr().err)
+    assert only_of_the_log(capsys.readouterr().err)
     (stopped / "log.jsonl").unlink()
     assert_same_result(stopped, finished_run)
 
 
-def test_a_reader_that_leaves_does_not_end_the_run(finished_run, tmp_path):
-    out = tmp_path / "out"
-    process = start(*arguments(out, steps=6, images=6))
-    assert process.stdout.readline()  # as `| head -1` does
-    process.stdout.close()
-    assert process.wait(120) == 0 and process.stderr.read() == ""
-    process.stderr.close()
-    assert len(pixels(out / "images.zip")) == 6
-
-
-def test_a_run_says_nothing_on_stderr_not_even_torchs_own_warnings(finished_run, tmp_path):
+def test_a_run_whose_reader_leaves_goes_on_and_stderr_is_empty_even_of_torchs_warnings(
+    finished_run, tmp_path
+):
     words = arguments(
-        tmp_path / "out", steps=6, images=6, r1=1, augment="color,translation,cutout", noise=0.01,
+        tmp_path / "out", steps=4, images=6, r1=1, augment="color,translation,cutout", noise=0.01,
         condition="breed", classify=0.1, loss="rals", smoothing=0.1, lr_decay_start=0.5,
     )  # fmt: skip
-    loud = environment() | {"PYTHONWARNINGS": "always"}
-    code, _, stderr = run_script(*words, env=loud)
-    assert (code, stderr) == (0, "")
+    process = start(*words, env=environment() | {"PYTHONWARNINGS": "always"})
+    assert process.stdout.readline()
+    process.stdout.close()  # as `| head -1` does
+    assert (process.wait(120), process.stderr.read()) == (0, "")
+    process.stderr.close()
+    assert len(pixels(tmp_path / "out" / "images.zip")) == 6
 
 
 def test_results_that_are_removed_while_it_trains_come_again(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     at_step(monkeypatch, s9=lambda: shutil.rmtree(out))
     assert run_here(out, steps=STEPS) == 0
-    assert_one_sentence_of_the_log(capsys.readouterr().err)
+    assert only_of_the_log(capsys.readouterr().err)
     assert len(pixels(out / "images.zip")) == 40 and steps_of(out) == STEPS
     assert (out / "progress.webp").exists()
 
