@@ -236,16 +236,19 @@ class SplitBatchNorm2d(nn.Module):
     own for a second distribution: Xie et al. 2020 (AdvProp, arXiv 1911.09665).
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, wide: bool = False) -> None:
+        """`wide`: in float32 whatever comes in, for R1: the second derivative holds the inverse
+        deviation to the third power, which fp16 has no number for."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
-        self.eps = eps
+        self.eps, self.wide = eps, wide
 
     def forward(self, x: Tensor, num_real: int) -> Tensor:
         """`x`: (N, num_features, H, W), the `num_real` reals first; 0 or N make one group."""
         if not 0 <= num_real <= len(x):
             raise ValueError(f"num_real is {num_real}, but the batch holds {len(x)}")
+        x = widened(x) if self.wide else x
         groups = [g for g in x.split([num_real, len(x) - num_real]) if len(g)]
         normed = [
             F.batch_norm(g, None, None, self.weight, self.bias, training=True, eps=self.eps)
@@ -337,8 +340,14 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, width: int = 48, layers: str = "deep", breeds: int = 0, classify: bool = False
+        self,
+        width: int = 48,
+        layers: str = "deep",
+        breeds: int = 0,
+        classify: bool = False,
+        wide: bool = False,
     ) -> None:
+        """`classify`: with a head for the breeds; `wide`: norms in float32."""
         super().__init__()
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         source = 3
@@ -346,7 +355,7 @@ class Discriminator(nn.Module):
             target = units * width
             self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=False))
             plain = k < LAYERS[layers]["plain"]
-            self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target))
+            self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target, wide=wide))
             source = target
         self.head = nn.Conv2d(source, 1, 4)
         # From 0: D begins as if it were told nothing.
@@ -369,7 +378,7 @@ def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
     """G and D of `config`'s layers, for `breeds` breeds."""
     D_width = config.d_width or config.width
     G = Generator(config.latent_dim, config.width, config.layers, breeds)
-    return G, Discriminator(D_width, config.layers, breeds, config.classify > 0)
+    return G, Discriminator(D_width, config.layers, breeds, config.classify > 0, config.r1 > 0)
 
 
 NETWORKS: dict[str, Callable[[Config, int], tuple[nn.Module, nn.Module]]] = {
