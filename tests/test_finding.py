@@ -484,6 +484,7 @@ BAD_MEMBERS: dict[str, Callable[[], bytes]] = {
     "strongly encrypted": lambda: first_member(6, b"\x40\0"),
     "an unknown method": lambda: first_member(8, b"\x4d\0"),
     "larger than 64 MB": lambda: listed(zip_of(60), 24, struct.pack("<I", 70 * MIB)),
+    "a claim of more than it holds": lambda: listed(zip_of(60), 24, struct.pack("<I", MIB)),
     "a deflated bomb": lambda: bomb(DEFLATED),
     "a bzip2 bomb": lambda: bomb(zipfile.ZIP_BZIP2),
 }

@@ -308,6 +308,7 @@ class Graphs:
         trainer.device = PretendedGpu("cpu")
         for name in ("CUDAGraph", "Stream", "Event", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: self)
+        monkeypatch.setattr(torch.cuda, "default_generators", [torch.Generator()])
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: warnings.catch_warnings())
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: self.captured())
 
