@@ -2412,8 +2412,10 @@ def train_within_budget(run: Run) -> None:
         report.status(trainer, run.clock, last=True)
         saver.save(trainer, run.clock, done, finishing)
     finally:
-        saver.wait()
-        saver.pool.shutdown()
+        try:
+            saver.wait()
+        finally:  # a second Ctrl-C waits for the files too
+            saver.pool.shutdown()
 
 
 def train(run: Run, saver: Saver, finishing: float) -> bool:
