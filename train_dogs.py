@@ -2107,7 +2107,7 @@ class Report:
 
     def __init__(self, out: Path) -> None:
         self.path = out / "log.jsonl"
-        form = "{percentage:3.0f}%|{bar}| {postfix}"
+        form = "{percentage:3.0f}%|{bar}| {desc}"
         self.bar = tqdm(total=1.0, bar_format=form, disable=not is_live())
         self.shown = self.logged = self.printed = -math.inf
         self.last_steps, self.last_time, self.missed = 0, time.monotonic(), 0
@@ -2148,7 +2148,7 @@ class Report:
         )
         with suppress(OSError, ValueError):
             self.bar.n = share
-            self.bar.set_postfix_str(line)
+            self.bar.set_description_str(line)
         if self.bar.disable and (last or now >= self.printed + 60):
             say(f"{share:4.0%} {line}")
             self.printed = now

@@ -113,7 +113,7 @@ def crop_one(picture: bytes, box: Box, kinds: list[str]) -> list[np.ndarray]:
 
 
 def resample_rows(pixels: np.ndarray, start: float, end: float, count: int) -> np.ndarray:
-    """Axis 0 from [start, end) to `count` samples, by a plain loop: sinc(x) sinc(x / 3), widened."""
+    """Axis 0 from [start, end) to `count` samples, by a plain loop: sinc(x) sinc(x / 3)."""
     step = (end - start) / count
     reach, rows = max(step, 1.0), []
     for k in range(count):
@@ -284,11 +284,26 @@ def move_a_box(root: Path) -> None:
     path.write_bytes(moved)
 
 
+def cut_a_picture(root: Path) -> None:
+    """Shorter, but as old as it was."""
+    path, old = a_picture(root), a_picture(root).stat()
+    os.truncate(path, old.st_size // 2)
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+
+
+def move_a_dog(root: Path) -> None:
+    """The last dog of one breed becomes the first of the next: only the breed is another."""
+    for half in ("Images", "Annotation"):
+        (path,) = (root / half / dog_sets.BREEDS[0]).glob("*_1018*")
+        path.rename(root / half / dog_sets.BREEDS[1] / path.name)
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
     "another picture": lambda r: a_picture(r).write_bytes(encode(paint(77), quality=60)),
     "a box moved at equal size": move_a_box,
     "a dog more": lambda r: as_folders(r, [make_dog(50)]),
-    "a picture cut": lambda r: os.truncate(a_picture(r), a_picture(r).stat().st_size // 2),
+    "a picture cut": cut_a_picture,
+    "a dog of another breed": move_a_dog,
     "a picture gone": lambda r: a_picture(r).unlink(),
     "a breed renamed": lambda r: [
         (r / half / dog_sets.BREEDS[0]).rename(r / half / "n1-Wolf") for half in os.listdir(r)
@@ -310,10 +325,11 @@ def test_the_same_dogs_elsewhere_or_later_have_the_same_key(dogs_root, cache, tm
     """A resumed run may find them on another disk, touched, and beside what is left out anyway."""
     first = prepare(dogs_root)
     copied = shutil.copytree(dogs_root, tmp_path / "kaggle" / "dogs", copy_function=shutil.copyfile)
+    assert prepare(copied).key == first.key
     as_folders(copied, [make_dog(50)._replace(annotation=None)])
     made = prepare(copied)
     assert made.key == first.key and len(made.skipped) == 1
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 3
 
 
 def test_the_cache_knows_kinds_and_pillows_version_but_not_weights(dogs_root, cache, monkeypatch):

@@ -38,7 +38,7 @@ from train_dogs import (
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """A GPU that torch reports as available, and on which no kernel runs: a P100 under CUDA 12.8."""
+    """A GPU that torch calls available, on which no kernel runs: a P100 under CUDA 12.8."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)

@@ -152,7 +152,7 @@ def test_boxes_and_pictures_of_annotated_sets_are_read_as_stored(orientation):
 
 
 def test_a_picture_whose_exif_can_be_read_but_not_written_again_is_turned_too():
-    """As Pillow's `exif_transpose` would: here a resolution's unit is a fraction, its struct.error."""
+    """As Pillow's `exif_transpose` would, which fails here: a resolution's unit is a fraction."""
     tags = struct.pack(">HHHIHHHHIIIII", 2, 0x0112, 3, 1, 6, 0, 0x0128, 5, 1, 38, 0, 72, 1)
     picture = paint(5, TURNED).transpose(Image.Transpose.ROTATE_90)
     data = encode(picture, exif=b"Exif\0\0MM\0*\0\0\0\x08" + tags)
@@ -231,13 +231,17 @@ def test_a_bad_picture_is_refused_by_its_reason(name):
 @pytest.mark.parametrize("annotation", [ONE_BOX, None])
 def test_a_png_of_8900x8900_is_refused_before_it_is_decoded(annotation, monkeypatch):
     """300 KB that become 1.2 GB; Pillow decodes a PNG whose EXIF is asked for too early."""
-
-    def load(picture: Image.Image) -> None:
-        raise KeyboardInterrupt("decoded")
-
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    decoded = []
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decoded.append)
     with pytest.raises(BadItem, match="pixel"):
         crop(huge_png(8_900), annotation)
+    assert decoded == []
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_jpeg_too_large_for_the_scale_that_a_small_box_needs_is_refused():
+    with pytest.raises(BadItem, match="pixel"):
+        crop(huge_jpeg(13_300), annotate([(0, 0, 60, 60)]))
 
 
 GOOD = "<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>60</xmax><ymax>60</ymax></bndbox>"
