@@ -895,7 +895,7 @@ def folder_entries(place: Path) -> Iterator[Entry]:
         real = Path(folder).resolve()
         below_it = [name for name in inner if not real.is_relative_to(Path(folder, name).resolve())]
         inner[:] = below_it  # no link back to where it lies
-        if {"config.json", "log.jsonl"} <= set(names):  # results of this program are no data
+        if "config.json" in names and {"checkpoint.pt", "log.jsonl"} & {*names}:  # our results
             inner[:] = [name for name in inner if name != "samples"]
             names = [name for name in names if name != "progress.webp"]
         below = Path(place.name or place.absolute().name, Path(folder).relative_to(place))

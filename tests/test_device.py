@@ -25,7 +25,6 @@ from runs import (
 import train_dogs
 from train_dogs import (
     Config,
-    Discriminator,
     Trainer,
     UserError,
     capture,
@@ -133,8 +132,12 @@ def test_out_of_memory_in_any_form_names_a_smaller_batch(error, tmp_path, monkey
 
 # ---------------------------------------------------------------------------------- on a real GPU
 
-gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+def gpu(test: Callable) -> Callable:
+    """Marks a test that needs one."""
+    return pytest.mark.gpu(no_gpu(test))
 
 
 @pytest.fixture
@@ -175,7 +178,6 @@ def trained(trainer: Trainer, steps: int) -> dict[str, torch.Tensor]:
 
 
 @gpu
-@needs_gpu
 @pytest.mark.usefixtures("exact")
 def test_fifty_captured_steps_equal_fifty_eager_ones_bit_for_bit(cuda):
     eager, captured = trained(trainer_on(cuda), 50), trained(captured_on(cuda), 50)
@@ -183,7 +185,6 @@ def test_fifty_captured_steps_equal_fifty_eager_ones_bit_for_bit(cuda):
 
 
 @gpu
-@needs_gpu
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(
     "changes",
@@ -207,7 +208,6 @@ def test_whatever_the_recipe_captured_steps_equal_eager_ones(cuda, changes):
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 def test_fewer_bits_give_about_the_losses_of_float32(cuda, precision):
     means = {}
@@ -220,7 +220,6 @@ def test_fewer_bits_give_about_the_losses_of_float32(cuda, precision):
 
 
 @gpu
-@needs_gpu
 def test_capturing_leaves_weights_optimisers_and_random_state_as_they_were(cuda):
     trainer = trainer_on(cuda)
     trainer.step(0.0)
@@ -232,7 +231,6 @@ def test_capturing_leaves_weights_optimisers_and_random_state_as_they_were(cuda)
 
 
 @gpu
-@needs_gpu
 @pytest.mark.usefixtures("exact")
 def test_a_checkpoint_goes_on_bit_for_bit_under_a_captured_graph(cuda):
     first, second = trainer_on(cuda), captured_on(cuda, seed=5)
@@ -245,7 +243,6 @@ def test_a_checkpoint_goes_on_bit_for_bit_under_a_captured_graph(cuda):
 
 
 @gpu
-@needs_gpu
 def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_and_the_reverse(cuda):
     on_gpu, on_cpu = trainer_on(cuda), trainer_on(torch.device("cpu"))
     trained(on_gpu, 1)
@@ -256,7 +253,6 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_and_the_reverse(cuda):
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_steps_never_wait_for_the_device(cuda, precision):
     trainer = captured_on(cuda, precision=precision)
@@ -272,7 +268,6 @@ def test_steps_never_wait_for_the_device(cuda, precision):
 
 
 @gpu
-@needs_gpu
 def test_only_a_few_steps_are_in_flight_so_that_the_clock_means_something(cuda):
     trainer = captured_on(cuda, width=32, batch_size=32)
     trained(trainer, 10)
@@ -286,40 +281,7 @@ def test_only_a_few_steps_are_in_flight_so_that_the_clock_means_something(cuda):
     assert end - queued <= 6 * (end - begin) / 60 + 0.005
 
 
-def milliseconds(work: Callable[[], object], repeats: int = 30) -> float:
-    """The median time of `work` on the GPU."""
-    times = []
-    for _ in range(repeats + 5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return float(np.median(times[5:]))
-
-
 @gpu
-@needs_gpu
-def test_one_forward_with_split_norms_is_faster_than_two_forwards(cuda):
-    from test_networks import PlainDiscriminator
-
-    D = Discriminator(48).to(cuda)
-    plain = PlainDiscriminator(D, 48).to(cuda)
-    reals, fakes = torch.randn(2, 32, 3, 64, 64, device=cuda)
-    both = torch.cat([reals, fakes])
-
-    def backward(logits: torch.Tensor, network: torch.nn.Module) -> None:
-        torch.autograd.grad(logits.square().mean(), list(network.parameters()))
-
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        together = milliseconds(lambda: backward(D(both, 32).logits, D))
-        apart = milliseconds(lambda: backward(torch.cat([plain(reals), plain(fakes)]), plain))
-    assert together < apart
-
-
-@gpu
-@needs_gpu
 def test_an_image_drawn_alone_on_the_gpu_differs_by_at_most_one_level(cuda):
     trainer = trainer_on(cuda)
     G = trainer.averages.generator(trainer.G, "none", 4, trainer.config)
@@ -333,7 +295,6 @@ def test_an_image_drawn_alone_on_the_gpu_differs_by_at_most_one_level(cuda):
 
 
 @gpu
-@needs_gpu
 def test_a_whole_run_and_its_continuation_on_the_gpu(cuda, tmp_path):
     out = Path(tmp_path / "out")
     assert run_here(out, device="cuda", width=4, steps=40) == 0

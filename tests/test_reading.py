@@ -232,7 +232,7 @@ def test_a_bad_picture_is_refused_by_its_reason(name):
 def test_a_png_of_8900x8900_is_refused_before_it_is_decoded(annotation, monkeypatch):
     """300 KB that become 1.2 GB; Pillow decodes a PNG whose EXIF is asked for too early."""
     decoded = []
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", decoded.append)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda png: decoded.append(png))
     with pytest.raises(BadItem, match="pixel"):
         crop(huge_png(8_900), annotation)
     assert decoded == []
