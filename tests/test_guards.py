@@ -525,7 +525,6 @@ def test_a_run_of_a_gpu_is_resumed_and_its_finished_zip_written_again(
 ):
     state = load(finished_run / "checkpoint.pt")
     state["trainer"]["rng"] = torch.zeros(16, dtype=torch.uint8)
-    (tmp_path / "checkpoint.pt").parent.mkdir(exist_ok=True)
     torch.save(state, tmp_path / "checkpoint.pt")
     assert run_here(tmp_path, steps=STEPS) == 0
     assert sha(tmp_path / "images.zip") == sha(finished_run / "images.zip")
