@@ -1,8 +1,9 @@
-"""Memorization-informed Fréchet Inception distance (MiFID): the public score of Kaggle's
+"""Memorization-informed Fréchet inception distance (MiFID): the public score of Kaggle's
 Generative Dog Images competition (2019), computed exactly, offline, from a zip and a data set.
 
     python mifid.py images.zip stanford-dogs/              # the competition's public rule
     python mifid.py images.zip stanford-dogs/ --sheet nearest.png --json
+    python mifid.py paintings.zip monet_jpg/ --size 256    # any set of one size
 
 Three numbers come out. With Inception's 2,048 pool_3 features g of the generated images and t of
 the reference (training) images:
@@ -31,16 +32,18 @@ import importlib.util
 import io
 import json
 import lzma
+import math
 import os
 import platform
 import struct
 import sys
 import tarfile
+import threading
 import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -51,21 +54,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, inception_v3
 from tqdm import tqdm
 
+CROPS = ("whole", "box", "centre")  # of a photo of the reference
 SIDE = 64  # pixels: the competition's images are 64x64 RGB
 THRESHOLD = 0.1  # the competition's public threshold on the distance
 EPSILON = 1e-14  # added to the distance in the denominator (the kernel's 10e-15)
 COPY_DISTANCE = 1e-6  # below it the set is a copy of the reference: MiFID is infinite
+GROUPS = 10  # of the jackknife
+PHOTO_NOISE = 0.2  # two sets of n real photos differ in distance by 0.2 / n^0.5 of it (1 sd)
 SHEET_PAIRS = 32  # pairs in each half of --sheet
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 MAX_BAD_SHARE = 0.05  # of a reference's photos may be unreadable; more is a wrong data set
-MAX_FILE_BYTES = 64 << 20  # a larger member of a set is refused unread
-MAX_PIXELS = 50_000_000  # a larger picture is refused undecoded
+MAX_FILE_BYTES = 64 << 20  # of a set's larger files no more is read, and they are refused
+MAX_TAR_BYTES = 512 << 20  # a tar is read front to back once, and held
+MAX_NPZ_BYTES = 1 << 30  # 60,000 images' features in float64
+MAX_PIXELS = 50_000_000  # 0.6 GB while decoding (3 copies of 4 bytes): larger ones are refused
+LARGE_PIXELS = 4_000_000  # larger ones are decoded one at a time, whatever the threads
 WORKERS = min(8, os.cpu_count() or 2)  # threads that read and decode
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_NAMES = (WEIGHTS_NAME, "weights-inception-2015-12-05-6726825d.pth", "default_1.pt")
@@ -87,32 +97,26 @@ class BadImage(Exception):
     """One picture that cannot be used; the text says why."""
 
 
-# ---------------------------------------------------------------- pictures in a folder, zip or tar
-
-
-DAMAGE = (  # what zipfile, tarfile, Pillow and NumPy raise for damaged files
-    OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, struct.error, zlib.error,
-    lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError,
+DAMAGE = (  # what zipfile, tarfile, Pillow, NumPy and json raise for damaged files
+    OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, TypeError, MemoryError,
+    AttributeError, ArithmeticError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+    tarfile.TarError,
 )  # fmt: skip
 
 
+# ---------------------------------------------------------------- pictures in a folder, zip or tar
+
+
+Size = tuple[int, int]  # width, height
+one_at_a_time = threading.Lock()
+
+
 class Picture(NamedTuple):
-    """One picture, still encoded. Its functions may be called from several threads."""
+    """One picture. Its functions may be called from several threads, and raise BadImage."""
 
     name: str
-    size: int  # bytes, as its archive declares them
-    fetch: Callable[[], bytes]
-    crops: Callable[[bytes], list[np.ndarray]]  # uint8 64x64x3, several only under rule `box`
-
-    def read(self) -> bytes:
-        """The encoded bytes. Raises BadImage, as `crops` does."""
-        if self.size > MAX_FILE_BYTES:
-            size, limit = self.size / 2**20, MAX_FILE_BYTES >> 20
-            raise BadImage(f"declares {size:,.0f} MB, over the {limit} MB limit")
-        try:
-            return self.fetch()
-        except DAMAGE as error:
-            raise BadImage(f"cannot be read ({error})") from error
+    read: Callable[[], bytes]  # still encoded; for rule `box` with its annotation
+    crops: Callable[[], list[np.ndarray]]  # uint8 H x W x 3, several only under rule `box`
 
 
 @dataclass
@@ -122,28 +126,45 @@ class ImageSet:
 
     where: str
     pictures: list[Picture]
-    strict: bool
-    about: dict[str, str] = field(default_factory=lambda: {"rule": "whole"})
+    about: dict[str, str]  # rule, size
+    strict: bool = False
     notes: list[str] = field(default_factory=list)
+    array: Tensor | None = None  # uint8 N x H x W x 3, where a caller holds the images
 
 
-def list_files(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
-    """(name, size in bytes, how to read it) of every file in a folder, zip or tar."""
+def read_file(opened: Callable[[], Any], size: int = MAX_FILE_BYTES) -> bytes:
+    """At most `size` bytes of a file, and one more, by which a larger one is known."""
+    try:
+        with opened() as file:
+            data = file.read(min(size, MAX_FILE_BYTES) + 1)
+    except DAMAGE as error:
+        raise BadImage(f"cannot be read ({error})") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise BadImage(f"is over the {MAX_FILE_BYTES >> 20} MB limit")
+    return data
+
+
+def list_files(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """(name, how to read it) of every file in a folder, zip or tar."""
     if path.is_dir():
-        for file in path.rglob("*"):
-            if file.is_file():
-                yield file.relative_to(path).as_posix(), file.stat().st_size, file.read_bytes
+        for file in filter(Path.is_file, path.rglob("*")):
+            yield file.relative_to(path).as_posix(), partial(read_file, partial(file.open, "rb"))
     elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
         for member in archive.infolist():
-            if not member.is_dir():
-                yield member.filename, member.file_size, partial(archive.read, member)
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UserError(f"{path} is not compressed by deflate: zip it again.")
+            if not member.is_dir():  # what unpacks to more than it claims fails its checksum
+                opened = partial(archive.open, member)
+                yield member.filename, partial(read_file, opened, member.file_size)
     else:
-        with tarfile.open(path) as archive:  # compressed ones are read front to back, so once, now
-            for member in archive:
-                if member.isreg():
-                    data = archive.extractfile(member).read(MAX_FILE_BYTES)
-                    yield member.name, member.size, lambda data=data: data
+        held = 0
+        with tarfile.open(path) as archive:
+            for member in filter(tarfile.TarInfo.isreg, archive):
+                data = archive.extractfile(member).read(MAX_FILE_BYTES + 1)
+                if (held := held + len(data)) > MAX_TAR_BYTES:
+                    raise UserError(f"{path} is over {MAX_TAR_BYTES >> 20} MB: unpack it first.")
+                yield member.name, partial(read_file, partial(io.BytesIO, data))
 
 
 def is_litter(name: str) -> bool:
@@ -153,54 +174,75 @@ def is_litter(name: str) -> bool:
     return hidden or parts[-1] in ("thumbs.db", "desktop.ini")
 
 
-def open_images(path: Path, strict: bool, exact: bool) -> ImageSet:
+def open_images(path: Path, size: Size, exact: bool, rule: str) -> ImageSet:
     """The pictures in a zip, tar or folder and its subfolders."""
     try:
         files = sorted((f for f in list_files(path) if not is_litter(f[0])), key=lambda f: f[0])
+    except UserError:
+        raise
     except DAMAGE as error:
         raise UserError(
             f"{path} is not a readable zip, tar, folder or .npz of features (a damaged or "
             "half-copied archive looks so too: copy it again)."
         ) from error
-    notes = []
-    if not path.is_dir() and any("/" in name.removeprefix("./") for name, *_ in files):
-        notes.append(f"{path} holds folders; the competition wants its PNGs at the root")
-    pictures = [Picture(*file, lambda data: [decode(data, exact)]) for file in files]
-    return ImageSet(str(path), pictures, strict, notes=notes)
+
+    def crops(read: Callable[[], bytes]) -> list[np.ndarray]:
+        return [decode(read(), size, exact, rule)]
+
+    images = ImageSet(str(path), [Picture(*f, partial(crops, f[1])) for f in files], {"rule": rule})
+    if not path.is_dir() and any("/" in name.removeprefix("./") for name, _ in files):
+        images.notes.append(f"{path} holds folders; the competition wants its PNGs at the root")
+    return images
 
 
-def decode(data: bytes, exact: bool) -> np.ndarray:
-    """One encoded picture as uint8 64x64x3.
+def decode(
+    data: bytes, size: Size = (SIDE, SIDE), exact: bool = False, rule: str = "whole"
+) -> np.ndarray:
+    """One encoded picture as uint8 H x W x 3.
 
-    `exact` takes only what the competition takes, 64x64 RGB; otherwise any picture is turned
-    upright, made RGB and squashed by Lanczos (the competition's rule for its reference photos).
-    Raises BadImage.
+    `exact` takes only what the competition takes, RGB of that size; otherwise any picture is turned
+    upright, laid on white, and squashed or cut (see `fit`). Raises BadImage.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "BMP"))
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImage("declares too many pixels") from error
     except DAMAGE as error:
-        raise BadImage("is not an image (PNG, JPEG, WebP or BMP)") from error
+        raise BadImage(f"is not an image ({', '.join(FORMATS)})") from error
     width, height = picture.size
-    if exact and (width, height) != (SIDE, SIDE):
-        raise BadImage(f"is {width}x{height}, not {SIDE}x{SIDE} (--resize squashes it by Lanczos)")
+    if exact and picture.size != size:
+        raise BadImage(f"is {width}x{height}, not {size[0]}x{size[1]} (see --size and --resize)")
     if exact and picture.mode != "RGB":
         kinds = {"L": "grey", "LA": "grey with alpha", "RGBA": "RGB with alpha", "P": "by palette"}
         kind = kinds.get(picture.mode, picture.mode)
         raise BadImage(f"is {kind}, not RGB (--resize converts it)")
     if width * height > MAX_PIXELS:
         raise BadImage("declares too many pixels")
+    large = width * height > LARGE_PIXELS
     try:
-        picture.load()
-        return squash(picture if exact else ImageOps.exif_transpose(picture).convert("RGB"))
+        with one_at_a_time if large else contextlib.nullcontext():
+            picture.load()
+            return fit(picture if exact else upright(picture), size, rule)
     except DAMAGE as error:
         raise BadImage("is truncated or damaged") from error
 
 
-def squash(picture: Image.Image) -> np.ndarray:
-    """A whole RGB picture as uint8 64x64x3 by Lanczos, its aspect ratio not kept."""
-    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF says, as RGB, what is transparent laid on white."""
+    with contextlib.suppress(*DAMAGE):  # an EXIF block of anything at all turns nothing
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def fit(picture: Image.Image, size: Size, crop: str = "whole") -> np.ndarray:
+    """An RGB picture as uint8 H x W x 3 by Lanczos: squashed as a whole, which is the competition's
+    rule for its photos, or by `centre`, the largest part in its middle of the frame's shape."""
+    if crop == "centre":
+        return np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
+    return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
 
 
 # ---------------------------------------------------------------- photos of Stanford Dogs
@@ -214,14 +256,14 @@ def is_dog_set(path: Path) -> bool:
     return any(name.name.lower() in marks for name in names)
 
 
-def open_dogs(path: Path, rule: str) -> ImageSet:
-    """A Stanford Dogs set in any of the forms that train_dogs.py takes, whole or by box."""
+def open_dogs(path: Path, size: Size, rule: str) -> ImageSet:
+    """A Stanford Dogs set in any of the forms that train_dogs.py takes, read as it reads them."""
     try:
         import train_dogs  # beside this file; everything else here works without it
     except ModuleNotFoundError as error:
         raise UserError(
             f"{path} needs train_dogs.py beside mifid.py to be read as a Stanford Dogs set: put it "
-            "there, or give a zip, tar, folder or .npz of 64x64 images."
+            "there, or give a zip, tar, folder or .npz of features."
         ) from error
     try:
         dogs = train_dogs.find_photos([path])
@@ -230,19 +272,30 @@ def open_dogs(path: Path, rule: str) -> ImageSet:
     if rule == "box" and not dogs.annotated:
         raise UserError(f"{path} has no annotations, and so no boxes: give --crop whole.")
 
-    def crops(photo: Any, _: bytes) -> list[np.ndarray]:
+    def guarded(function: Callable[[Any], Any], photo: Any) -> Any:
         try:
-            picture, boxes = train_dogs.read_photo(photo)
+            return function(photo)
         except train_dogs.BadItem as error:
             raise BadImage(str(error)) from error
-        if rule == "whole":
-            return [squash(picture)]
-        return [squash(picture.crop(tuple(map(round, box)))) for box in boxes]
+
+    def encoded(photo: Any) -> bytes:
+        return photo.picture.read() + (photo.annotation.read() if rule == "box" else b"")
+
+    def crops(photo: Any) -> list[np.ndarray]:
+        if rule != "box":  # also where the annotation is damaged
+            stored = train_dogs.open_picture(photo.picture.read())
+            upright = photo.annotation is None  # boxes are of the photo as it is stored
+            return [fit(train_dogs.decode_picture(stored, upright=upright), size, rule)]
+        picture, boxes = train_dogs.read_photo(photo)
+        edges = ([round(edge) for edge in box] for box in boxes)  # at least a pixel apart
+        edges = ((x, y, max(right, x + 1), max(low, y + 1)) for x, y, right, low in edges)
+        return [fit(picture.crop(edge), size) for edge in edges]
 
     pictures = [
-        Picture(p.name, p.picture.size, p.picture.read, partial(crops, p)) for p in dogs.photos
+        Picture(p.name, partial(guarded, encoded, p), partial(guarded, crops, p))
+        for p in dogs.photos
     ]
-    return ImageSet(dogs.where, pictures, strict=False, about={"rule": rule})
+    return ImageSet(dogs.where, pictures, {"rule": rule})
 
 
 # ---------------------------------------------------------------- the network's weights
@@ -476,7 +529,7 @@ def kept_memory() -> Iterator[None]:
     """Keep freed memory in the process while the network runs, and give it back at the end.
 
     glibc returns every large buffer to the kernel when it is freed; taking the same activations
-    back page by page costs a quarter of the network's time at a batch of 32.
+    back page by page costs 22 % of the network's time on a CPU (batches of 16, 8 paired rounds).
     """
     if platform.libc_ver()[0] != "glibc":
         yield
@@ -497,10 +550,27 @@ def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.
     """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
     out = [np.empty((0, 2048), np.float32)]
     # TF32 is off: its effect on the score has not been measured on a GPU.
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
-    with kept_memory(), exact:
-        out += (model(torch.as_tensor(batch)).cpu().numpy() for batch in batches)
+    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
+    try:
+        with kept_memory(), exact:
+            out += (model(torch.as_tensor(batch)).cpu().numpy() for batch in batches)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise UserError("The memory is too small for these batches: lower --batch-size.") from error
     return np.concatenate(out)
+
+
+def as_images(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 N x H x W x 3 of images of that shape or N x 3 x H x W. Raises UserError for others."""
+    try:
+        tensor = torch.as_tensor(images).detach()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"The array cannot be read ({error}).") from error
+    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or 3 not in tensor.shape[1::2]:
+        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+        raise UserError(f"Images must be uint8, N x H x W x 3 or N x 3 x H x W, not {found}.")
+    return tensor if tensor.shape[3] == 3 else tensor.permute(0, 2, 3, 1)
 
 
 def extract_features(
@@ -509,33 +579,36 @@ def extract_features(
     """float32 N x 2048 pool_3 features of uint8 images (N x H x W x 3, or N x 3 x H x W), as the
     kind of array that was given. Any H and W are resized to 299 as TensorFlow 1 does. Raises
     ValueError for another dtype or shape."""
-    tensor = torch.as_tensor(images)
-    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or 3 not in tensor.shape[1::2]:
-        found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        raise ValueError(f"images must be uint8, N x H x W x 3 or N x 3 x H x W, not {found}")
-    if tensor.shape[3] != 3:
-        tensor = tensor.permute(0, 2, 3, 1)
-    batches = tensor.split(batch_size or model.batch_size) if len(tensor) else ()
-    features = run_network(model, batches)
+    tensor = as_images(images)
+    features = run_network(
+        model, tensor.split(batch_size or model.batch_size) if len(tensor) else ()
+    )
     return torch.from_numpy(features) if isinstance(images, Tensor) else features
+
+
+class Gaussian(NamedTuple):
+    """All that FID knows of a set."""
+
+    mean: np.ndarray  # float64 D
+    half: np.ndarray  # float64 D x R: half half^T is the covariance
 
 
 @dataclass
 class Features:
     """One side's features and where they are from."""
 
-    values: np.ndarray  # float32 N x 2048
+    values: np.ndarray | None  # N x D; None where only mean and covariance are known
     where: str
-    about: dict[str, str] = field(default_factory=dict)  # rule, weights, sha256, fingerprint, ...
+    about: dict[str, str] = field(default_factory=dict)  # rule, size, weights, precision, ...
     notes: list[str] = field(default_factory=list)
     images: ImageSet | None = None  # None if they came from an .npz or an array
     owners: np.ndarray | None = None  # which picture of `images` each row is a crop of
+    known: Gaussian | None = None  # where `values` is None
 
     def picture(self, row: int) -> np.ndarray:
-        """uint8 64 x 64 x 3: the picture of one row, decoded anew."""
+        """uint8 H x W x 3: the picture of one row, decoded anew."""
         owner = self.owners[row]
-        picture = self.images.pictures[owner]
-        return picture.crops(picture.read())[row - np.searchsorted(self.owners, owner)]
+        return self.images.pictures[owner].crops()[row - np.searchsorted(self.owners, owner)]
 
 
 def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator:
@@ -551,34 +624,38 @@ def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator
 
 
 def compute_features(
-    images: ImageSet, model: Inception, batch_size: int | None, progress: bool
+    images: ImageSet, model: Inception, batch_size: int, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(features, owners, notes) of a set: decoded by threads while the network runs."""
+    if images.array is not None:
+        values = extract_features(model, images.array, batch_size)
+        return np.asarray(values), np.arange(len(values)), []
     owners: list[int] = []
     bad: Counter[str] = Counter()
     total = len(images.pictures)
 
     def crops_of(picture: Picture) -> list[np.ndarray] | BadImage:
         try:
-            return picture.crops(picture.read())
+            return picture.crops()
         except BadImage as error:
             return error
 
     def all_crops() -> Iterator[np.ndarray]:
         results = map_ahead(crops_of, images.pictures)
-        with tqdm(results, "features", total, unit="img", disable=not progress) as bar:
-            for i, crops in enumerate(bar):
-                if not isinstance(crops, BadImage):
-                    owners.extend([i] * len(crops))
-                    yield from crops
-                elif images.strict:
-                    raise UserError(f"{images.pictures[i].name} in {images.where} {crops}.")
-                else:
-                    bad[str(crops)] += 1
+        for i, crops in enumerate(
+            tqdm(results, "features", total, unit="img", disable=not progress)
+        ):
+            if isinstance(crops, BadImage) and images.strict:
+                raise UserError(f"{images.pictures[i].name} in {images.where} {crops}.")
+            if isinstance(crops, BadImage):
+                bad[str(crops)] += 1
+            else:
+                owners.extend([i] * len(crops))
+                yield from crops
 
     def batches() -> Iterator[np.ndarray]:
         crops = all_crops()
-        while batch := list(islice(crops, batch_size or model.batch_size)):
+        while batch := list(islice(crops, batch_size)):
             yield np.stack(batch)
 
     values = run_network(model, batches())
@@ -612,6 +689,53 @@ def save_arrays(path: Path, **arrays: Any) -> None:
         np.savez(file, **arrays)
 
 
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz. Raises one of DAMAGE for anything else."""
+    with open(path, "rb") as file:
+        if sum(member.file_size for member in zipfile.ZipFile(file).infolist()) > MAX_NPZ_BYTES:
+            raise ValueError(f"it holds over {MAX_NPZ_BYTES >> 20} MB")
+        file.seek(0)
+        with np.load(file) as saved:  # without pickles, which may run anything
+            return {name: saved[name] for name in saved.files}
+
+
+def check_numbers(values: np.ndarray, ndim: int = 2) -> np.ndarray:
+    """The same in this machine's float32 or float64. Raises ValueError where no score follows."""
+    if values.dtype.kind != "f" or values.ndim != ndim or not values.any():
+        raise ValueError(f"{values.dtype} of shape {values.shape}, or all zero")
+    if not (np.abs(values) < 1e9).all():  # the network's are under 100
+        raise ValueError("numbers that are not finite, or no network's")
+    return np.ascontiguousarray(values, np.float32 if values.itemsize < 8 else np.float64)
+
+
+def load_features(path: Path, is_reference: bool) -> Features:
+    """Features that --save-features wrote, or any .npz with an N x D array `features`; of a
+    reference also others' mean and covariance, `mu` and `sigma`."""
+    try:
+        arrays = load_arrays(path)
+        about = json.loads(str(arrays.get("about", "{}")))
+        if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+            raise ValueError("its `about` is not an object of texts")
+        if "features" in arrays:
+            return Features(check_numbers(arrays["features"]), str(path), about)
+        mu, sigma = (
+            check_numbers(arrays[name], ndim).astype(np.float64)
+            for name, ndim in (("mu", 1), ("sigma", 2))
+        )
+        if sigma.shape != (len(mu), len(mu)) or not np.allclose(sigma, sigma.T):
+            raise ValueError("its mu and sigma do not fit")
+        known = Gaussian(mu, half_of((sigma + sigma.T) / 2))
+    except DAMAGE as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path} is no readable .npz of features, N x 2048 and finite ({why}): make it by "
+            "--save-features."
+        ) from error
+    if not is_reference:
+        raise UserError(f"{path} holds mu and sigma, which can only be the reference.")
+    return Features(None, str(path), about, known=known)
+
+
 def cache_folder() -> Path:
     """Where a reference's features are kept: $XDG_CACHE_HOME/mifid, Kaggle's scratch disk, or
     ~/.cache/mifid."""
@@ -633,18 +757,35 @@ def content_of(images: ImageSet) -> tuple[str, int]:
     return hashlib.blake2b(b"".join(digests), digest_size=20).hexdigest(), repeated
 
 
+def load_entry(entry: Path) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
+    """(features, owners, notes) from the cache; None if they are not there, or damaged."""
+    with contextlib.suppress(*DAMAGE):
+        arrays = load_arrays(entry)
+        values, owners = check_numbers(arrays["features"]), arrays["owners"]
+        if values.shape == (len(owners), 2048) and owners.dtype == np.int64:
+            return values, owners, list(map(str, json.loads(str(arrays["notes"]))))
+    return None
+
+
 def features_of(
-    images: ImageSet, model: Inception, batch_size: int | None, cache: bool, progress: bool
+    images: ImageSet | Features,
+    model: Inception | None,
+    batch_size: int | None,
+    limit: int | None,
+    cache: bool,
+    progress: bool,
 ) -> Features:
     """The features of a set, from the cache where that is allowed. Two processes may share it: an
     entry appears whole, by renaming, and one that cannot be read is made again."""
+    if isinstance(images, Features):
+        return images
     content, repeated = content_of(images)
-    key = f"1 {content} {images.about['rule']} {model.fingerprint} {model.precision}"
+    cache = cache and images.array is None
+    rule, size = images.about["rule"], images.about["size"]
+    key = f"2 {content} {rule} {size} {model.fingerprint} {model.precision}"
     entry = cache_folder() / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.npz"
-    found = None
-    if cache:
-        with contextlib.suppress(*DAMAGE), np.load(entry) as saved:  # not there yet, or damaged
-            found = saved["features"], saved["owners"], json.loads(str(saved["notes"]))
+    found = load_entry(entry) if cache else None
+    batch_size = batch_size or model.batch_size
     values, owners, notes = found or compute_features(images, model, batch_size, progress)
     if cache and not found:
         try:
@@ -656,22 +797,8 @@ def features_of(
         notes.append(f"{repeated:,} files of {images.where} repeat another byte for byte")
     known = ("weights", "sha256", "fingerprint", "precision")
     about = images.about | {name: getattr(model, name) for name in known}
+    values = values[:limit]  # a photo may have given several
     return Features(values, images.where, about, images.notes + notes, images, owners)
-
-
-def load_features(path: Path) -> Features:
-    """Features that --save-features wrote, or any .npz with an N x D array `features`."""
-    try:
-        with np.load(path) as saved:
-            values = saved["features"]
-            about = json.loads(str(saved["about"])) if "about" in saved else {}
-    except KeyError as error:
-        raise UserError(f"{path} has no array features: make it by --save-features.") from error
-    except DAMAGE as error:
-        raise UserError(f"{path} is not a readable .npz ({error}): make it again.") from error
-    if values.ndim != 2 or values.dtype.kind != "f" or not np.isfinite(values).all():
-        raise UserError(f"{path} does not hold finite N x 2048 features: make it again.")
-    return Features(values, str(path), about)
 
 
 # ---------------------------------------------------------------- Fréchet distance
@@ -698,26 +825,26 @@ def half_of(sigma: np.ndarray) -> np.ndarray:
     return vectors[:, keep] * np.sqrt(values[keep])
 
 
-def distance_by_half(
-    mu1: np.ndarray, mu2: np.ndarray, half1: np.ndarray, sigma2: np.ndarray
-) -> float:
-    """The Fréchet distance, where half1 half1^T is the first covariance.
+def gaussian_of(features: np.ndarray) -> Gaussian:
+    """Of N x D features; few of them are themselves half of their covariance."""
+    if len(features) > features.shape[1]:
+        mean, sigma = mean_and_covariance(features)
+        return Gaussian(mean, half_of(sigma))
+    mean = features.mean(0, dtype=np.float64)
+    return Gaussian(mean, (features - mean).T / np.sqrt(len(features) - 1))
 
-    The product of the covariances has the eigenvalues of the symmetric half1^T sigma2 half1, whose
-    roots sum to the last trace. Tiny negative ones are 0, and so is a negative result.
-    """
-    half = torch.from_numpy(half1)  # torch multiplies too: NumPy's threads would get in its way
-    product = half.T @ torch.from_numpy(sigma2) @ half
-    roots = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum().item()
-    total = ((mu1 - mu2) ** 2).sum() + (half1**2).sum() + np.trace(sigma2) - 2 * roots
-    return max(0.0, float(total))
+
+def sum_of_roots(product: Tensor) -> float:
+    """The sum of the roots of a symmetric matrix's eigenvalues; tiny negative ones are 0."""
+    return torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum().item()
 
 
 def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2) of two Gaussians, in float64.
 
-    mu: D, sigma: D x D, numpy or torch. Raises ValueError for shapes that do not fit and for
-    non-finite values. Source: Dowson and Landau 1982; Heusel et al. 2017.
+    mu: D, sigma: D x D, numpy or torch. The product of the covariances has the eigenvalues of the
+    symmetric H^T sigma2 H, where H H^T = sigma1. Raises ValueError for shapes that do not fit and
+    for non-finite values. Source: Dowson and Landau 1982; Heusel et al. 2017.
     """
     mu1, mu2 = (np.asarray(m, np.float64).reshape(-1) for m in (mu1, mu2))
     sigmas = [np.atleast_2d(np.asarray(s, np.float64)) for s in (sigma1, sigma2)]
@@ -726,23 +853,73 @@ def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
     if not all(np.isfinite(values).all() for values in (mu1, mu2, *sigmas)):
         raise ValueError("a mean or covariance is not finite")
     sigmas = [(s + s.T) / 2 for s in sigmas]
-    half, other = half_of(sigmas[0]), sigmas[1]
-    if half.shape[1] < len(mu1):  # singular: the other may be of a lower rank still
-        half2 = half_of(sigmas[1])
-        if half2.shape[1] < half.shape[1]:
-            half, other = half2, sigmas[0]
-    return distance_by_half(mu1, mu2, half, other)
+    halves = ((half_of(s), other) for s, other in (sigmas, sigmas[::-1]))
+    half, other = min(halves, key=lambda pair: pair[0].shape[1])  # the singular one, if any
+    half = torch.from_numpy(half)  # torch multiplies too: NumPy's threads would get in its way
+    roots = sum_of_roots(half.T @ torch.from_numpy(other) @ half)
+    trace = np.trace(sigmas[0]) + np.trace(sigmas[1])
+    return max(0.0, float(((mu1 - mu2) ** 2).sum() + trace - 2 * roots))
+
+
+def fids(x: np.ndarray, reference: Gaussian, groups: Sequence[np.ndarray]) -> Iterator[float]:
+    """The FID of N x D features, which `groups` of rows make up, then without each group in turn.
+
+    With y = (x - mean) half the last trace is the sum of the roots of cov(y)'s eigenvalues, or of
+    those of y's inner products where its rows are fewer than its columns. Every sum is over a
+    group, so that leaving one out is a subtraction, and only the eigenvalues are computed anew.
+    """
+    half, centre = torch.from_numpy(reference.half), torch.from_numpy(x.mean(0, dtype=np.float64))
+    few, ends = len(x) <= half.shape[1], np.cumsum([0, *map(len, groups)])
+    parts: dict[str, list[Tensor]] = {"mean": [], "square": [], "root": []}
+    for rows in groups:
+        part = torch.from_numpy(x[rows]).double() - centre
+        y = part @ half
+        parts["mean"].append(part.sum(0))
+        parts["square"].append(part.square().sum())
+        parts["root"].append(y if few else y.T @ y)
+    inner = torch.cat(parts["root"]) if few else sum(parts["root"])
+    inner = inner @ inner.T if few else inner
+    gap, spread = centre - torch.from_numpy(reference.mean), half.square().sum()
+    for left in (None, *range(len(groups))):
+        stay = [i for i in range(len(groups)) if i != left]
+        count = sum(len(groups[i]) for i in stay)
+        shift = sum(parts["mean"][i] for i in stay) / count  # from all rows' mean to theirs
+        trace = (sum(parts["square"][i] for i in stay) - count * shift.square().sum()) / (count - 1)
+        if few:
+            keep = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in stay])
+            product = inner[keep][:, keep]
+            product = product - product.mean(0) - product.mean(1, keepdim=True) + product.mean()
+        else:
+            step = shift @ half
+            product = inner - count * torch.outer(step, step)
+            product = product if left is None else product - parts["root"][left]
+        roots = sum_of_roots(product / (count - 1))
+        yield float((gap + shift).square().sum() + trace + spread - 2 * roots)
 
 
 def fid_of_features(x: np.ndarray, y: np.ndarray) -> float:
     """The FID of two N x D arrays of features, quickly also where N is small."""
-    few, many = sorted((x, y), key=len)
-    if len(few) > few.shape[1]:
-        return frechet_distance(*mean_and_covariance(x), *mean_and_covariance(y))
-    mean = few.mean(0, dtype=np.float64)
-    mean_many, sigma = mean_and_covariance(many)
-    half = (few - mean).T / np.sqrt(len(few) - 1)  # D x N: half half^T is the covariance
-    return distance_by_half(mean, mean_many, half, sigma)
+    x, y = (y, x) if len(x) < len(y) <= y.shape[1] else (x, y)  # the fewer are the reference
+    blocks = np.array_split(np.arange(len(x)), -(-len(x) // 2048))
+    return max(0.0, next(fids(x, gaussian_of(y), blocks)))
+
+
+def fid_with_error(x: np.ndarray, reference: Gaussian) -> tuple[float, float, float | None]:
+    """(FID of N x D features, its standard error, FID without its bias of order 1/N).
+
+    A delete-a-group jackknife (Quenouille 1956; Shao and Tu 1995, 2.3) over 10 random groups, the
+    reference fixed. FID of N images is b/N too high; the mean FID without a group, b/(0.9 N). The
+    interval that holds: fid_unbiased +- 2.26 errors (Student's t of 9 degrees) covered a known FID
+    in 95.8 to 98 % of 400 draws (and in more where FID is nearly all bias). Of fewer images than
+    1.5 D the bias is not of order 1/N, and the last number is None: of 2,000 real
+    photos it would be 6.4 where 3,000, 4,000 and 7,000 give 7.5, 7.6 and 7.7.
+    """
+    rows = np.random.default_rng(0).permutation(len(x))
+    fid, *others = fids(x, reference, np.array_split(rows, GROUPS))
+    mean = float(np.mean(others))
+    error = math.sqrt((GROUPS - 1) / GROUPS * sum((other - mean) ** 2 for other in others))
+    unbiased = fid - (GROUPS - 1) * (mean - fid)
+    return max(0.0, fid), error, unbiased if len(x) >= 1.5 * x.shape[1] else None
 
 
 # ---------------------------------------------------------------- memorization distance, and MiFID
@@ -815,12 +992,14 @@ def unseen_distance(reference: np.ndarray, device: str | torch.device = "cpu") -
     return float(np.nanmean(distance))
 
 
-def verdict(distance: float, unseen: float, threshold: float, count: int) -> str:
+def verdict(distance: float | None, unseen: float, threshold: float, count: int) -> str:
     """One sentence on where the distance stands. It can convict and cannot acquit: copies blurred
     by a Gaussian of one pixel lie as far away as unseen dogs do (0.162 against 0.155)."""
-    line = f"unseen pictures of the reference's kind lie at {unseen:.3f} against these {count:,}"
+    if distance is None:
+        return "No distance and no MiFID: the reference is a mean and a covariance, which give FID."
     if distance < COPY_DISTANCE:
         return f"The generated set is a copy of the reference (distance {distance:.1e}): no score."
+    line = f"unseen pictures of the reference's kind lie at {unseen:.3f} against these {count:,}"
     if distance < threshold:
         return f"Under the threshold of {threshold:g}: penalised as a memoriser ({line})."
     if distance < 0.9 * unseen:
@@ -897,25 +1076,23 @@ def draw_sheet(
         "nearest to a reference image": known[np.argsort(distance[known], kind="stable")][:count],
         "drawn at random": np.random.default_rng(0).permutation(known)[:count],
     }
-    zoom, gap, line, across = 2 * SIDE, 12, 20, 4
-    width = gap + across * (2 * zoom + gap)
-    half_height = 2 * line + -(-count // across) * (zoom + line)
+    frame = generated.picture(known[0]).shape
+    zoom = max(1, 128 // max(frame))
+    wide, high, gap, line, across = zoom * frame[1], zoom * frame[0], 12, 20, 4
+    width = gap + across * (2 * wide + gap)
+    half_height = 2 * line + -(-count // across) * (high + line)
     sheet = Image.new("RGB", (width, 2 * half_height), "white")
     draw = ImageDraw.Draw(sheet)
-    try:
-        font = ImageFont.load_default(size=14)
-    except TypeError:  # Pillow 10.0
-        font = ImageFont.load_default()
     for half, (title, rows) in enumerate(halves.items()):
         text = f"{count} generated images {title}: generated left, nearest reference right"
-        draw.text((gap, half * half_height + line // 2), text, "black", font)
+        draw.text((gap, half * half_height + line // 2), text, "black")
         for place, row in enumerate(rows):
-            x = gap + place % across * (2 * zoom + gap)
-            y = half * half_height + 2 * line + place // across * (zoom + line)
+            x = gap + place % across * (2 * wide + gap)
+            y = half * half_height + 2 * line + place // across * (high + line)
             for side, pixels in enumerate((generated.picture(row), reference.picture(index[row]))):
-                picture = Image.fromarray(pixels).resize((zoom, zoom), Image.Resampling.BICUBIC)
-                sheet.paste(picture, (x + side * zoom, y))
-            draw.text((x, y + zoom), f"{distance[row]:.4f}", "black", font)
+                picture = Image.fromarray(pixels).resize((wide, high), Image.Resampling.BICUBIC)
+                sheet.paste(picture, (x + side * wide, y))
+            draw.text((x, y + high), f"{distance[row]:.4f}", "black")
     with written_beside(path) as part:
         sheet.save(part, format="PNG")
 
@@ -923,7 +1100,7 @@ def draw_sheet(
 # ---------------------------------------------------------------- scoring
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | torch.device | None) -> torch.device:
     """The device of that name, or a GPU that works, or the processor."""
     if name is None and not torch.cuda.is_available():
         return torch.device("cpu")
@@ -931,87 +1108,221 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or "cuda")
         torch.ones(1, device=device).add(1).item()  # a GPU may be there and run no kernel
         return device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         if name is None:
             return torch.device("cpu")
         reason = str(error).strip().split("\n")[0][:100]
         raise UserError(f"The device {name} does not work ({reason}): try --device cpu.") from error
 
 
-def open_array(source: np.ndarray | Tensor, where: str) -> ImageSet | Features:
+def open_array(source: np.ndarray | Tensor, where: str, size: Size) -> ImageSet | Features:
     """Images or features that a caller of `score` holds in memory."""
-    array = torch.as_tensor(source).detach().cpu().numpy()
-    if array.dtype.kind == "f" and array.ndim == 2 and np.isfinite(array).all():
-        return Features(array, where)
-    if array.dtype != np.uint8 or array.shape[1:] != (SIDE, SIDE, 3):
-        raise UserError(f"{where} is neither uint8 N x 64 x 64 x 3 nor finite float N x 2048.")
-    pictures = [Picture(str(i), 0, x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)]
-    return ImageSet(where, pictures, strict=True)
+    if source.ndim == 2:
+        if isinstance(source, Tensor):
+            kind = torch.promote_types(source.dtype, torch.float32)  # NumPy has no bfloat16
+            source = source.detach().to("cpu", kind).numpy()
+        try:
+            return Features(check_numbers(source), where)
+        except ValueError as error:
+            raise UserError(
+                f"{where} is neither images nor finite float N x D ({error})."
+            ) from error
+    array = as_images(source)
+    if tuple(array.shape[2:0:-1]) != size:
+        raise UserError(f"{where} is {array.shape[2]}x{array.shape[1]}, not {size[0]}x{size[1]}.")
+
+    def pixels(i: int) -> np.ndarray:
+        return array[i].cpu().numpy()
+
+    pictures = [
+        Picture(str(i), lambda i=i: pixels(i).tobytes(), lambda i=i: [pixels(i)])
+        for i in range(len(array))
+    ]
+    return ImageSet(where, pictures, {"rule": "whole"}, array=array)
 
 
 def open_source(
-    source: Any, is_reference: bool, crop: str | None, resize: bool, limit: int | None
+    source: Any, name: str, size: Size, crop: str, resize: bool, limit: int | None
 ) -> ImageSet | Features:
-    """One side of the score: pictures to be read, or features; shuffled and cut to `limit`."""
+    """One side of the score: pictures to be read, or features; shuffled and cut to --limit."""
+    is_reference = name != "generated"
     if isinstance(source, (np.ndarray, Tensor)):
-        found = open_array(source, "the reference array" if is_reference else "the generated array")
+        found = open_array(source, f"the {name} array", size)
     elif not (path := Path(source)).exists():
         raise UserError(f"{path} is not there.")
+    elif not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is neither a file nor a folder.")
     elif path.suffix == ".npz":
-        found = load_features(path)
+        found = load_features(path, is_reference)
     elif is_reference and (crop == "box" or is_dog_set(path)):
-        found = open_dogs(path, crop or "whole")
+        found = open_dogs(path, size, crop)
     else:
-        found = open_images(path, strict=not is_reference, exact=not (is_reference or resize))
+        exact = not (is_reference or resize)
+        found = open_images(path, size, exact, crop if is_reference else "whole")
+        found.strict = not is_reference
     rng = np.random.default_rng(0)
     if isinstance(found, Features):
-        found.values = found.values if limit is None else rng.permutation(found.values)[:limit]
+        if limit is not None and found.values is not None:
+            found.values = rng.permutation(found.values)[:limit]
         return found
+    found.about["size"] = "{}x{}".format(*size)
     if len(found.pictures) < 2:
         count = "1 image" if found.pictures else "no images"
         raise UserError(f"{found.where} holds {count}: a covariance needs 2 or more.")
     if limit is not None:
         order = rng.permutation(len(found.pictures))[:limit]
         found.pictures = [found.pictures[i] for i in order]
+        found.array = None if found.array is None else found.array[order]
     return found
 
 
-def compare(
-    made: Features, real: Features, threshold: float, device: torch.device
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """(the result that `score` returns; distance and index of each row's nearest reference)."""
-    if made.values.shape[1] != real.values.shape[1]:
+def check_pair(made: Features, real: Features) -> None:
+    """Raises UserError where two sides cannot be compared."""
+    for side in (made, real):
+        if side.values is not None and len(side.values) < 2:
+            raise UserError(f"{side.where} holds fewer than 2 usable images.")
+    length = real.values.shape[1] if real.known is None else len(real.known.mean)
+    if made.values.shape[1] != length:
         raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
-    if len({side.about.get("fingerprint") for side in (made, real)} - {None}) > 1:
-        raise UserError(f"{made.where} and {real.where} come from different weights.")
-    notes = made.notes + real.notes
-    if (fewest := min(len(made.values), len(real.values))) < 2048:
+    for key, words in (("fingerprint", "weights"), ("size", "image sizes")):
+        if len({side.about.get(key) for side in (made, real)} - {None}) > 1:
+            raise UserError(f"{made.where} and {real.where} come from different {words}.")
+
+
+def compare(
+    made: Features, real: Features, threshold: float, errors: bool, device: torch.device
+) -> tuple[dict[str, Any], np.ndarray | None, np.ndarray | None]:
+    """(the result that `score` returns; distance and index of each row's nearest reference)."""
+    check_pair(made, real)
+    notes, counts = made.notes + real.notes, [len(made.values)]
+    fid = error = unbiased = distance = spread = unseen = mifid = distance_of = index = None
+    if errors and counts[0] >= 2 * GROUPS:
+        fid, error, unbiased = fid_with_error(made.values, real.known or gaussian_of(real.values))
+    elif real.known:
+        fid = max(0.0, next(fids(made.values, real.known, [np.arange(counts[0])])))
+    else:
+        fid = fid_of_features(made.values, real.values)
+    if real.known is None:
+        counts.append(len(real.values))
+        distance_of, index = nearest_references(made.values, real.values, device)
+        distance = float(np.nanmean(distance_of))
+        # of a mean the jackknife that leaves out one image at a time has this closed form
+        spread = float(np.nanstd(distance_of, ddof=1) / math.sqrt(counts[0]))
+        unseen = unseen_distance(real.values, device)
+        mifid = memorization_informed_fid(fid, distance, threshold)
+    if min(counts) < 2048:
         notes.append(
-            f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, "
+            f"{min(counts):,} images are fewer than the 2,048 features: the FID is biased upwards, "
             "so compare it only with scores at the same counts"
         )
-    fid = fid_of_features(made.values, real.values)
-    distance_of, index = nearest_references(made.values, real.values, device)
-    distance = float(np.nanmean(distance_of))
-    unseen = unseen_distance(real.values, device)
     about = real.about | made.about
     result = {
         "fid": fid,
+        "fid_error": error,
+        "fid_unbiased": unbiased,
         "memorization_distance": distance,
-        "mifid": memorization_informed_fid(fid, distance, threshold),
-        "n_generated": len(made.values),
-        "n_reference": len(real.values),
+        "distance_error": spread,
+        "mifid": mifid,
+        "n_generated": counts[0],
+        "n_reference": None if real.known else counts[1],
         "reference_rule": real.about.get("rule"),
         "weights": about.get("weights"),
         "weights_sha256": about.get("sha256"),
         "threshold": threshold,
         "unseen_distance": unseen,
-        "verdict": verdict(distance, unseen, threshold, len(real.values)),
         "notes": notes,
+        "verdict": verdict(distance, unseen, threshold, counts[-1]),
         "generated": made.where,
         "reference": real.where,
     }
     return result, distance_of, index
+
+
+def compare_held_out(
+    made: Features, real: Features, held: Features, device: torch.device
+) -> dict[str, Any]:
+    """The keys that --held-out adds. Distance and FID both fall with the number of photos, so equal
+    counts are compared: the larger side in as many parts as it has, the mean distance of all."""
+    check_pair(made, held)
+    rng, count = np.random.default_rng(0), min(len(real.values), len(held.values))
+    distances, values = [], []
+    for side in (real, held):
+        rows = rng.permutation(len(side.values))
+        parts = [side.values[rows[i * count :][:count]] for i in range(len(rows) // count)]
+        nearest = [nearest_references(made.values, part, device)[0] for part in parts]
+        distances.append(np.mean(nearest, axis=0))
+        values.append(fid_of_features(made.values, parts[0]))
+    seen, unseen = (float(np.nanmean(distance)) for distance in distances)
+    error = float(np.nanstd(distances[1] - distances[0]) / math.sqrt(len(made.values)))
+    error = math.hypot(error, PHOTO_NOISE / math.sqrt(count) * unseen)  # of images, of photos
+    words = "As near to the photos held out as to those it has seen ({}): no over-fitting shows."
+    if abs(unseen - seen) > 3 * error:
+        words = "Nearer to the photos held out than to its own ({}): are the two sets mixed up?"
+        if seen < unseen:
+            words = "Nearer to the photos it has seen than to those held out ({}): it over-fits."
+    fids_of = f"FID {values[0]:.2f} against {values[1]:.2f}"
+    line = f"{seen:.3f} against {unseen:.3f}, {fids_of}, {count:,} photos each"
+    nearest, _ = nearest_references(held.values[:1000], real.values, device)
+    if common := int((nearest < COPY_DISTANCE).sum()):
+        held.notes.append(f"{common} of {len(nearest):,} held-out photos are in the reference too")
+    return {
+        "held_out": held.where,
+        "n_held_out": len(held.values),
+        "seen_fid": values[0],
+        "held_out_fid": values[1],
+        "seen_distance": seen,
+        "held_out_distance": unseen,
+        "over_fitting": words.format(line),
+    }
+
+
+def open_sides(
+    generated: Any,
+    reference: Any,
+    held_out: Any,
+    size: int | None,
+    crop: str | None,
+    resize: bool,
+    limit: int | None,
+) -> list[ImageSet | Features]:
+    """Two sides, or three. Images in memory say their own size; files are --size, or 64 x 64."""
+    frame = (size or SIDE, size or SIDE)
+    if size is None and isinstance(generated, (np.ndarray, Tensor)) and generated.ndim == 4:
+        frame = tuple(as_images(generated).shape[2:0:-1])
+    sources = {"generated": generated, "reference": reference, "held-out": held_out}
+    sides = [
+        open_source(source, name, frame, crop or "whole", resize, limit)
+        for name, source in sources.items()
+        if source is not None
+    ]
+    for side in sides[1:]:
+        if (rule := side.about.get("rule")) and (crop := crop or rule) != rule:
+            raise UserError(f"{side.where} was made under --crop {rule}, not {crop}.")
+        if held_out is not None and isinstance(side, Features) and side.values is None:
+            raise UserError("--held-out needs images or features on both sides, not mu and sigma.")
+    return sides
+
+
+def check_options(
+    crop: Any, size: Any, threshold: Any, batch_size: Any, limit: Any, *files: Any
+) -> None:
+    """Raises UserError where an option is out of its range, or a file cannot be written."""
+    if crop not in (None, *CROPS):
+        raise UserError(f"--crop: invalid choice: {crop!r} (choose from {', '.join(CROPS)}).")
+    ranges = {
+        "--size": (size, 8, 1024),
+        "--threshold": (threshold, 0, 1e9),
+        "--batch-size": (batch_size, 1, 1e4),
+        "--limit": (limit, 2, 1e9),
+    }
+    for name, (value, low, high) in ranges.items():
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name} is {low} to {high:g}, not {value}.")
+    for target in filter(None, files):
+        if not Path(target).absolute().parent.is_dir():
+            raise UserError(f"The folder of {target} is not there: make it first.")
+        if Path(target).is_dir():
+            raise UserError(f"{target} is a folder: name a file in it.")
 
 
 def score(
@@ -1019,64 +1330,53 @@ def score(
     reference: Any,
     *,
     crop: str | None = None,
-    weights: str | Path | None = None,
+    size: int | None = None,
     threshold: float = THRESHOLD,
-    device: str | None = None,
+    held_out: Any = None,
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
     batch_size: int | None = None,
     limit: int | None = None,
+    sheet: str | Path | None = None,
+    save: str | Path | None = None,
     fast: bool = False,
     everything: bool = False,
     resize: bool = False,
     cache: bool = True,
     offline: bool = False,
-    sheet: str | Path | None = None,
-    save: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Score a generated set against a reference; the arguments are the command line's options.
 
-    Each set is a path, an array of uint8 N x 64 x 64 x 3 images, or of float N x 2048 features.
+    Each set is a path, an array or tensor of uint8 images (N x H x W x 3 or N x 3 x H x W, of any
+    one size), or of float N x D features; a tensor's device is used unless another is named.
     Returns the keys that `--json` prints and, for people, `notes` and `verdict`; `mifid` is inf
-    for a copy. Raises UserError for what the caller can put right.
+    for a copy, and what was not computed is None. Raises UserError for what can be put right.
     """
-    if crop not in (None, "whole", "box"):
-        raise UserError(f"--crop is whole or box, not {crop}.")
-    least = {"--threshold": (threshold, 0), "--limit": (limit, 2), "--batch-size": (batch_size, 1)}
-    for option, (value, minimum) in least.items():
-        if value is not None and not value >= minimum:
-            raise UserError(f"{option} must be {minimum} or more, not {value}.")
-    for target in (sheet, save):
-        if target is not None and not Path(target).absolute().parent.is_dir():
-            raise UserError(f"The folder of {target} is not there: make it first.")
-    place = choose_device(device)
-    made = open_source(generated, False, "whole", resize, limit)
-    real = open_source(reference, True, crop, resize, limit)
-    rule = real.about.get("rule")
-    if crop is not None and rule not in (None, crop):
-        raise UserError(f"{real.where} was made under --crop {rule}, not {crop}.")
-    images = [side for side in (made, real) if isinstance(side, ImageSet)]
-    if sheet is not None and len(images) < 2:
+    check_options(crop, size, threshold, batch_size, limit, sheet, save)
+    place = choose_device(device or (generated.device if isinstance(generated, Tensor) else None))
+    made, real, *held = open_sides(generated, reference, held_out, size, crop, resize, limit)
+    are_images = [isinstance(side, ImageSet) for side in (made, real, *held)]
+    if sheet is not None and not all(are_images[:2]):
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
-    model = load_inception(find_weights(weights, offline), place, fast) if images else None
-
-    def features(side: ImageSet | Features, keep: bool) -> Features:
-        if isinstance(side, ImageSet):
-            side = features_of(side, model, batch_size, keep, progress)
-        side.values = side.values[:limit]  # a photo may have given several
-        if len(side.values) < 2:
-            raise UserError(f"{side.where} holds fewer than 2 usable images: nothing to compare.")
-        return side
-
-    made = features(made, keep=False)
+    model = load_inception(find_weights(weights, offline), place, fast) if any(are_images) else None
+    made = features_of(made, model, batch_size, limit, False, progress)
     if save is not None:
         save_arrays(Path(save), features=made.values, about=json.dumps(made.about))
-    real = features(real, keep=cache)
-    result, distance, index = compare(made, real, threshold, place)
-    if fast and model and model.precision == "float32":
-        result["notes"] += ["--fast: this machine has no bf16 instructions, so float32 was used"]
+    real, *held = (
+        features_of(side, model, batch_size, limit, cache, progress) for side in (real, *held)
+    )
+    errors = everything or (model is not None and place.type == "cpu")
+    result, distance, index = compare(made, real, threshold, errors, place)
+    if held:
+        result |= compare_held_out(made, real, held[0], place)
+        result["notes"] += held[0].notes
+    precisions = {side.about.get("precision", "float32") for side in (made, real, *held)}
+    if half := sorted(precisions - {"float32"}):
+        result["notes"].append(f"features are in {' and '.join(half)}, so no score is exact")
     elif fast and model:
-        result["notes"] += [f"--fast: features are in {model.precision}, so no score is exact"]
-    if everything:
+        result["notes"].append("--fast: there are no bf16 instructions here, so float32 was used")
+    if everything and real.known is None:
         kid, spread = kernel_distance(made.values, real.values)
         result |= {"kid": kid, "kid_std": spread, **manifold_scores(made.values, real.values)}
     if sheet is not None:
@@ -1094,51 +1394,66 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="mifid.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("generated", help="zip, tar or folder of 64x64 images, or .npz of features")
+    parser.add_argument("reference", help="the same, or a Stanford Dogs set as train_dogs.py takes")
     add = parser.add_argument
-    add("generated", help="zip, tar or folder of 64x64 images, or .npz of saved features")
-    add("reference", help="the same, or a Stanford Dogs set in any form train_dogs.py takes")
-    add("--crop", choices=("whole", "box"), help="how photos become 64x64 (default: whole)")
-    add("--weights", metavar="FILE", help="the FID Inception: .pth or TorchScript")
+    add("--crop", choices=CROPS, help="a photo whole (default), by box, or its centre")
+    add("--size", type=int, metavar="N", help="pixels of a side (default: 64, the competition's)")
     add("--threshold", type=float, default=THRESHOLD, help="of the distance (default: %(default)s)")
-    add("--device", help="cpu, cuda, ... (default: a GPU that works, else cpu)")
-    add("--batch-size", type=int, help="images at a time (default: by device)")
+    add("--held-out", metavar="PATH", help="photos that the model has not seen")
+    add("--weights", metavar="FILE", help="the FID Inception: .pth or TorchScript")
+    add("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU that works, else cpu)")
+    add("--batch-size", type=int, metavar="N", help="images at a time (default: by device)")
     add("--limit", type=int, metavar="N", help="the first N of each after a seeded shuffle")
-    add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     add("--sheet", metavar="FILE.png", help="draw the nearest pairs, and random ones")
     add("--save-features", dest="save", metavar="FILE.npz", help="keep the generated features")
     add("--fast", action="store_true", help="half precision where the machine has it")
-    add("--all", dest="everything", action="store_true", help="KID, precision, recall, ...")
-    add("--resize", action="store_true", help="convert generated images that are not 64x64 RGB")
+    add("--all", dest="everything", action="store_true", help="KID, precision, ..., error bars")
+    add("--resize", action="store_true", help="convert generated images of another size or kind")
     add("--no-cache", dest="cache", action="store_false", help="do not keep reference features")
     add("--offline", action="store_true", help="never download the weights")
+    add("--json", action="store_true", help="one JSON object on stdout, no more")
     return parser.parse_args(argv)
 
 
 def report(result: dict[str, Any]) -> str:
     """What is printed without `--json`."""
-    unknown = "unknown (features given)"
-    what = {"whole": "whole photo", "box": "annotated box"}.get(result["reference_rule"])
-    rule = f"{result['reference_rule']} (each {what} squashed to 64x64 by Lanczos)"
-    weights = f"{result['weights']}, sha256 {str(result['weights_sha256'])[:12]}"
+    r, how = result, {"whole": "squashed", "box": "squashed", "centre": "cut"}
+    rule = weights = "unknown (features given)"
+    if r["reference_rule"] in how:
+        rule = f"{r['reference_rule']} ({how[r['reference_rule']]} to size by Lanczos)"
+    if r["weights"]:
+        weights = f"{r['weights']}, sha256 {str(r['weights_sha256'])[:12]}"
     lines = [
-        f"generated  {result['n_generated']:>7,}  {result['generated']}",
-        f"reference  {result['n_reference']:>7,}  {result['reference']}",
-        f"rule       {rule if what else unknown}",
-        f"weights    {weights if result['weights'] else unknown}",
+        f"generated  {r['n_generated']:>7,}  {r['generated']}",
+        f"reference  {r['n_reference'] or 0:>7,}  {r['reference']}",
+        f"rule       {rule}",
+        f"weights    {weights}",
         "",
-        f"FID                    {result['fid']:.6f}",
-        f"memorization distance  {result['memorization_distance']:.6f}",
-        f"MiFID                  {result['mifid']:.6f}  (threshold {result['threshold']:g})",
+        f"FID                    {r['fid']:.6f}",
     ]
+    if r["n_reference"] is None:
+        lines[1] = f"reference  moments  {r['reference']}"
+    if r["fid_error"] is not None:
+        lines[-1] += f" +- {r['fid_error']:.2f}"
+    if r["fid_unbiased"] is not None:
+        lines[-1] += f", without its bias of N {r['fid_unbiased']:.1f}"
+    if r["memorization_distance"] is not None:
+        distance = f"{r['memorization_distance']:.6f} +- {r['distance_error']:.4f}"
+        lines.append(f"memorization distance  {distance}")
+        lines.append(f"MiFID                  {r['mifid']:.6f}  (threshold {r['threshold']:g})")
     if "kid" in result:
-        lines.append(f"KID                    {result['kid']:.6f} +- {result['kid_std']:.6f}")
+        lines.append(f"KID                    {r['kid']:.6f} +- {r['kid_std']:.6f}")
         others = ("precision", "recall", "density", "coverage")
-        lines += [f"{name:22} {result[name]:.4f}" for name in others]
-    return "\n".join([*lines, "", result["verdict"]])
+        lines += [f"{name:22} {r[name]:.4f}" for name in others]
+    return "\n".join([*lines, "", r["verdict"], *filter(None, [r.get("over_fitting")])])
 
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses sooner
+    for stream in (sys.stdout, sys.stderr):  # a path may be no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         options = vars(parse_arguments(argv))
         as_json = options.pop("json")
@@ -1147,14 +1462,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mifid.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"mifid.py: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        print(
+            f"mifid.py: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr
+        )
         return 2
     for note in result["notes"]:
         print(f"note: {note}.", file=sys.stderr)
     if not as_json:
         print(report(result))
         return 0
-    if result["mifid"] == float("inf"):
+    if result["mifid"] == math.inf:
         result |= {"mifid": None, "note": "a copy of the reference: MiFID is infinite"}
     print(json.dumps(result))
     return 0

@@ -211,15 +211,6 @@ def test_unseen_distance_is_what_a_held_out_half_of_the_same_kind_reaches() -> N
     assert mifid.unseen_distance(doubled) == pytest.approx(held_out, rel=0.04)
 
 
-@pytest.mark.parametrize(
-    ("distance", "words"),
-    [(1e-9, "copy"), (0.05, "penalised"), (0.13, "Nearer"), (0.16, "As near"), (0.3, "Farther")],
-)
-def test_the_verdict_compares_with_unseen_pictures(distance: float, words: str) -> None:
-    sentence = mifid.verdict(distance, 0.158, 0.1, 17_163)
-    assert words in sentence and sentence.count(". ") == 0 and sentence.endswith(".")
-
-
 # ---------------------------------------------------------------- KID, precision, recall, ...
 
 

