@@ -1318,10 +1318,10 @@ def check_options(
     for name, (value, low, high) in ranges.items():
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {low} to {high:g}, not {value}.")
-    for target in filter(None, files):
-        if not Path(target).absolute().parent.is_dir():
+    for target in (Path(file) for file in files if file is not None):
+        if not target.absolute().parent.is_dir():
             raise UserError(f"The folder of {target} is not there: make it first.")
-        if Path(target).is_dir():
+        if target.is_dir():
             raise UserError(f"{target} is a folder: name a file in it.")
 
 

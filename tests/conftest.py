@@ -17,10 +17,12 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 os.environ.setdefault("OMP_NUM_THREADS", str(min(CORES, 4)))
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
-# Where a shell started this in the background SIGINT is ignored, and so it would be in the programs
-# that the tests start and interrupt.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Where a shell started this in the background SIGINT is ignored, and under nohup SIGHUP, and so it
+# would be in the programs that the tests start and interrupt.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)  # Windows has no SIGHUP
+    if number and signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 try:
     from hypothesis import settings

@@ -1,0 +1,506 @@
+"""Broken inputs for both programs: seeded, each in a child with a limit of time and memory.
+
+    python tests/fuzz.py                    # 1,540 inputs, one core, one seed
+    python tests/fuzz.py --seed 1 --families checkpoints npz --count 50
+
+Each input begins as a valid one, of a family below, and is then damaged. A program has `done` its
+work (code 0), `refused` it (code 2 and one sentence that names the program), or it is `wrong`: a
+traceback, another code, a hang, or more memory than allowed. Wrong ones are shown with what they
+said, and their folders are kept in `--keep`. The exit code is 1 if there are any. Scores are taken
+of a network of the right shape and random numbers, since what is read is tried here, and not it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dog_sets import BOX, annotate, encode, paint
+
+import mifid
+import train_dogs
+
+SECONDS = 20  # of a child
+MEMORY = 1536 << 20  # bytes that a child may have resident
+
+Rng = random.Random
+GOOD = [encode(paint(k)) for k in range(18)]  # two more than a run needs
+TINY = ["--layers", "paper", "--width", "1", "--latent-dim", "4", "--batch-size", "2"]
+TINY += ["--images", "2", "--precision", "fp32", "--hours", "inf", "--device", "cpu"]
+# What stands in the place of a number or a word sooner or later.
+NASTY = (
+    "", " ", "0", "-1", "1e308", "-1e308", "nan", "inf", "-inf", "1e-320", "99999999999999999999",
+    "0x10", "1_000", "²", "٣", "1.5", "True", "None", "é", "\ud800", "a" * 5000, "/", ".", "..",
+    "/dev/null", "/dev/zero", "square:", "box:0", "box:-1", "cuda:²", "cuda:99999999999999999999",
+    "cpu:7", "meta", "color,color", "--help", "--", "\n", "%s", "{}", "*",
+)  # fmt: skip
+
+
+class Network(torch.nn.Module):
+    """Features of the right shape, by a projection of the pixels' means."""
+
+    weights, sha256, fingerprint, precision, batch_size = "none", "0" * 64, "0", "float32", 64
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 N x H x W x 3 to float32 N x 2048."""
+        means = images.float().reshape(len(images), -1)[:, :192]
+        waves = torch.arange(2048 * means.shape[1], dtype=torch.float32).sin()
+        return (means @ waves.view(-1, 2048)).abs() / 999
+
+
+# ------------------------------------------------------------------------------------- the damage
+
+
+def damage(data: bytes, rng: Rng) -> bytes:
+    """Some bytes of a file, changed, cut off, doubled, or in the wrong place."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        if not data:
+            break
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(300, len(data)))
+        kind = rng.randrange(6)
+        if kind == 0:
+            data[at] = rng.randrange(256)
+        elif kind == 1:
+            data[at : at + 4] = rng.choice((b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"))
+        elif kind == 2:
+            del data[at:]
+        elif kind == 3:
+            del data[at : at + rng.randrange(1, 60)]
+        elif kind == 4:
+            data[at:at] = data[:at][-rng.randrange(1, 99) :]
+        else:
+            data[at:at] = rng.randbytes(rng.randrange(1, 40))
+    return bytes(data)
+
+
+def odd_picture(rng: Rng) -> bytes:
+    """A picture of a rare kind, or one that claims much, or nothing like a picture."""
+    kind = rng.randrange(8)
+    if kind == 0:
+        mode, form = rng.choice(
+            [("1", "PNG"), ("I;16", "PNG"), ("LA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"),
+             ("F", "TIFF"), ("L", "BMP"), ("RGBA", "WEBP"), ("I", "TIFF"), ("YCbCr", "JPEG")]
+        )  # fmt: skip
+        return encode(Image.new(mode, rng.choice([(96, 80), (1, 1), (1, 300), (64, 64)])), form)
+    if kind == 1:  # a PNG of a few bytes that claims as many pixels as it likes
+        side = rng.choice((1, 70, 4000, 8900, 60000, 2**31 - 1))
+        head = side.to_bytes(4, "big") * 2 + bytes((8, rng.choice((0, 2, 3, 6)), 0, 0, 0))
+        rows = zlib.compress(bytes(min(side, 4000) * 3 + 1) * min(side, 4000))
+        parts = [(b"IHDR", head), (b"IDAT", rows), (b"IEND", b"")]
+        chunks = (len(d).to_bytes(4, "big") + n + d + zlib.crc32(n + d).to_bytes(4, "big")
+                  for n, d in parts)  # fmt: skip
+        return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    if kind == 2:  # an EXIF block of anything
+        head = rng.choice((b"Exif\0\0II*\0\x08\0\0\0", b"Exif\0\0MM\0*\0\0\0\x08", b"Exif\0\0"))
+        return encode(paint(rng.randrange(99)), "JPEG", exif=head + rng.randbytes(60))
+    if kind == 3:
+        exif = Image.Exif()
+        exif[0x0112] = rng.choice((0, 1, 5, 6, 9, 65535))
+        return encode(paint(rng.randrange(99)), "JPEG", exif=exif.tobytes())
+    if kind == 4:
+        return rng.choice((b"", b"\0", b"GIF89a", b"<svg/>", b"%!PS\n", b"\xff\xd8\xff", b"BM"))
+    form = rng.choice(("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"))
+    return damage(encode(paint(rng.randrange(99)), form), rng)
+
+
+def odd_annotation(rng: Rng) -> bytes:
+    """An annotation with boxes of anything, or damaged, or much too long."""
+    kind = rng.randrange(5)
+    if kind < 2:
+        values = (-(10**30), -5, 0, 1, 8, 40, 79, 96, 10**30, "nan", "inf", "", "x", "1e400", 2.5)
+        count = rng.choice((0, 1, 1, 2, 9))
+        boxes = [tuple(rng.choice(values) for _ in range(4)) for _ in range(count)]
+        return annotate(boxes, (rng.choice(values), rng.choice(values)))
+    if kind == 2:
+        bomb = "".join(f'<!ENTITY e{k + 1} "{f"&e{k};" * 9}">' for k in range(9))
+        return rng.choice((
+            f'<!DOCTYPE a [<!ENTITY e0 "dog">{bomb}]><annotation>&e9;</annotation>'.encode(),
+            annotate([BOX] * 20_000), b"<a>" * 20_000, "<ä/>".encode("utf-16"),
+        ))  # fmt: skip
+    return damage(annotate([BOX]), rng)
+
+
+# ------------------------------------------------------------------------------------ the families
+# Each makes one input in an empty folder and returns (program, its arguments).
+
+Case = tuple[Callable[..., int], list[str]]
+
+
+def dogs_in(folder: Path, pictures: Sequence[bytes], annotations: Sequence[bytes | None]) -> Path:
+    """A set in Stanford's layout; without annotations it is a plain folder."""
+    for k, (picture, annotation) in enumerate(zip(pictures, annotations)):
+        files = {f"Images/n01-Dog/n01_{k}.jpg": picture}
+        if annotation is not None:
+            files[f"Annotation/n01-Dog/n01_{k}"] = annotation
+        for name, data in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+    return folder
+
+
+def crop_or_score(data: Path, folder: Path, rng: Rng) -> Case:
+    """Either program over `data`."""
+    if rng.random() < 0.6:
+        crops = rng.choice(("square", "box,head:2", "whole", "context,whole"))
+        options = ["--data", str(data), "--out", str(folder / "out"), "--crops", crops, *TINY]
+        return train_dogs.main, [*options, "--dry-run", "--steps", "1"]
+    good = dogs_in(folder / "good", GOOD[:3], [None] * 3)
+    crop = rng.choice(("whole", "box", "centre"))
+    sides = [str(good), str(data)] if rng.random() < 0.7 else [str(data), str(good)]
+    return mifid.main, [*sides, "--crop", crop, "--resize", "--no-cache"]
+
+
+def pictures(folder: Path, rng: Rng) -> Case:
+    """One picture or more is odd."""
+    found = list(GOOD)
+    for k in range(rng.choice((1, 1, 3, 18))):
+        found[k] = odd_picture(rng)
+    notes = [rng.choice((None, annotate([BOX])))] * len(found)
+    return crop_or_score(dogs_in(folder / "data", found, notes), folder, rng)
+
+
+def annotations(folder: Path, rng: Rng) -> Case:
+    """One annotation or more is odd."""
+    notes = [annotate([BOX])] * len(GOOD)
+    for k in range(rng.choice((1, 1, 3, 18))):
+        notes[k] = odd_annotation(rng)
+    data = dogs_in(folder / "data", GOOD, notes)
+    return crop_or_score(data, folder, rng)
+
+
+def archives(folder: Path, rng: Rng) -> Case:
+    """A zip or tar with members of any name and kind, damaged or not."""
+    path = folder / rng.choice(("dogs.zip", "all-dogs.zip", "images.tar", "dogs.tar.gz"))
+    names = [f"Images/n01-Dog/n01_{k}.jpg" for k in range(len(GOOD))]
+    for k in range(rng.choice((0, 1, 3))):
+        names[k] = rng.choice(("../../x.jpg", "/etc/x.jpg", "a\\b.jpg", "é.jpg", "x/", "\n.jpg"))
+    members = dict(zip(names, GOOD))
+    if rng.random() < 0.2:
+        members["bomb.jpg"] = bytes(80 << 20)
+    if path.suffix == ".zip":
+        ways = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+        with zipfile.ZipFile(path, "w", rng.choice(ways)) as archive:
+            for name, data in members.items():
+                archive.writestr(name, data)
+    else:
+        kinds = (
+            tarfile.REGTYPE,
+            tarfile.REGTYPE,
+            tarfile.SYMTYPE,
+            tarfile.LNKTYPE,
+            tarfile.FIFOTYPE,
+        )
+        with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.type, info.size, info.linkname = rng.choice(kinds), len(data), names[0]
+                archive.addfile(info, io.BytesIO(data))
+    if rng.random() < 0.8:
+        path.write_bytes(damage(path.read_bytes(), rng))
+    return crop_or_score(path, folder, rng)
+
+
+def commands(folder: Path, rng: Rng) -> Case:
+    """Options of anything at all, over good data."""
+    data = dogs_in(folder / "data", GOOD, [None] * len(GOOD))
+    if rng.random() < 0.6:
+        program, argv = train_dogs.main, ["--data", str(data), "--out", str(folder / "out"), *TINY]
+        argv += ["--dry-run"]
+        names = [f"--{f.name.replace('_', '-')}" for f in train_dogs.fields(train_dogs.Config)]
+        names += ["--minutes", "--preset", "--breed", "--resume", "--sample-only", "--fresh"]
+    else:
+        program, argv = mifid.main, [str(data), str(data), "--resize", "--no-cache"]
+        names = ["--crop", "--size", "--threshold", "--held-out", "--device", "--batch-size"]
+        names += ["--limit", "--sheet", "--save-features", "--fast", "--all", "--json"]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        argv += [rng.choice(names), rng.choice((*NASTY, str(data), str(folder)))]
+    return program, argv
+
+
+def odd_value(value: object, rng: Rng) -> object:
+    """Something of the same kind that is not the same, or of another kind."""
+    if isinstance(value, torch.Tensor) and rng.random() < 0.7:
+        return rng.choice((
+            lambda: value.double(), lambda: value.flatten()[:-1], lambda: value[None],
+            lambda: value.to(torch.int32), lambda: torch.empty(0), lambda: value.float() * math.nan,
+            lambda: value.reshape(-1).float().to_sparse(), lambda: value.to("meta"),
+        ))()  # fmt: skip
+    return rng.choice((None, 0, -1, 2**63 - 1, 10**30, 1.5, math.nan, "", "x", True, [], {}, b"x"))
+
+
+def odd_state(state: dict, rng: Rng) -> dict:
+    """A checkpoint of which one or two entries at any depth are other, gone or added."""
+    state = copy.deepcopy(state)
+    for _ in range(rng.choice((1, 1, 2))):
+        place = state
+        while True:
+            key = rng.choice(list(place)) if place else "x"
+            if not isinstance(place.get(key), dict) or not place[key] or rng.random() < 0.15:
+                break
+            place = place[key]
+        kind = rng.randrange(5)
+        if kind == 0:
+            place.pop(key, None)
+        elif kind == 1:
+            place[rng.choice(("x", 7, ""))] = odd_value(None, rng)
+        else:
+            place[key] = odd_value(place.get(key), rng)
+    return state
+
+
+def finished_run(folder: Path) -> Path:
+    """A finished run of two steps."""
+    data = dogs_in(folder / "data", GOOD, [None] * len(GOOD))
+    argv = ["--data", str(data), "--out", str(folder / "out"), *TINY, "--steps", "2"]
+    assert train_dogs.main(argv) == 0
+    return folder
+
+
+def checkpoints(folder: Path, rng: Rng) -> Case:
+    """A run's files, damaged in their bytes or in what they hold, and the run gone on with."""
+    shutil.copytree(finished["folder"], folder, dirs_exist_ok=True)
+    out = folder / "out"
+    argv = ["--data", str(folder / "data"), "--out", str(out), *TINY, "--steps", "3"]
+    for name in rng.choice((("checkpoint.pt",), ("checkpoint.pt", "checkpoint.previous.pt"))):
+        path = out / name
+        if rng.random() < 0.7:
+            torch.save(odd_state(torch.load(path, weights_only=True), rng), path)
+        else:
+            path.write_bytes(damage(path.read_bytes(), rng))
+    return train_dogs.main, argv
+
+
+def generators(folder: Path, rng: Rng) -> Case:
+    """The same of generator.pt, and images drawn from it."""
+    shutil.copytree(finished["folder"], folder, dirs_exist_ok=True)
+    path = folder / "out" / "generator.pt"
+    if rng.random() < 0.7:
+        torch.save(odd_state(torch.load(path, weights_only=True), rng), path)
+    else:
+        path.write_bytes(damage(path.read_bytes(), rng))
+    return train_dogs.main, ["--out", str(folder / "out"), *TINY, "--sample-only"]
+
+
+def npz(folder: Path, rng: Rng) -> Case:
+    """An .npz of anything on either side."""
+    noise = np.random.default_rng(rng.randrange(999))
+    shape = (rng.choice((0, 1, 2, 30)), rng.choice((0, 1, 64, 2048)))
+    x = noise.random(shape if rng.random() < 0.5 else (30, 2048)) + 0.1
+    kinds = ("f4", "f8", ">f4", "f2", "g", "i8", "c8", "U3", "?", "O")
+    x = x.astype(rng.choice(kinds)) if rng.random() < 0.5 else x
+    if x.dtype.kind == "f" and x.size and rng.random() < 0.3:
+        x.flat[0] = rng.choice((math.nan, math.inf, 1e200, -1e9, 0))
+    arrays = {rng.choice(("features", "features", "features", "mu", "arr_0")): x}
+    arrays["about"] = rng.choice(
+        ("{}", "{}", "{}", "{}", "[]", "{", "7", '{"rule": 3}', '{"rule": "box"}')
+    )
+    if "mu" in arrays:
+        arrays["mu"], arrays["sigma"] = (
+            x[:1].ravel(),
+            rng.choice((x, x.T @ x if x.dtype.kind == "f" else x)),
+        )
+    odd, good = folder / "odd.npz", folder / "good.npz"
+    np.savez(good, features=noise.random((30, 2048)) + 0.1)
+    if rng.random() < 0.1:
+        with open(odd, "wb") as file:
+            np.save(file, x)
+    else:
+        np.savez(odd, **arrays)
+    if rng.random() < 0.4:
+        odd.write_bytes(damage(odd.read_bytes(), rng))
+    sides = [str(odd), str(good)]
+    rng.shuffle(sides)
+    return mifid.main, [
+        *sides,
+        *rng.choice(([], ["--all"], ["--limit", "2"], ["--held-out", str(good)])),
+    ]
+
+
+def weights(folder: Path, rng: Rng) -> Case:
+    """A file of weights that is none."""
+    good = dogs_in(folder / "data", GOOD[:3], [None] * 3)
+    path, kind = folder / "weights.pth", rng.randrange(4)
+    if kind == 0:
+        path.write_bytes(rng.randbytes(rng.randrange(300)))
+    elif kind == 1:
+        torch.save(odd_value(torch.ones(3), rng), path)
+    else:
+        some = {name: torch.ones(rng.choice((1, 3))) for name in list(names_of_weights)[:9]}
+        torch.save(some, path)
+        if kind == 3:
+            path.write_bytes(damage(path.read_bytes(), rng))
+    return mifid.main, [str(good), str(good), "--resize", "--weights", str(path), "--no-cache"]
+
+
+def planted(folder: Path, rng: Rng) -> Case:
+    """The positive control: a traceback, a hang, a code, or too much memory."""
+    del folder
+
+    def program(argv: list[str]) -> int:
+        kind = rng.randrange(4)
+        if kind == 0:
+            raise KeyError("planted")
+        if kind == 1:
+            time.sleep(9999)
+        if kind == 2:
+            return len(np.ones(MEMORY + (200 << 20), np.uint8)) * 0
+        return 7
+
+    return program, []
+
+
+finished: dict[str, Path] = {}
+names_of_weights = [f"{n}.{p}" for n in mifid.named_convolutions() for p in mifid.TENSORS]
+FAMILIES: dict[str, tuple[Callable[[Path, Rng], Case], int]] = {
+    "pictures": (pictures, 320), "annotations": (annotations, 220), "archives": (archives, 260),
+    "commands": (commands, 300), "checkpoints": (checkpoints, 160), "generators": (generators, 80),
+    "npz": (npz, 160), "weights": (weights, 40),
+}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- the children
+
+
+def in_child(program: Callable[..., int], argv: list[str], said: Path) -> None:
+    """Run the program in this process, which is a fork, and exit with its code; 99 = a traceback."""
+    code = 99
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY, 4 * MEMORY))  # the machine is not harmed
+    try:
+        with open(said, "w", errors="backslashreplace") as file:
+            sys.stdout, sys.stderr = io.StringIO(), file
+            try:
+                code = program(argv)
+            except SystemExit as done:
+                code = 98 if done.code else 0
+            except BaseException:  # noqa: BLE001
+                traceback.print_exc()
+            file.flush()
+    finally:
+        os._exit(code if isinstance(code, int) and 0 <= code < 99 else 99)
+
+
+def outcome(program: Callable[..., int], argv: list[str], said: Path, seconds: float) -> str:
+    """`done`, `refused`, or `wrong: ...` of one input."""
+    child = os.fork()
+    if child == 0:
+        in_child(program, argv, said)
+    end = time.monotonic() + seconds
+    while True:
+        pid, status, used = os.wait4(child, os.WNOHANG)
+        if pid:
+            break
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            os.wait4(child, 0)
+            return f"wrong: still running after {seconds:g} s"
+        time.sleep(0.002)
+    peak = used.ru_maxrss << (0 if sys.platform == "darwin" else 10)
+    text = said.read_text(errors="replace") if said.exists() else ""
+    code = os.waitstatus_to_exitcode(status)
+    name = "mifid" if program is mifid.main else "train_dogs"
+    sentences = [line for line in text.splitlines() if line.startswith(name)]
+    if peak > MEMORY:
+        return f"wrong: {peak >> 20} MB"
+    if "Traceback" in text or code not in (0, 2):
+        return f"wrong: code {code}"
+    if code == 2 and len(sentences) != 1:
+        return f"wrong: {len(sentences)} sentences"
+    return "refused" if code else "done"
+
+
+def fuzz(
+    family: str, count: int, seed: int, keep: Path, seconds: float
+) -> tuple[Counter[str], list[str]]:
+    """(how many ended how; what was wrong with the wrong ones)."""
+    make = planted if family == "planted" else FAMILIES[family][0]
+    counts: Counter[str] = Counter()
+    wrong: list[str] = []
+    for number in range(count):
+        rng = Rng(f"{seed} {family} {number}")
+        folder = Path(tempfile.mkdtemp(prefix=f"{family}-{seed}-{number}-", dir=keep))
+        program, argv = make(folder, rng)
+        said = folder / "said.txt"
+        end = outcome(program, argv, said, seconds)
+        counts[end.partition(":")[0]] += 1
+        if end.startswith("wrong"):
+            tail = said.read_text(errors="replace").strip()[-400:] if said.exists() else ""
+            wrong.append(f"{family} {number} ({end}): {argv}\n{tail}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return counts, wrong
+
+
+def prepare(keep: Path) -> None:
+    """What all inputs share, made once, before anything is forked."""
+    torch.set_num_threads(1)
+    os.environ["XDG_CACHE_HOME"] = str(keep / "cache")
+    network, load = Network(), mifid.load_inception
+    given = mifid.find_weights
+
+    def find(path: object, offline: bool) -> object:
+        return given(path, offline) if path else path
+
+    mifid.find_weights = find
+    mifid.load_inception = lambda path, *rest: load(path, *rest) if path else network
+    finished["folder"] = finished_run(Path(tempfile.mkdtemp(prefix="finished-", dir=keep)))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """Print a row for each family and what went wrong; returns 1 if anything did."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument(
+        "--families", nargs="+", choices=[*FAMILIES, "planted"], default=[*FAMILIES]
+    )
+    parser.add_argument("--count", type=int, help="inputs of each family; default its own number")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of an input; {SECONDS}")
+    parser.add_argument("--keep", type=Path, help="folder for inputs that went wrong")
+    given = parser.parse_args(argv)
+    keep = given.keep or Path(tempfile.mkdtemp(prefix="fuzz-"))
+    keep.mkdir(parents=True, exist_ok=True)
+    prepare(keep)
+    total: Counter[str] = Counter()
+    begin, failures = time.monotonic(), []
+    for family in given.families:
+        since = time.monotonic()
+        count = given.count or FAMILIES.get(family, (None, 4))[1]
+        counts, wrong = fuzz(family, count, given.seed, keep, given.seconds)
+        numbers = ", ".join(f"{counts[end]} {end}" for end in ("done", "refused", "wrong"))
+        print(f"{family:12} {numbers}, {time.monotonic() - since:.0f} s", flush=True)
+        total += counts
+        failures += wrong
+    print(*failures, sep="\n\n")
+    print(json.dumps(dict(total) | {"seed": given.seed, "seconds": time.monotonic() - begin}))
+    if not failures:
+        shutil.rmtree(keep)
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
