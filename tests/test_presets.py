@@ -86,7 +86,7 @@ def test_all_presets_set_the_same_fields_and_the_first_is_the_default():
 def test_a_recipe_costs_8_and_a_half_p100_hours_and_hardly_less_but_the_sample(name):
     config = parse(["--preset", name]).config
     hours = train_dogs.p100_hours(config, config.steps)
-    assert hours < 0.1 if name == "sample" else 8.4 < hours <= 8.5
+    assert hours < 0.1 if name in ("small", "sample") else 8.4 < hours <= 8.5
 
 
 @pytest.mark.parametrize("name", PRESETS)
