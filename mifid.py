@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -456,8 +456,8 @@ class Inception(nn.Module):
     """The FID Inception (TensorFlow's of 2015-12-05) up to pool_3, arranged for speed.
 
     forward: uint8 N x H x W x 3 -> float32 N x 2048. `load_inception` adds what it was made of:
-    `weights` (the file's name), `sha256`, `fingerprint` (of its tensors), `precision` and the
-    `batch_size` that suits the device.
+    `weights` (the file's name), `sha256`, `fingerprint` (of its tensors), `precision`, the
+    `classifier` (float 1008 x 2048, or None) and the `batch_size` that suits the device.
     """
 
     def __init__(self, folded: dict[str, nn.Conv2d]) -> None:
@@ -500,7 +500,11 @@ def load_inception(
         raise UserError(f"The weights {path} are not there.")
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        folded, fingerprint = fold_weights(read_tensors(path))
+        tensors = read_tensors(path)
+        folded, fingerprint = fold_weights(tensors)
+        classifier = tensors.get("fc.weight")  # pytorch-fid's file has it, the TorchScript has not
+        if classifier is not None and classifier.shape != (1008, 2048):
+            raise ValueError("a classifier of another shape")
         if fingerprint != WEIGHTS_FINGERPRINT and not sha256.startswith(WEIGHTS_SHA256):
             raise ValueError(f"other numbers, of fingerprint {fingerprint[:12]}")
     except Exception as error:  # a file of anything at all: torch raises half a dozen kinds
@@ -516,7 +520,7 @@ def load_inception(
         dtype = torch.bfloat16
     model = Inception(folded).eval().to(device, dtype)
     model.weights, model.sha256, model.fingerprint = path.name, sha256, fingerprint
-    model.precision = str(dtype).removeprefix("torch.")
+    model.precision, model.classifier = str(dtype).removeprefix("torch."), classifier
     model.batch_size = 16 if device.type == "cpu" else 256  # on 2 cores 8 to 32 are equally fast
     return model
 
@@ -1062,6 +1066,18 @@ def manifold_scores(generated: np.ndarray, reference: np.ndarray) -> dict[str, f
     }
 
 
+def inception_score(logits: np.ndarray | Tensor, splits: int = 10) -> tuple[float, float]:
+    """(mean, standard deviation) over `splits` parts of exp(mean KL(p(y|x), p(y))), of N x K logits
+    in their order (Salimans et al. 2016, arXiv 1606.03498)."""
+    logs = torch.as_tensor(logits).double().log_softmax(1)
+    ends = [part * len(logs) // splits for part in range(splits + 1)]
+    scores = []
+    for log_p in (logs[begin:end] for begin, end in pairwise(ends)):
+        divergence = log_p.exp() * (log_p - log_p.exp().mean(0).log())
+        scores.append(divergence.sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
 # ---------------------------------------------------------------- the picture (--sheet)
 
 
@@ -1379,6 +1395,16 @@ def score(
     if everything and real.known is None:
         kid, spread = kernel_distance(made.values, real.values)
         result |= {"kid": kid, "kid_std": spread, **manifold_scores(made.values, real.values)}
+    if everything and model is not None and model.classifier is None:
+        result["notes"].append(
+            f"{model.weights} holds no classifier, so there is no Inception score: give"
+            f" {WEIGHTS_NAME} by --weights"
+        )
+    elif everything and model is not None and len(made.values) >= 10:
+        rows = np.random.default_rng(0).permutation(len(made.values))
+        logits = torch.from_numpy(made.values[rows]).float() @ model.classifier.float().T
+        mean, spread = inception_score(logits)  # without a bias, as in the paper's code
+        result |= {"inception_score": mean, "inception_score_std": spread}
     if sheet is not None:
         draw_sheet(Path(sheet), made, real, distance, index)
     return result
@@ -1408,7 +1434,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sheet", metavar="FILE.png", help="draw the nearest pairs, and random ones")
     add("--save-features", dest="save", metavar="FILE.npz", help="keep the generated features")
     add("--fast", action="store_true", help="half precision where the machine has it")
-    add("--all", dest="everything", action="store_true", help="KID, precision, ..., error bars")
+    add(
+        "--all", dest="everything", action="store_true", help="KID, precision, Inception score, ..."
+    )
     add("--resize", action="store_true", help="convert generated images of another size or kind")
     add("--no-cache", dest="cache", action="store_false", help="do not keep reference features")
     add("--offline", action="store_true", help="never download the weights")
@@ -1446,6 +1474,9 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"KID                    {r['kid']:.6f} +- {r['kid_std']:.6f}")
         others = ("precision", "recall", "density", "coverage")
         lines += [f"{name:22} {r[name]:.4f}" for name in others]
+    if "inception_score" in result:
+        score = f"{r['inception_score']:.4f} +- {r['inception_score_std']:.4f}"
+        lines.append(f"Inception score        {score}")
     return "\n".join([*lines, "", r["verdict"], *filter(None, [r.get("over_fitting")])])
 
 

@@ -64,6 +64,7 @@ class Network(torch.nn.Module):
     """Features of the right shape, by a projection of the pixels' means."""
 
     weights, sha256, fingerprint, precision, batch_size = "none", "0" * 64, "0", "float32", 64
+    classifier = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 N x H x W x 3 to float32 N x 2048."""

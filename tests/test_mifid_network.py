@@ -103,6 +103,24 @@ def test_torch_fidelitys_network_gives_the_same_features_and_fid(
     assert ours == pytest.approx(fid["frechet_inception_distance"], rel=1e-4)
 
 
+def test_the_inception_score_is_that_of_torch_fidelitys_logits(
+    pth_file: Path, script_file: Path, pictures: np.ndarray
+) -> None:
+    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    network = theirs.FeatureExtractorInceptionV3(
+        "inception", ["logits_unbiased"], feature_extractor_weights_path=str(pth_file)
+    )
+    order = np.random.default_rng(0).permutation(len(pictures))
+    with torch.inference_mode():
+        (logits,) = network(torch.from_numpy(pictures[order]).permute(0, 3, 1, 2))
+    sides = pictures, pictures[::-1].copy()
+    result = mifid.score(*sides, weights=pth_file, device="cpu", everything=True)
+    found = result["inception_score"], result["inception_score_std"]
+    assert found == pytest.approx(mifid.inception_score(logits), rel=1e-3) and found[0] > 1
+    bare = mifid.score(*sides, weights=script_file, device="cpu", everything=True)
+    assert "inception_score" not in bare and "no classifier" in " ".join(bare["notes"])
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (31, 80), (299, 299), (400, 310)])
 def test_the_resize_is_tensorflows(shape: tuple[int, int]) -> None:
     pictures = np.random.default_rng(1).integers(0, 256, (2, *shape, 3), np.uint8)

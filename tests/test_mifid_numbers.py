@@ -273,3 +273,19 @@ def test_precision_and_recall_are_torch_fidelitys() -> None:
     scores = mifid.manifold_scores(g, t)
     both = sorted(theirs[name] for name in ("precision", "recall"))
     assert sorted((scores["precision"], scores["recall"])) == pytest.approx(both, abs=2e-3)
+
+
+# ---------------------------------------------------------------- Inception score
+
+
+def test_the_inception_score_of_certain_and_of_blind_classifiers_is_known() -> None:
+    certain = np.tile(np.eye(8) * 100, (50, 1))  # 8 classes, each as often in every part
+    assert mifid.inception_score(certain) == pytest.approx((8.0, 0.0), abs=1e-6)
+    assert mifid.inception_score(np.zeros((40, 8))) == pytest.approx((1.0, 0.0), abs=1e-9)
+
+
+def test_the_inception_score_is_torch_fidelitys() -> None:
+    theirs = pytest.importorskip("torch_fidelity.metric_isc").isc_features_to_metric
+    logits = np.random.default_rng(0).normal(0, 3, (237, 1008))
+    expected = theirs(torch.from_numpy(logits), splits=10, shuffle=False)
+    assert mifid.inception_score(logits) == pytest.approx(tuple(expected.values()), rel=1e-9)
