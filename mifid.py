@@ -1339,6 +1339,8 @@ def check_options(
             raise UserError(f"The folder of {target} is not there: make it first.")
         if target.is_dir():
             raise UserError(f"{target} is a folder: name a file in it.")
+        if target.exists() and not target.is_file():  # a rename would put a file in its place
+            raise UserError(f"{target} is a device or pipe: name a file.")
 
 
 def score(

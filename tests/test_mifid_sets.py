@@ -471,6 +471,16 @@ def test_options_out_of_range_are_refused(
     assert options[1] == "." or options[0] in sentence
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_a_pipe_is_not_replaced_by_a_file(
+    run: Run, generated: Path, reference: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for option in ("--sheet", "--save-features"):
+        assert "pipe" in refusal(run, generated, reference, option, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
