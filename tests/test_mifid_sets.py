@@ -121,6 +121,16 @@ def test_json_is_one_object_and_the_report_says_the_same(
     assert f"{result['fid']:.6f}" in out and result["verdict"] in out
 
 
+def test_the_threshold_decides_what_is_penalised(
+    run: Run, generated: Path, reference: Path
+) -> None:
+    for threshold, penalised in ((0.5, True), (1e-5, False)):
+        result = json.loads(run(generated, reference, "--json", "--threshold", threshold)[1])
+        fid, distance = result["fid"], result["memorization_distance"]
+        assert result["mifid"] == pytest.approx(fid / distance if penalised else fid)
+        assert result["threshold"] == threshold and ("penalised" in result["verdict"]) == penalised
+
+
 def test_zip_tar_folder_and_npz_of_the_same_images_score_the_same(
     run: Run, dogs: list[bytes], reference: Path, generated: Path, tmp_path: Path
 ) -> None:

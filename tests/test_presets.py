@@ -89,6 +89,12 @@ def test_a_recipe_costs_8_and_a_half_p100_hours_and_hardly_less_but_the_sample(n
     assert hours < 0.1 if name in ("small", "sample") else 8.4 < hours <= 8.5
 
 
+def test_first_public_draws_its_notebooks_four_crops_alike():
+    # Two of the four are squares of the box's short side, the third is widened, the last centred.
+    shares = {"head": 0.5, "square": 0.25, "context": 0.25}
+    assert train_dogs.parse_crops(PRESETS["first-public"]["crops"]) == shares
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_samples_and_resumes(name, tmp_path, monkeypatch):
     monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import SAMPLE
 
 import train_dogs
-from train_dogs import to_bytes, write_zip
+from train_dogs import find_photos, prepare_crops, to_bytes, write_zip
 
 
 def pictures(count: int, seed: int = 0) -> np.ndarray:
@@ -254,3 +255,37 @@ def test_a_sheet_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space"):
         train_dogs.save_picture(path, sheets)
     assert path.read_bytes() == before and names_in(tmp_path) == ["progress.webp"]
+
+
+# ---------------------------------------------------------------------------- seeds and reserves
+
+
+def test_what_is_drawn_of_one_seed_is_drawn_of_its_own_part_of_it(tmp_path, monkeypatch):
+    used = []
+
+    def spy(seed: int, use: str) -> int:
+        used.append(use)
+        return seed
+
+    monkeypatch.setattr(train_dogs, "seed_for", spy)
+    G = train_dogs.Generator(4, 1, "paper").eval()
+    config = train_dogs.Config(images=2)
+    for draw, uses in (
+        (lambda: train_dogs.draw_labels(G, 3, 0), ["breeds"]),
+        (lambda: train_dogs.estimate_norms(G, 1, 0), ["norms", "breeds"]),
+        (lambda: train_dogs.sheet_images(G, 0), ["sheet", "breeds"]),
+        (lambda: train_dogs.write_images(G, config, tmp_path), ["submission", "breeds"]),
+    ):
+        used.clear()
+        draw()
+        assert used == uses
+
+
+def test_finishing_is_estimated_for_all_the_batches_that_it_will_draw(own_cache, monkeypatch):
+    ticks = iter(range(999))
+    crops = prepare_crops(find_photos([SAMPLE]), "square", show=False)
+    config = train_dogs.Config(width=1, latent_dim=4, batch_size=4, images=1000, precision="fp32")
+    trainer = train_dogs.Trainer(config, crops, torch.device("cpu"))
+    monkeypatch.setattr(train_dogs.time, "monotonic", lambda: next(ticks))
+    # A second for a batch of the norms, one for a batch of images and its PNGs.
+    assert train_dogs.estimate_finish(trainer) == train_dogs.NORM_BATCHES + 8
