@@ -1335,6 +1335,10 @@ def check_options(
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} is {low} to {high:g}, not {value}.")
     for target in (Path(file) for file in files if file is not None):
+        try:
+            os.fsencode(target)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{str(target)!a} can be no file's name: give another.") from error
         if not target.absolute().parent.is_dir():
             raise UserError(f"The folder of {target} is not there: make it first.")
         if target.is_dir():
