@@ -169,34 +169,46 @@ class Config:
 
 # dogs: ours. first-public: the notebook that says it was first in public, crops by nearest kinds,
 # without its quirks (a margin for G too, rotation that leaves black wedges, samples in training
-# mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434). small: real
-# dogs in an hour of one CPU core (0.33 GFLOP an image). sample: the drawn dogs of data/sample, in
-# three minutes of two.
-PRESET_NAMES = ("dogs", "first-public", "dcgan", "small", "sample")
-PRESET_TABLE = {  # field: its value in each preset; fields that are not here have their defaults
-    "layers":         ("deep",     "deep",                      "paper",    "paper",    "paper"),
-    "latent_dim":     (256,        256,                         100,        64,         64),
-    "width":          (48,         48,                          128,        24,         16),
-    "init_std":       (0.0,        0.0,                         0.02,       0.0,        0.0),
-    "crops":          ("square",   "head:2,square:1,context:1", "square",   "square",   "square"),
-    "augment":        ("",         "",                          "",         "",      "translation"),
-    "margin":         (0.8,        0.8,                         1.0,        0.8,        0.8),
-    "smoothing":      (0.0,        0.05,                        0.0,        0.0,        0.0),
-    "batch_size":     (32,         32,                          128,        16,         16),
-    "g_lr":           (5e-4,       5e-4,                        2e-4,       5e-4,       5e-4),
-    "d_lr":           (5e-4,       5e-4,                        2e-4,       5e-4,       5e-4),
-    "beta1":          (0.3,        0.3,                         0.5,        0.5,        0.5),
-    "lr_decay_start": (1.0,        1.0,                         1.0,        0.6,        0.6),
-    "average":        ("swa",      "ema",                       "none",     "ema",      "ema"),
-    "average_every":  (20,         1,                           20,         10,         10),
-    "ema_beta":       (0.9995,     0.9995,                      0.9995,     0.998,      0.998),
-    "ema_schedule":   ("constant", "stepped",                   "constant", "constant", "constant"),
-    "steps":          (397_000,    397_000,                     197_000,    100_000,    8_000),
-    "images":         (10_000,     10_000,                      10_000,     10_000,     1_000),
+# mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434).
+GPU_PRESETS = {  # field: its value in each preset; fields that are not here have their defaults
+    "preset":         ("dogs",     "first-public",              "dcgan"),
+    "layers":         ("deep",     "deep",                      "paper"),
+    "latent_dim":     (256,        256,                         100),
+    "width":          (48,         48,                          128),
+    "init_std":       (0.0,        0.0,                         0.02),
+    "crops":          ("square",   "head:2,square:1,context:1", "square"),
+    "margin":         (0.8,        0.8,                         1.0),
+    "smoothing":      (0.0,        0.05,                        0.0),
+    "batch_size":     (32,         32,                          128),
+    "g_lr":           (5e-4,       5e-4,                        2e-4),
+    "d_lr":           (5e-4,       5e-4,                        2e-4),
+    "beta1":          (0.3,        0.3,                         0.5),
+    "average":        ("swa",      "ema",                       "none"),
+    "average_every":  (20,         1,                           20),
+    "ema_schedule":   ("constant", "stepped",                   "constant"),
+    "steps":          (397_000,    397_000,                     197_000),
+}  # fmt: skip
+# small: real dogs in an hour of one CPU core (0.33 GFLOP an image). sample: the drawn dogs of
+# data/sample, in three minutes of two.
+CPU_PRESETS = {
+    "preset":         ("small",    "sample"),
+    "layers":         ("paper",    "paper"),
+    "latent_dim":     (64,         64),
+    "width":          (24,         16),
+    "augment":        ("",         "translation"),
+    "batch_size":     (16,         16),
+    "beta1":          (0.5,        0.5),
+    "lr_decay_start": (0.6,        0.6),
+    "average":        ("ema",      "ema"),
+    "average_every":  (10,         10),
+    "ema_beta":       (0.998,      0.998),
+    "steps":          (100_000,    8_000),
+    "images":         (10_000,     1_000),
 }  # fmt: skip
 PRESETS = {
-    name: {field: values[k] for field, values in PRESET_TABLE.items()}
-    for k, name in enumerate(PRESET_NAMES)
+    column[0]: dict(zip(list(table)[1:], column[1:]))
+    for table in (GPU_PRESETS, CPU_PRESETS)
+    for column in zip(*table.values())
 }
 
 
