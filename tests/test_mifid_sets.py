@@ -636,6 +636,21 @@ def test_an_exif_block_of_anything_turns_nothing(block: bytes) -> None:
     assert (mifid.decode(file.getvalue()) == NOISE).all()
 
 
+@pytest.mark.parametrize(
+    ("orientation", "shown"),
+    [
+        (1, NOISE), (2, NOISE[:, ::-1]), (3, NOISE[::-1, ::-1]), (4, NOISE[::-1]),
+        (5, NOISE.swapaxes(0, 1)), (6, np.rot90(NOISE, -1)), (7, NOISE[::-1, ::-1].swapaxes(0, 1)),
+        (8, np.rot90(NOISE)),
+    ],
+)  # fmt: skip
+def test_a_photo_of_any_set_is_turned_as_its_exif_says(orientation: int, shown: np.ndarray) -> None:
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(NOISE).save(file, "PNG", exif=exif)
+    assert (mifid.decode(file.getvalue()) == shown).all()
+
+
 def test_held_out_photos_are_read_like_the_reference(
     run: Run, generated: Path, reference: Path, dogs: list[bytes], tmp_path: Path
 ) -> None:

@@ -58,6 +58,19 @@ def test_the_unbiased_fid_of_few_images_is_that_of_many() -> None:
     assert mifid.score(many[:200], reference)["fid_error"] is None  # features cost --all
 
 
+def test_the_unbiased_fid_agrees_with_fid_infinity_within_its_error() -> None:
+    # Chong and Forsyth 2020 (arXiv 1911.07023): a line through FID at several counts, against 1/N.
+    reference, made = mifid.gaussian_of(photos(30, 4000)), 1.1 * photos(31, 4000)
+    _, error, unbiased = mifid.fid_with_error(made, reference)
+    rng, counts = np.random.default_rng(32), np.linspace(400, 4000, 15).astype(int)
+    ends = []
+    for _ in range(5):
+        parts = [made[rng.permutation(len(made))[:count]] for count in counts]
+        values = [mifid.fid_with_error(part, reference)[0] for part in parts]
+        ends.append(np.polyfit(1 / counts, values, 1)[1])
+    assert abs(np.mean(ends) - unbiased) < error
+
+
 def test_the_distance_error_is_the_spread_of_the_distance_over_draws() -> None:
     reference = photos(9, 1000)
     found = [mifid.score(photos(10 + i, 100), reference) for i in range(100)]
