@@ -58,7 +58,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
 try:
@@ -110,8 +113,8 @@ class Config:
     augment: str = option("", "data",
         "differentiable augmentation of reals and fakes: color,translation,cutout")
 
-    layers: str = option("deep", "networks", "deep, or paper: the DCGAN of 2015",
-        among="deep paper")
+    layers: str = option("deep", "networks",
+        "deep, paper: the DCGAN of 2015, or residual: a small BigGAN", among="deep paper residual")
     latent_dim: int = option(256, "networks", "numbers in a latent z", (1, 4096))
     width: int = option(48, "networks", "channels per unit of G's table (and D's)", (1, 1024))
     d_width: int = option(0, "networks", "the same for D alone; 0 = width", (0, 1024))
@@ -169,24 +172,31 @@ class Config:
 
 # dogs: ours. first-public: the notebook that says it was first in public, crops by nearest kinds,
 # without its quirks (a margin for G too, rotation that leaves black wedges, samples in training
-# mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434).
+# mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434). second-private:
+# the slides of the competition's second place, RaLS-BigGAN with an auxiliary classifier.
 GPU_PRESETS = {  # field: its value in each preset; fields that are not here have their defaults
-    "preset":         ("dogs",     "first-public",              "dcgan"),
-    "layers":         ("deep",     "deep",                      "paper"),
-    "latent_dim":     (256,        256,                         100),
-    "width":          (48,         48,                          128),
-    "init_std":       (0.0,        0.0,                         0.02),
-    "crops":          ("square",   "head:2,square:1,context:1", "square"),
-    "margin":         (0.8,        0.8,                         1.0),
-    "smoothing":      (0.0,        0.05,                        0.0),
-    "batch_size":     (32,         32,                          128),
-    "g_lr":           (5e-4,       5e-4,                        2e-4),
-    "d_lr":           (5e-4,       5e-4,                        2e-4),
-    "beta1":          (0.3,        0.3,                         0.5),
-    "average":        ("swa",      "ema",                       "none"),
-    "average_every":  (20,         1,                           20),
-    "ema_schedule":   ("constant", "stepped",                   "constant"),
-    "steps":          (397_000,    397_000,                     197_000),
+    "preset":         ("dogs",     "first-public",              "dcgan",    "second-private"),
+    "layers":         ("deep",     "deep",                      "paper",    "residual"),
+    "latent_dim":     (256,        256,                         100,        100),
+    "width":          (48,         48,                          128,        64),
+    "init_std":       (0.0,        0.0,                         0.02,       0.0),
+    "condition":      ("none",     "none",                      "none",     "breed"),
+    "crops":          ("square",   "head:2,square:1,context:1", "square",   "square"),
+    "noise":          (0.0,        0.0,                         0.0,        1 / 128),
+    "loss":           ("margin",   "margin",                    "margin",   "rals"),
+    "margin":         (0.8,        0.8,                         1.0,        0.8),
+    "smoothing":      (0.0,        0.05,                        0.0,        0.0),
+    "classify":       (0.0,        0.0,                         0.0,        0.1),
+    "batch_size":     (32,         32,                          128,        64),
+    "g_lr":           (5e-4,       5e-4,                        2e-4,       2e-4),
+    "d_lr":           (5e-4,       5e-4,                        2e-4,       8e-4),
+    "beta1":          (0.3,        0.3,                         0.5,        0.0),
+    "average":        ("swa",      "ema",                       "none",     "ema"),
+    "average_every":  (20,         1,                           20,         1),
+    "ema_beta":       (0.9995,     0.9995,                      0.9995,     0.999),
+    "ema_schedule":   ("constant", "stepped",                   "constant", "constant"),
+    "truncation":     (0.0,        0.0,                         0.0,        2.0),
+    "steps":          (397_000,    397_000,                     197_000,    50_000),
 }  # fmt: skip
 # small: real dogs in an hour of one CPU core (0.33 GFLOP an image). sample: the drawn dogs of
 # data/sample, in three minutes of two.
@@ -387,6 +397,213 @@ class Discriminator(nn.Module):
         return Verdict(logits, x, widened(classes))
 
 
+# The residual pair: a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's second
+# place made it: no layer has a bias, and all weights but G's embedding are spectral-normed.
+
+
+def spectral(layer: nn.Module) -> nn.Module:
+    """`layer`, its weight begun orthogonal and from now on divided by its largest singular value.
+
+    Spectral norm: Miyato et al. 2018 (arXiv 1802.05957). One power iteration in each forward in
+    training mode, whose vectors are buffers that change in place.
+    """
+    nn.init.orthogonal_(layer.weight)
+    return spectral_norm(layer)
+
+
+@contextmanager
+def spectral_weights(network: nn.Module) -> Iterator[None]:
+    """Compute each spectral-normed weight once, for the forward inside, and in float32.
+
+    Autocast would take the power iteration's products in half precision, whose rounding (0.4 % in
+    bf16) would stand in every weight, and in which torch's spectral norm fails on a GPU.
+    """
+    kind = "cuda" if next(network.parameters()).is_cuda else "cpu"
+    with parametrize.cached():
+        with torch.autocast(kind, enabled=False):
+            for module in network.modules():
+                if parametrize.is_parametrized(module):
+                    module.weight  # noqa: B018 (read, and so cached)
+        yield
+
+
+def settle(network: nn.Module, rounds: int = 100) -> None:
+    """Find the spectral norms of weights that were just put there, then keep them as they are.
+
+    The power iteration's vectors are those of the weights that were trained; those of an average
+    are others. Leaves `network` in training mode, but for them.
+    """
+    network.train()
+    with torch.no_grad():
+        for _ in range(rounds):
+            with spectral_weights(network):
+                pass
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            module.parametrizations.eval()
+
+
+class LatentBatchNorm2d(nn.Module):
+    """Batch norm whose gain and bias are a linear map of a code: a piece of z, and the breed's."""
+
+    def __init__(self, num_features: int, code_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.affine = spectral(nn.Linear(code_dim, 2 * num_features, bias=False))
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """`x`: (N, num_features, H, W), `code`: (N, code_dim); the gain is 1 + what is mapped."""
+        gain, bias = self.affine(code)[:, :, None, None].chunk(2, 1)
+        return torch.addcmul(bias, self.norm(x), 1 + gain)
+
+
+class NonLocalBlock(nn.Module):
+    """Each place of an image looks at all others (Zhang et al. 2019, SAGAN, arXiv 1805.08318).
+
+    Of each 2 x 2 places it sees the largest key and value, as in BigGAN. The gain begins at 0, and
+    with it the block as the identity. Two products, not torch's fused attention: its kernels on a
+    GPU have no second derivative, which R1 needs.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        keys, values = max(1, channels // 8), max(1, channels // 2)
+        self.query = spectral(nn.Conv2d(channels, keys, 1, bias=False))
+        self.key = spectral(nn.Conv2d(channels, keys, 1, bias=False))
+        self.value = spectral(nn.Conv2d(channels, values, 1, bias=False))
+        self.out = spectral(nn.Conv2d(values, channels, 1, bias=False))
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) to the same, of even H and W."""
+        query = self.query(x).flatten(2)  # (N, keys, HW)
+        key, value = (F.max_pool2d(conv(x), 2).flatten(2) for conv in (self.key, self.value))
+        attention = (query.mT @ key).softmax(2)  # (N, HW, HW / 4)
+        seen = (value @ attention.mT).unflatten(2, x.shape[2:])
+        return x + self.gain * self.out(seen)
+
+
+class UpBlock(nn.Module):
+    """A residual block that doubles the side, by repeating each place."""
+
+    def __init__(self, source: int, target: int, code_dim: int) -> None:
+        super().__init__()
+        self.norm1 = LatentBatchNorm2d(source, code_dim)
+        self.conv1 = spectral(nn.Conv2d(source, target, 3, padding=1, bias=False))
+        self.norm2 = LatentBatchNorm2d(target, code_dim)
+        self.conv2 = spectral(nn.Conv2d(target, target, 3, padding=1, bias=False))
+        self.shortcut = spectral(nn.Conv2d(source, target, 1, bias=False))
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """(N, source, H, W) to (N, target, 2 H, 2 W)."""
+        h = F.interpolate(F.relu(self.norm1(x, code), inplace=True), scale_factor=2.0)
+        h = self.conv2(F.relu(self.norm2(self.conv1(h), code), inplace=True))
+        # A 1 x 1 convolution before the doubling is the same as after it, for a quarter of the work.
+        return h + F.interpolate(self.shortcut(x), scale_factor=2.0)
+
+
+class DownBlock(nn.Module):
+    """A residual block that halves the side, by means of 2 x 2 places."""
+
+    def __init__(self, source: int, target: int, first: bool = False) -> None:
+        """`first`: of an image, which no ReLU may cut."""
+        super().__init__()
+        self.conv1 = spectral(nn.Conv2d(source, target, 3, padding=1, bias=False))
+        self.conv2 = spectral(nn.Conv2d(target, target, 3, padding=1, bias=False))
+        self.shortcut = spectral(nn.Conv2d(source, target, 1, bias=False))
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, source, H, W) to (N, target, H / 2, W / 2)."""
+        h = self.conv2(F.relu(self.conv1(x if self.first else F.relu(x)), inplace=True))
+        return F.avg_pool2d(h, 2) + self.shortcut(F.avg_pool2d(x, 2))
+
+
+class ResidualGenerator(nn.Module):
+    """G of the second place: blocks up to 512, 256, 128 and 64 channels at width 64.
+
+    z is split into five pieces. The first is mapped to 4 x 4 places; each other one, beside an
+    embedding of the breed, is the code of a block's norms. The slides' "Embedding 32 * 4" is read
+    as Python, like their "Split [20] * 5": one embedding of 32 numbers, given to all four blocks,
+    as BigGAN shares it and as the author's notebook does.
+    """
+
+    EMBEDDING = 32
+
+    def __init__(self, latent_dim: int = 100, width: int = 64, breeds: int = 0) -> None:
+        """`latent_dim`: 5 at least. `breeds`: how many it is conditioned on; 0 = none."""
+        super().__init__()
+        self.shape = {
+            "latent_dim": latent_dim, "width": width, "layers": "residual", "breeds": breeds,
+        }  # fmt: skip
+        self.latent_dim, self.breeds = latent_dim, breeds
+        self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
+        self.embedding = nn.Embedding(breeds, self.EMBEDDING) if breeds else None
+        if breeds:
+            nn.init.orthogonal_(self.embedding.weight)
+        first, *pieces = (len(piece) for piece in torch.empty(latent_dim).tensor_split(5))
+        self.linear = spectral(nn.Linear(first, 8 * width * 16, bias=False))
+        self.blocks = nn.ModuleList()
+        for source, target, piece in zip((8, 8, 4, 2), (8, 4, 2, 1), pieces):
+            code_dim = piece + self.EMBEDDING * bool(breeds)
+            self.blocks.append(UpBlock(source * width, target * width, code_dim))
+        self.non_local = NonLocalBlock(2 * width)
+        self.norm = nn.BatchNorm2d(width)
+        self.to_rgb = spectral(nn.Conv2d(width, 3, 3, padding=1, bias=False))
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As `Generator`: (N, latent_dim) to float32 (N, 3, 64, 64) images in [-1, 1]."""
+        if labels is None and self.breeds:
+            raise ValueError(f"a generator of {self.breeds} breeds needs labels")
+        first, *codes = z.tensor_split(5, dim=1)
+        if self.breeds:
+            breed = self.embedding(labels)
+            codes = [torch.cat([piece, breed], 1) for piece in codes]
+        with spectral_weights(self):
+            x = self.linear(first).unflatten(1, (-1, 4, 4))
+            for block, code in zip(self.blocks, codes):
+                x = block(x, code)
+                if x.shape[-1] == 32:
+                    x = self.non_local(x)
+            return widened(self.to_rgb(F.relu(self.norm(x), inplace=True))).tanh()
+
+
+class ResidualDiscriminator(nn.Module):
+    """D of the second place: blocks down to 64, 128, 256 and 512 channels, sum pooling, three heads.
+
+    Real or not is a linear head and the projection of the breed (Miyato and Koyama 2018, arXiv
+    1802.05637). The projection's embedding is normed too, as in the author's notebook and BigGAN:
+    the slides leave out G's alone.
+    """
+
+    def __init__(self, width: int = 64, breeds: int = 0, classify: bool = False) -> None:
+        """`classify`: with a head for the breeds."""
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for source, target in ((0, 1), (1, 2), (2, 4), (4, 8)):
+            self.blocks.append(DownBlock(source * width or 3, target * width, first=not source))
+        self.non_local = NonLocalBlock(width)
+        self.head = spectral(nn.Linear(8 * width, 1, bias=False))
+        self.projection = spectral(nn.Embedding(breeds, 8 * width)) if breeds else None
+        self.classifier = spectral(nn.Linear(8 * width, breeds, bias=False)) if classify else None
+
+    def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
+        """(N, 3, 64, 64) images and their int64 breeds; which are real is nothing to it."""
+        with spectral_weights(self):
+            x = images
+            for block in self.blocks:
+                x = block(x)
+                if x.shape[-1] == 32:
+                    x = self.non_local(x)
+            x = F.relu(x)
+            pooled = widened(x).sum((2, 3))
+            logits = widened(self.head(pooled).flatten())
+            if self.projection is not None:
+                logits = logits + (self.projection(labels) * pooled).sum(1)
+            classes = pooled[:, :0] if self.classifier is None else self.classifier(pooled)
+            return Verdict(logits, x, widened(classes))
+
+
 def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
     """G and D of `config`'s layers, for `breeds` breeds."""
     D_width = config.d_width or config.width
@@ -394,9 +611,16 @@ def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
     return G, Discriminator(D_width, config.layers, breeds, config.classify > 0, config.r1 > 0)
 
 
+def residual(config: Config, breeds: int) -> tuple[ResidualGenerator, ResidualDiscriminator]:
+    """The same of the residual pair."""
+    G = ResidualGenerator(config.latent_dim, config.width, breeds)
+    return G, ResidualDiscriminator(config.d_width or config.width, breeds, config.classify > 0)
+
+
 NETWORKS: dict[str, Callable[[Config, int], tuple[nn.Module, nn.Module]]] = {
     "deep": dcgan,
     "paper": dcgan,
+    "residual": residual,
 }
 NORMS = (nn.BatchNorm2d, SplitBatchNorm2d, BreedBatchNorm2d)
 
@@ -410,12 +634,21 @@ def build_networks(
         G, D = NETWORKS[config.layers](config, breeds if config.conditional else 0)
         if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std), no bias
             for module in (*G.modules(), *D.modules()):
+                if parametrize.is_parametrized(module):
+                    continue  # spectral-normed: begun orthogonal
                 if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                     nn.init.normal_(module.weight, 0.0, config.init_std)
                 elif isinstance(module, NORMS) and module.weight is not None:
                     nn.init.normal_(module.weight, 1.0, config.init_std)
     layout = memory_layout(device)
     return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
+
+
+def make_generator(shape: dict[str, object]) -> nn.Module:
+    """A new G of the kind whose `shape` this is, as in `generator.pt`, with weights of its own."""
+    if shape["layers"] == "residual":
+        return ResidualGenerator(**{k: v for k, v in shape.items() if k != "layers"})
+    return Generator(**shape)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -686,7 +919,6 @@ class TrainingStep:
             for name in self.augments:
                 images = AUGMENTS[name](images, self.rng)
         images = images.contiguous(memory_format=self.layout).requires_grad_()
-        images = images.view_as(images)  # no leaf: inside R1 torch's FLOP counter bears none
         told = torch.cat([labels[: len(reals)], labels])
         real, fake = self.D(images, len(reals), told).split(len(reals))
         scale = 1.0 if self.scale is None else self.scale
@@ -803,7 +1035,7 @@ def estimate_norms(G: nn.Module, batches: int, seed: int, truncation: float = 0.
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None
-    G.train()
+    settle(G)
     latents = draw_latents(
         batches * SAMPLE_BATCH, G.latent_dim, seed_for(seed, "norms"), truncation
     )
@@ -1804,9 +2036,28 @@ def flops_per_image(config: Config, breeds: int = 120) -> int:
         key="",
     )
     step = TrainingStep(config, crops, meta)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounter() as counter:
         step.one_step()
-    return counter.get_total_flops() // config.batch_size
+    return counter.total // config.batch_size
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up FLOPs by torch's own table of formulas.
+
+    Torch's `FlopCounterMode` besides hooks into each module that is called with a weight, as
+    spectral norm is, and `autograd.grad` bears no such hook.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if operator.overloadpacket in flop_registry:
+            formula = flop_registry[operator.overloadpacket]
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 def p100_hours(config: Config, steps: int) -> float:
@@ -2369,7 +2620,7 @@ def estimate_finish(trainer: Trainer) -> float:
     for _ in range(2):
         begin = time.monotonic()
         G = trainer.averages.generator(trainer.G, "none", 1, config)
-        G.to_rgb.bias.tolist()  # waits for the device
+        next(G.parameters()).sum().item()  # waits for the device
         norms = time.monotonic() - begin
         latents = draw_latents(SAMPLE_BATCH, G.latent_dim, 0)
         (images,) = sample_images(G, latents, draw_labels(G, SAMPLE_BATCH, 0))
@@ -2626,7 +2877,7 @@ def load_generator(path: Path, device: torch.device) -> tuple[nn.Module, dict[st
     """G of a `generator.pt`, in eval mode, and all that the file holds. Raises `UserError`."""
     state = load_state(path, "state_dict")
     try:
-        G = Generator(**state["shape"]).to(device, memory_format=memory_layout(device))
+        G = make_generator(state["shape"]).to(device, memory_format=memory_layout(device))
         G.load_state_dict(state["state_dict"])
         usual = plain(Config())
         fits = state["weights"] in WEIGHTS and len(state["breeds"]) >= G.breeds
@@ -2713,6 +2964,8 @@ def check_config(config: Config) -> Config:
             raise UserError(f"{flag} {value} is unknown: give one of {', '.join(among)}.")
     if config.classify and not config.conditional:
         raise UserError("--classify tells breeds apart: give --condition breed with it.")
+    if config.layers == "residual" and config.latent_dim < 5:
+        raise UserError("--layers residual splits a latent in five: give --latent-dim 5 or more.")
     parse_crops(config.crops)
     parse_augment(config.augment)
     return config

@@ -263,7 +263,7 @@ def submitted(path: Path, config: Config, count: int) -> np.ndarray:
     """uint8 (count, 64, 64, 3): what the generator in `path` draws; a sheet is laid beside it."""
     device = train_dogs.choose_device(config.device)
     state = train_dogs.load_state(path, "state_dict")
-    G = train_dogs.Generator(**state["shape"])
+    G = train_dogs.make_generator(state["shape"])
     G.load_state_dict(state["state_dict"])
     G = G.to(device, memory_format=train_dogs.memory_layout(device)).eval()
     seed = train_dogs.seed_for(config.seed, "submission")

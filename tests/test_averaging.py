@@ -36,6 +36,7 @@ from train_dogs import (
     draw_latents,
     estimate_norms,
     find_photos,
+    make_generator,
     prepare_crops,
     sample_images,
     seed_for,
@@ -131,7 +132,7 @@ def inputs_of_norms(G: Generator, batches: list[tuple[Tensor, Tensor]]) -> list[
 
 def assert_statistics(G: Generator, latents: Tensor, labels: Tensor) -> None:
     """That the norms hold the means over these batches of 128, of means and of variances."""
-    twin = Generator(**G.shape)
+    twin = make_generator(G.shape)
     twin.load_state_dict(G.state_dict())
     seen = inputs_of_norms(twin, list(zip(latents.split(128), labels.split(128))))
     for norm, xs in zip(norms(G), seen, strict=True):
@@ -166,7 +167,7 @@ def test_uses_of_a_seed_never_share_their_randomness():
 def submitted(finished_run) -> Generator:
     """The generator that a whole run left, as anyone would load it."""
     state = load(finished_run / "generator.pt")
-    G = Generator(**state["shape"])
+    G = make_generator(state["shape"])
     G.load_state_dict(state["state_dict"])
     return G.eval()
 

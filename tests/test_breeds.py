@@ -40,6 +40,7 @@ from train_dogs import (
     draw_latents,
     find_breed,
     find_photos,
+    make_generator,
     prepare_crops,
     sample_images,
     seed_for,
@@ -252,7 +253,7 @@ def told_run(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Path:
 def test_breed_alone_draws_that_breed_by_its_full_or_short_name(told_run, tmp_path):
     state = load(told_run / "generator.pt")
     assert state["breeds"] == NAMES
-    G = Generator(**state["shape"])
+    G = make_generator(state["shape"])
     G.load_state_dict(state["state_dict"])
     G = G.to(memory_format=train_dogs.memory_layout(CPU)).eval()
     latents = draw_latents(12, 16, seed_for(0, "submission"))

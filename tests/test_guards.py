@@ -47,6 +47,9 @@ RECIPES = {
     "rals": {"loss": "rals"},
     "bf16": EVERYTHING | {"loss": "rals", "precision": "bf16"},
     "fp16": EVERYTHING | {"precision": "fp16"},
+    "residual r1": {"layers": "residual", "r1": 1.0},
+    "residual bf16": EVERYTHING | {"layers": "residual", "loss": "rals", "precision": "bf16"},
+    "residual fp16": EVERYTHING | {"layers": "residual", "precision": "fp16"},
 }
 recipes = pytest.mark.parametrize("recipe", RECIPES)
 
@@ -196,7 +199,7 @@ def no_adam(monkeypatch: pytest.MonkeyPatch) -> None:
 @recipes
 @pytest.mark.usefixtures("no_adam")
 def test_nothing_crosses_between_devices(recipe, dogs):
-    changes = {"precision": "bf16"} if recipe == "fp16" else {}  # its scale wants fused Adam
+    changes = {"precision": "bf16"} if recipe.endswith("fp16") else {}  # its scale wants fused Adam
     step_watched(trainer_of(recipe, dogs, META, **changes), META)
 
 

@@ -36,6 +36,7 @@ from train_dogs import (
     choose_precision,
     draw_latents,
     find_photos,
+    make_generator,
     prepare_crops,
     sample_images,
     seed_for,
@@ -329,7 +330,7 @@ def test_sampling_is_in_float32_whatever_was_trained_in(name, tmp_path, monkeypa
     assert seen == {torch.float32} and all_finite(out / "checkpoint.pt")
     assert next(x["precision"] for x in log_of(out) if "precision" in x) == name
     state = load(out / "generator.pt")
-    G = Generator(**state["shape"])
+    G = make_generator(state["shape"])
     G.load_state_dict(state["state_dict"])
     G = G.to(memory_format=train_dogs.memory_layout(CPU)).eval()
     z = draw_latents(6, 16, seed_for(0, "submission"))

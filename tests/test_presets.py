@@ -84,10 +84,14 @@ def test_the_presets_of_a_table_set_the_same_fields_and_the_first_is_the_default
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_recipe_costs_8_and_a_half_p100_hours_and_hardly_less_but_the_sample(name):
+def test_a_recipe_costs_8_and_a_half_p100_hours_but_for_three_with_numbers_of_their_own(name):
     config = parse(["--preset", name]).config
     hours = train_dogs.p100_hours(config, config.steps)
-    assert hours < 0.1 if name in ("small", "sample") else 8.4 < hours <= 8.5
+    # The second place's 50,000 steps filled its nine hours, and are 3.32 by counted FLOPs.
+    least, most = {"small": (0, 0.1), "sample": (0, 0.1), "second-private": (3.31, 3.33)}.get(
+        name, (8.4, 8.5)
+    )
+    assert least < hours <= most
 
 
 def test_first_public_draws_its_notebooks_four_crops_alike():
@@ -99,7 +103,7 @@ def test_first_public_draws_its_notebooks_four_crops_alike():
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains_samples_and_resumes(name, tmp_path, monkeypatch):
     monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
-    out, changes = tmp_path / "out", {"preset": name, "latent_dim": 4, "batch_size": 4}
+    out, changes = tmp_path / "out", {"preset": name, "latent_dim": 5, "batch_size": 4}
     zips = []
     for steps in (2, 4):
         assert run_here(out, steps=steps, images=3, **changes) == 0
