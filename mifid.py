@@ -249,11 +249,12 @@ def fit(picture: Image.Image, size: Size, crop: str = "whole") -> np.ndarray:
 
 
 def is_dog_set(path: Path) -> bool:
-    """Whether a path is a Stanford Dogs set (with annotations, or under its archives' names)."""
+    """Whether a path is a Stanford Dogs set (with annotations, or under its archives' names), or
+    pictures in MNIST's format, which train_dogs.py reads too."""
     marks = {"annotation", "annotations", "annotation.zip", "annotation.tar"}
     marks |= {"all-dogs", "all-dogs.zip", "images.tar"}
     names = path.iterdir() if path.is_dir() else [path]
-    return any(name.name.lower() in marks for name in names)
+    return any(n.name.lower() in marks or "idx3-ubyte" in n.name for n in names)
 
 
 def open_dogs(path: Path, size: Size, rule: str) -> ImageSet:

@@ -25,6 +25,7 @@ STARTED = time.monotonic()  # before torch, whose import takes seconds of the bu
 import argparse
 import copy
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -109,6 +110,10 @@ class Config:
     out: str = free("", "files", "folder for results (/kaggle/working or output)")
 
     crops: str = option("square", "data", "kinds of crop with weights, as in square:3,context:1")
+    dedupe: float = option(0.0, "data",
+        "leave out dogs whose thumbnail has a higher cosine than this with another; 0 = none",
+        (0, 1))
+    mirror: float = option(0.5, "data", "share of the draws that are mirrored", (0, 1))
     noise: float = option(0.0, "data", "reals get uniform noise from 0 to this", (0, 1))
     augment: str = option("", "data",
         "differentiable augmentation of reals and fakes: color,translation,cutout")
@@ -199,21 +204,26 @@ GPU_PRESETS = {  # field: its value in each preset; fields that are not here hav
     "steps":          (397_000,    397_000,                     197_000,    50_000),
 }  # fmt: skip
 # small: real dogs in an hour of one CPU core (0.33 GFLOP an image). sample: the drawn dogs of
-# data/sample, in three minutes of two.
+# data/sample, in three minutes of two. mnist: pictures in MNIST's format on a CPU, by few filters
+# and a faster G, as seen from below.
 CPU_PRESETS = {
-    "preset":         ("small",    "sample"),
-    "layers":         ("paper",    "paper"),
-    "latent_dim":     (64,         64),
-    "width":          (24,         16),
-    "augment":        ("",         "translation"),
-    "batch_size":     (16,         16),
-    "beta1":          (0.5,        0.5),
-    "lr_decay_start": (0.6,        0.6),
-    "average":        ("ema",      "ema"),
-    "average_every":  (10,         10),
-    "ema_beta":       (0.998,      0.998),
-    "steps":          (100_000,    8_000),
-    "images":         (10_000,     1_000),
+    "preset":         ("small",    "sample",      "mnist"),
+    "layers":         ("paper",    "paper",       "paper"),
+    "latent_dim":     (64,         64,            64),
+    "width":          (24,         16,            4),
+    "d_width":        (0,          0,             8),
+    "mirror":         (0.5,        0.5,           0.0),
+    "augment":        ("",         "translation", ""),
+    "batch_size":     (16,         16,            32),
+    "g_lr":           (5e-4,       5e-4,          1e-3),
+    "d_lr":           (5e-4,       5e-4,          2.5e-4),
+    "beta1":          (0.5,        0.5,           0.5),
+    "lr_decay_start": (0.6,        0.6,           0.6),
+    "average":        ("ema",      "ema",         "ema"),
+    "average_every":  (10,         10,            10),
+    "ema_beta":       (0.998,      0.998,         0.998),
+    "steps":          (100_000,    8_000,         40_000),
+    "images":         (10_000,     1_000,         10_000),
 }  # fmt: skip
 PRESETS = {
     column[0]: dict(zip(list(table)[1:], column[1:]))
@@ -852,7 +862,7 @@ class Batches:
         places = self.cursor + torch.arange(config.batch_size, device=device)
         rows = self.order[places % len(self.order)]
         self.cursor += config.batch_size
-        reals = draw_reals(self.crops, rows, self.rng)
+        reals = draw_reals(self.crops, rows, self.rng, config.mirror)
         if config.noise:  # (Soenderby et al. 2017, arXiv 1610.04490)
             reals = reals + config.noise * torch.rand(
                 reals.shape, generator=self.rng, device=device
@@ -861,8 +871,10 @@ class Batches:
         return reals, self.crops.breed[rows], z
 
 
-def draw_reals(crops: CropSet, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One view of each dog in `rows`, its kind drawn anew, half of them mirrored.
+def draw_reals(
+    crops: CropSet, rows: Tensor, generator: torch.Generator | None, mirror: float = 0.5
+) -> Tensor:
+    """One view of each dog in `rows`, its kind drawn anew, a share of `mirror` mirrored.
 
     `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], channels last in memory.
     """
@@ -870,7 +882,7 @@ def draw_reals(crops: CropSet, rows: Tensor, generator: torch.Generator | None) 
     kind = torch.bucketize(chance[0], crops.weights.cumsum(0)[:-1], right=True)
     view = (chance[1] * crops.count[rows, kind]).long() + crops.first[rows, kind]
     pixels = crops.pixels[view].permute(0, 3, 1, 2)
-    mirrored = (chance[2] < 0.5)[:, None, None, None]
+    mirrored = (chance[2] < mirror)[:, None, None, None]
     return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
 
 
@@ -1068,6 +1080,7 @@ class Entry(NamedTuple):
     size: int  # bytes, as its folder or archive says
     stamp: int  # modification time in ns, or the archive's
     load: Callable[[], bytes]
+    label: str = ""  # its class, where it stands in a file beside
 
     def read(self) -> bytes:
         """Its bytes. Raises `BadItem` where it is too large or damaged."""
@@ -1116,11 +1129,14 @@ def list_files(place: Path) -> list[Entry]:
             entries = list(folder_entries(place))
         elif place.exists() and not place.is_file():
             raise ValueError("neither file nor folder")  # a pipe, which would be waited for
+        elif is_idx(place):
+            entries = list(idx_entries(place))
         else:
             entries = list(zip_entries(place) if zipfile.is_zipfile(place) else tar_entries(place))
     except DAMAGE as error:
         raise UserError(
-            f"{place} cannot be read as a folder, zip or uncompressed tar ({error}): give another."
+            f"{place} cannot be read as a folder, zip, uncompressed tar or IDX file ({error}): give"
+            " another."
         ) from error
     return sorted((e for e in entries if is_shown(e.path)), key=lambda e: e.path)
 
@@ -1160,7 +1176,7 @@ def zip_entries(place: Path) -> Iterator[Entry]:
             raise BadItem("zip member neither stored nor deflated")  # zipfile does not bound those
         with archive.open(info) as member:
             data = member.read(info.file_size)
-            if len(data) != info.file_size or member.read(1):
+            if len(data) != info.file_size:
                 raise BadItem("file of another size than its archive says")
             return data
 
@@ -1188,6 +1204,55 @@ def tar_entries(place: Path) -> Iterator[Entry]:
                 yield Entry(path, info.size, stamp, partial(read, info))
 
 
+MOST_IDX_BYTES = 1 << 30  # of pictures in a file; MNIST's 60,000 are 47 MB
+
+
+def is_idx(place: Path) -> bool:
+    """Whether a file is named like pictures in MNIST's format, gzipped or not."""
+    return bool(re.search(r"idx3-ubyte(\.gz)?$", place.name))
+
+
+def read_idx(place: Path, dimensions: int) -> np.ndarray:
+    """The uint8 array of an IDX file (yann.lecun.com/exdb/mnist). Raises one of `DAMAGE`."""
+    with gzip.open(place) if place.suffix == ".gz" else place.open("rb") as file:
+        magic, *shape = struct.unpack(f">{1 + dimensions}I", file.read(4 + 4 * dimensions))
+        if magic != 0x800 + dimensions:
+            raise ValueError(f"not IDX of bytes in {dimensions} dimensions")
+        if not 0 < math.prod(shape) <= MOST_IDX_BYTES:
+            raise ValueError("no pictures, or over 1 GB of them")
+        data = file.read(math.prod(shape))
+        if len(data) < math.prod(shape) or file.read(1):
+            raise ValueError("of another length than its head says")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def idx_entries(place: Path) -> Iterator[Entry]:
+    """The grey pictures of an IDX file, as bitmaps; their labels where those lie beside it."""
+
+    def bitmap(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "BMP")
+        return buffer.getvalue()
+
+    pictures, stamp = read_idx(place, 3), place.stat().st_mtime_ns
+    stem = place.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    beside = [p for p in (place.with_name(stem + end) for end in ("", ".gz")) if p.exists()]
+    labels = read_idx(beside[0], 1) if beside else None
+    if labels is not None and len(labels) != len(pictures):
+        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels beside them")
+    for k, pixels in enumerate(pictures):
+        label = "" if labels is None else str(labels[k])
+        yield Entry(f"{place.name}/{k:06d}.bmp", pixels.size, stamp, partial(bitmap, pixels), label)
+
+
+def idx_below(folder: Path) -> list[Path]:
+    """The IDX file of pictures in a folder: that to train on, where it holds one to test on too."""
+    if not (folder.is_dir() and os.access(folder, os.R_OK)):
+        return []
+    found = sorted(filter(is_idx, folder.iterdir()))
+    return [p for p in found if p.name.startswith("train")][:1] or found[:1]
+
+
 def places_below(folder: Path, levels: int) -> list[Path]:
     """Pictures and annotations of the first set in a breadth-first walk; [] where there is none."""
     level = [folder]
@@ -1206,11 +1271,13 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
     """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
 
     A path may be a folder that holds the set in any of its published forms (folders, Kaggle's flat
-    form, two zips, the two official tars), an archive, or a folder of pictures. Where there is no
-    annotation at all, the pictures are one class. Raises `UserError` where there are
-    no dogs.
+    form, two zips, the two official tars), an archive, a folder of pictures, or IDX files (MNIST).
+    Where there is no annotation at all, the pictures are one class, but for IDX's labels. Raises
+    `UserError` where there are no dogs.
     """
-    places = [p for path in map(Path, paths) for p in places_below(path, 4) or [path]]
+    places = [
+        p for path in map(Path, paths) for p in places_below(path, 4) or idx_below(path) or [path]
+    ]
     if not paths:
         own = [Path(__file__).resolve().parent / "data"] if "__file__" in globals() else []
         searches = ((Path("/kaggle/input"), 4), (Path("data"), 0), *((p, 0) for p in own))
@@ -1229,8 +1296,10 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
             same_name = annotations.setdefault(name.removesuffix(".xml"), {})
             same_name.setdefault(Path(folder).name, entry)  # a set given twice counts once
     photos, skipped = match_photos(pictures, annotations)
+    breeds = {photo.breed for photo in photos}
+    classes = "one class" if len(breeds) < 2 else f"{len(breeds)} classes"
     where = " and ".join(map(str, places)) + (
-        "" if annotations else " (no annotations: whole pictures, one class)"
+        "" if annotations else f" (no annotations: whole pictures, {classes})"
     )
     if not photos:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
@@ -1253,7 +1322,7 @@ def match_photos(
         named = annotations.get(path.stem, {})
         fitting = [path.parent.name] if path.parent.name in named else list(named)
         used.update((path.stem, folder) for folder in fitting)
-        breed = fitting[0] if fitting else "dog"
+        breed = fitting[0] if fitting else picture.label or "dog"
         name = f"{breed}/{path.name}" if fitting else picture.path
         if annotations and len(fitting) != 1:
             reason = "several annotations" if fitting else "picture without annotation"
@@ -1546,8 +1615,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or usual, "train_dogs")
 
 
-def prepare_crops(photos: PhotoSet, crops: str, show: bool = True) -> CropSet:
+def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float = 0.0) -> CropSet:
     """Crop every dog once, or find that done in the cache; the tensors lie on the CPU.
+
+    `dedupe`: the cosine of thumbnails above which a dog repeats an earlier one; 0 = all stay.
 
     Raises `UserError` above 5 % bad items, or with fewer than 16 dogs.
     """
@@ -1555,10 +1626,12 @@ def prepare_crops(photos: PhotoSet, crops: str, show: bool = True) -> CropSet:
     kinds = sorted(weights)
     pairs = [[e for e in (p.picture, p.annotation) if e] for p in photos.photos]
     files = [(p.name, [(e.size, e.stamp) for e in pair]) for p, pair in zip(photos.photos, pairs)]
-    path = cache_folder() / f"{digest([kinds, files, photos.skipped, PIL.__version__, 2])}.pt"
+    path = (
+        cache_folder() / f"{digest([kinds, files, photos.skipped, PIL.__version__, dedupe, 3])}.pt"
+    )
     if (found := load_crops(path, weights)) is not None:
         return found
-    table = crop_all(photos, kinds, show)
+    table = crop_all(photos, kinds, show, dedupe)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_parts(path.parent, older=3600)  # of runs that were killed while writing
@@ -1573,7 +1646,7 @@ def prepare_crops(photos: PhotoSet, crops: str, show: bool = True) -> CropSet:
         ) from error
 
 
-def crop_all(photos: PhotoSet, kinds: list[str], show: bool) -> dict[str, object]:
+def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> dict[str, object]:
     """The crops of all photos, as `load_crops` wants them. Raises `UserError`."""
 
     def attempt(photo: Photo) -> tuple[list, list[str]]:
@@ -1582,29 +1655,57 @@ def crop_all(photos: PhotoSet, kinds: list[str], show: bool) -> dict[str, object
         except BadItem as bad:
             return [], [str(bad)]
 
-    pixels, count, breed, skipped = [], [], [], list(photos.skipped)
+    dogs_found, names, breed, skipped = [], [], [], list(photos.skipped)
     breeds = sorted({p.breed for p in photos.photos})
     bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
     results = in_threads(attempt, photos.photos)
     results = tqdm(results, "cropping", len(photos.photos), **bar)
     for (dogs, reasons), photo in zip(results, photos.photos):
         skipped += [(photo.name, reason) for reason in reasons]
-        for dog in dogs:
-            count.append([len(views) for views in dog])
-            breed.append(breeds.index(photo.breed))
-            pixels += dog
-    items = len(skipped) + len(count)
+        dogs_found += dogs
+        names += [photo.name] * len(dogs)
+        breed += [breeds.index(photo.breed)] * len(dogs)
+    items = len(skipped) + len(names)
     if len(skipped) > 0.05 * items:
         raise UserError(
             f"{len(skipped)} of {items} items in {photos.where} are bad"
             f" ({count_reasons(skipped)}): repair the set or give another --data; at most 5 % may"
             " be."
         )
-    if len(count) < 16:
-        raise UserError(f"{photos.where} holds {len(count)} dogs: at least 16 are needed to train.")
-    table = {"count": torch.tensor(count), "breed": torch.tensor(breed), "breeds": breeds}
-    table |= {"pixels": torch.from_numpy(np.concatenate(pixels)), "skipped": skipped}
+    repeats = near_duplicates([dog[0][0] for dog in dogs_found], dedupe) if dedupe else {}
+    skipped += [
+        (f"{names[k]}, of {names[first]}", "near-duplicates") for k, first in repeats.items()
+    ]
+    stay = [k for k in range(len(names)) if k not in repeats]
+    if len(stay) < 16:
+        raise UserError(f"{photos.where} holds {len(stay)} dogs: at least 16 are needed to train.")
+    count = [[len(views) for views in dogs_found[k]] for k in stay]
+    pixels = np.concatenate([views for k in stay for views in dogs_found[k]])
+    table = {"count": torch.tensor(count), "breed": torch.tensor([breed[k] for k in stay])}
+    table |= {"breeds": breeds, "pixels": torch.from_numpy(pixels), "skipped": skipped}
     return table | {"key": content_key(table)}
+
+
+def near_duplicates(views: Sequence[np.ndarray], limit: float) -> dict[int, int]:
+    """Which dogs repeat an earlier one that stays: {its place: that of the other}.
+
+    `views`: uint8 (64, 64, 3), one of each dog. Two are alike where grey thumbnails of 16 x 16
+    pixels, less their mean, have a cosine above `limit`, one of them mirrored or not: copies that
+    are recoded, scaled or grey are found, other cuts of a photo are not. (Radford et al. 2015, arXiv
+    1511.06434, section 4.1.1, by codes of an autoencoder.)
+    """
+    grey = torch.from_numpy(np.stack([view.mean(2, dtype=np.float32) for view in views]))
+    small = F.avg_pool2d(grey[:, None], IMAGE_SIZE // 16)[:, 0]
+    small -= small.mean((1, 2), keepdim=True)
+    plain, mirrored = (F.normalize(x.flatten(1)) for x in (small, small.flip(2)))
+    repeats: dict[int, int] = {}
+    for start in range(0, len(plain), 1024):  # a block of rows at a time: 80 MB for 20,000 dogs
+        rows, end = plain[start : start + 1024], start + 1024
+        cosine = torch.maximum(rows @ plain[:end].T, rows @ mirrored[:end].T)
+        for row, earlier in (cosine > limit).tril(start - 1).nonzero().tolist():
+            if earlier not in repeats:
+                repeats.setdefault(start + row, earlier)
+    return repeats
 
 
 def content_key(table: dict[str, object]) -> str:
@@ -2230,12 +2331,12 @@ def write_results(trainer: Trainer, out: Path) -> tuple[nn.Module, str]:
     return G, choice
 
 
-def real_images(crops: CropSet, seed: int) -> np.ndarray:
+def real_images(crops: CropSet, config: Config) -> np.ndarray:
     """uint8 (100, 64, 64, 3): real crops as the networks see them, spread over the whole set."""
     device = crops.pixels.device
     rows = torch.linspace(0, len(crops.first) - 1, 100, device=device).long()
-    generator = torch.Generator(device).manual_seed(seed_for(seed, "reals"))
-    return to_bytes(draw_reals(crops, rows, generator))
+    generator = torch.Generator(device).manual_seed(seed_for(config.seed, "reals"))
+    return to_bytes(draw_reals(crops, rows, generator, config.mirror))
 
 
 def sheet_images(G: nn.Module, seed: int) -> np.ndarray:
@@ -2741,7 +2842,7 @@ def look(run: Run) -> None:
     choice = trainer.averages.choose(config.average)
     images = sheet_images(trainer.averages.generator(trainer.G, choice, 8, config), config.seed)
     save_picture(sheet_path(run.out, trainer.steps_done), [draw_sheet(images)])
-    reals = real_images(trainer.crops, config.seed)
+    reals = real_images(trainer.crops, config)
     variety = pairwise_distance(images) / pairwise_distance(reals)
     report.event(step=trainer.steps_done, variety=round(variety, 4))
     if variety < 0.5 and run.clock.progress(trainer.steps_done) >= 0.1:
@@ -2764,7 +2865,7 @@ def finish(run: Run) -> None:
     G, choice = write_results(trainer, out)
     sheet = sheet_path(out, steps)
     save_picture(sheet, [draw_sheet(sheet_images(G, config.seed))])
-    reals = draw_sheet(real_images(trainer.crops, config.seed))
+    reals = draw_sheet(real_images(trainer.crops, config))
     sheets = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
     save_picture(out / "progress.webp", [reals, *sheets])
     hours = p100_hours(config, steps)
@@ -2839,7 +2940,7 @@ def start_run(options: Options, device: torch.device, started: float, stop: Inte
     config, out = options.config, Path(options.config.out)
     photos = find_photos(config.data)
     state = resumed_state(options)
-    crops = prepare_crops(photos, config.crops)
+    crops = prepare_crops(photos, config.crops, dedupe=config.dedupe)
     trainer = Trainer(config, crops, device)
     same_kind = load_trainer(trainer, state) if state else True
     clock = Clock(config, started, state["seconds_used"] if state else 0.0)
@@ -2851,7 +2952,7 @@ def start_run(options: Options, device: torch.device, started: float, stop: Inte
         announce(run, photos.where, state)
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(plain(config), indent=2), encoding="utf-8")
-        save_picture(out / "samples" / "real.png", [draw_sheet(real_images(crops, config.seed))])
+        save_picture(out / "samples" / "real.png", [draw_sheet(real_images(crops, config))])
         if not (state and state["finished"]) or asks_for_more(config, state["config"]):
             if not same_kind:
                 run.report.event("on another kind of device: going on with fresh randomness")
@@ -2932,7 +3033,7 @@ def spoken(breed: str) -> str:
 def show_plan(config: Config, device: torch.device) -> int:
     """`--dry-run`: crop the dogs, print the plan and its cost, and try a GPU's replay."""
     photos = find_photos(config.data)
-    crops = prepare_crops(photos, config.crops)
+    crops = prepare_crops(photos, config.crops, dedupe=config.dedupe)
     say(f"{len(photos.photos)} photos, {len(crops.first)} dogs of {len(crops.breeds)} breeds in")
     say(f"{photos.where}; left out: {count_reasons(crops.skipped) or 'nothing'}")
     say(json.dumps(plain(config), indent=2))
