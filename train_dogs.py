@@ -489,7 +489,7 @@ class NonLocalBlock(nn.Module):
         query = self.query(x).flatten(2)  # (N, keys, HW)
         key, value = (F.max_pool2d(conv(x), 2).flatten(2) for conv in (self.key, self.value))
         attention = (query.mT @ key).softmax(2)  # (N, HW, HW / 4)
-        seen = (value @ attention.mT).unflatten(2, x.shape[2:])
+        seen = (attention @ value.mT).mT.unflatten(2, x.shape[2:])
         return x + self.gain * self.out(seen)
 
 

@@ -1,0 +1,476 @@
+"""The residual networks of preset second-private: spectral norm, blocks, attention, one step.
+
+Oracles: sums written out by hand, singular values by SVD, both networks and a step in plain tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import SAMPLE, assert_one_sentence, light, load, run_here, sha  # noqa: F401
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+import train_dogs
+from train_dogs import (
+    PRESETS,
+    Averages,
+    Config,
+    CropSet,
+    LatentBatchNorm2d,
+    NonLocalBlock,
+    ResidualDiscriminator,
+    ResidualGenerator,
+    Trainer,
+    build_networks,
+    draw_latents,
+    find_photos,
+    make_generator,
+    prepare_crops,
+    sample_images,
+    settle,
+)
+
+CPU = torch.device("cpu")
+PRESET = Config(**PRESETS["second-private"])
+
+
+@pytest.fixture(scope="module")
+def dogs(own_cache: Path) -> CropSet:
+    """The drawn sample, cropped."""
+    return prepare_crops(find_photos([SAMPLE]), "square", show=False)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Everything in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def small(**changes: object) -> Config:
+    """The preset, narrow enough to train in milliseconds."""
+    tiny = {"width": 2, "latent_dim": 12, "batch_size": 6, "precision": "fp32"}
+    return replace(PRESET, **(tiny | changes))
+
+
+def spectral_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose weight is spectral-normed, by name."""
+    return {name: m for name, m in network.named_modules() if is_parametrized(m)}
+
+
+def largest(weight: Tensor) -> float:
+    """The largest singular value of a weight, as a matrix with a row for each output."""
+    return float(torch.linalg.svdvals(weight.detach().flatten(1).double())[0])
+
+
+def largest_singular_values(network: nn.Module) -> dict[str, float]:
+    """That of each weight as a forward in eval mode uses it: 1 where its norm is right."""
+    network = copy.deepcopy(network).eval()
+    return {name: largest(layer.weight) for name, layer in spectral_layers(network).items()}
+
+
+# ------------------------------------------------------------------------------- shapes and counts
+
+
+@pytest.mark.parametrize(("width", "latent_dim", "breeds"), [(1, 5, 0), (1, 7, 3), (2, 12, 120)])
+def test_g_makes_images_and_d_a_verdict_on_each(width, latent_dim, breeds):
+    G = ResidualGenerator(latent_dim, width, breeds)
+    D = ResidualDiscriminator(width, breeds, classify=breeds > 0)
+    labels = torch.arange(4) % max(1, breeds)
+    images = G(torch.randn(4, latent_dim), labels)
+    assert images.shape == (4, 3, 64, 64) and images.abs().max() <= 1
+    said = D(images, 2, labels)
+    assert said.logits.shape == (4,) and said.classes.shape == (4, breeds)
+    assert said.features.shape == (4, 8 * width, 4, 4) and said.features.min() >= 0
+
+
+def conv(source: int, target: int, kernel: int) -> int:
+    """The weights of a convolution without bias."""
+    return source * target * kernel**2
+
+
+# At width 64: (channels before, after, side before) of the blocks.
+UP = ((512, 512, 4), (512, 256, 8), (256, 128, 16), (128, 64, 32))
+DOWN = ((3, 64, 64), (64, 128, 32), (128, 256, 16), (256, 512, 8))
+
+
+def test_the_parameters_at_width_64_are_those_counted_by_hand():
+    G, D = build_networks(PRESET, CPU, 120)
+    code = 20 + 32  # a piece of z beside the embedding
+    g = 120 * 32 + 20 * 4 * 4 * 512 + 2 * 64 + conv(64, 3, 3)  # embedding, linear, last norm, rgb
+    for a, b, _ in UP:
+        g += code * 2 * (a + b) + conv(a, b, 3) + conv(b, b, 3) + conv(a, b, 1)
+    g += 2 * conv(128, 16, 1) + 2 * conv(128, 64, 1) + 1
+    d = 512 + 120 * 512 + 120 * 512  # logit, projection, classifier
+    for a, b, _ in DOWN:
+        d += conv(a, b, 3) + conv(b, b, 3) + conv(a, b, 1)
+    d += 2 * conv(64, 8, 1) + 2 * conv(64, 32, 1) + 1
+    assert sum(p.numel() for p in G.parameters()) == g == 7_911_489
+    assert sum(p.numel() for p in D.parameters()) == d == 4_984_193
+
+
+def test_the_flops_of_an_image_and_step_are_those_counted_by_hand():
+    """A forward once, a backward twice as much: for the weights and for what came in."""
+    linear, g = 20 * 4 * 4 * 512, conv(64, 3, 3) * 64**2
+    for a, b, side in UP:
+        g += (20 + 32) * 2 * (a + b)
+        g += (conv(a, b, 3) + conv(b, b, 3)) * (2 * side) ** 2 + conv(a, b, 1) * side**2
+    g += (2 * conv(128, 16, 1) + 2 * conv(128, 64, 1)) * 32**2 + 32**2 * 16**2 * (16 + 64)
+    d = 512 + 120 * 512
+    for a, b, side in DOWN:
+        d += (conv(a, b, 3) + conv(b, b, 3)) * side**2 + conv(a, b, 1) * (side // 2) ** 2
+    d += (2 * conv(64, 8, 1) + 2 * conv(64, 32, 1)) * 32**2
+    attention = 32**2 * 16**2 * (8 + 32)  # no weights, but two things that came in
+    image = conv(3, 64, 3) * 64**2 + conv(3, 64, 1) * 32**2  # D's step wants no slope of images
+    step = 2 * linear + 3 * g
+    step += 2 * (3 * (d + attention) - image)  # D's step, of a real and a fake
+    step += 2 * (2 * d + 3 * attention)  # G's step, without a slope of D's weights
+    assert train_dogs.flops_per_image(PRESET, 120) == 2 * step
+
+
+# ---------------------------------------------------------------------------------- spectral norm
+
+
+def test_all_weights_but_the_embedding_of_g_are_spectral_normed_and_begin_orthogonal():
+    for network, count in zip(build_networks(small(init_std=0.02), CPU, 6), (26, 19)):
+        layers = spectral_layers(network)
+        assert len(layers) == count
+        for layer in layers.values():
+            values = torch.linalg.svdvals(layer.parametrizations.weight.original.flatten(1))
+            torch.testing.assert_close(values, torch.ones_like(values))
+        others = [k for k, p in network.named_parameters() if p.dim() > 1 and "original" not in k]
+        assert others == (["embedding.weight"] if isinstance(network, ResidualGenerator) else [])
+
+
+def test_in_100_steps_the_norms_stay_near_those_of_an_svd_and_100_forwards_find_them(dogs):
+    """One power iteration a forward lags behind weights that move."""
+    trainer = Trainer(small(batch_size=2), dogs, CPU)
+    for _ in range(100):
+        trainer.step(0.0)
+    networks = (trainer.G, trainer.D)
+    moved = [v for n in networks for m in spectral_layers(n).values() for v in [largest(raw(m))]]
+    assert max(moved) > 1.1  # the weights themselves have grown
+    off = sorted(abs(v - 1) for n in networks for v in largest_singular_values(n).values())
+    assert off[len(off) // 2] < 0.01 and off[-1] < 0.1
+    z, images, labels = torch.randn(2, 12), torch.zeros(2, 3, 64, 64), torch.tensor([0, 1])
+    for _ in range(100):
+        trainer.G(z, labels), trainer.D(images, 1, labels)
+    for network in networks:
+        assert all(abs(v - 1) < 0.01 for v in largest_singular_values(network).values())
+
+
+def raw(layer: nn.Module) -> Tensor:
+    """A layer's trained weight, before its norm is divided out."""
+    return layer.parametrizations.weight.original
+
+
+def test_an_averaged_g_is_divided_by_the_norms_of_its_own_weights(dogs):
+    trainer, other = (Trainer(small(seed=seed), dogs, CPU) for seed in (0, 1))
+    torch._foreach_lerp_(trainer.averages.ema, list(other.G.parameters()), 0.5)
+    before = trainer.state_dict()["tensors"]
+    G = trainer.averages.generator(trainer.G, "ema", 2, trainer.config)
+    assert all(abs(v - 1) < 0.01 for v in largest_singular_values(G).values())
+    for average, weight in zip(trainer.averages.ema, G.parameters()):
+        assert torch.equal(average, weight)
+    unsettled = copy.deepcopy(trainer.G)
+    for target, source in zip(unsettled.parameters(), trainer.averages.ema):
+        target.data.copy_(source)
+    assert max(abs(v - 1) for v in largest_singular_values(unsettled).values()) > 0.2
+    after = trainer.state_dict()["tensors"]
+    assert all(torch.equal(before[name], after[name]) for name in before)  # it was a copy
+
+
+def test_norms_are_frozen_before_the_statistics_of_batch_norm_are_taken(dogs):
+    G, _ = build_networks(small(), CPU, 6)
+    settle(G)
+    vectors = {k: v.clone() for k, v in G.named_buffers() if k.endswith(("_u", "_v"))}
+    assert len(vectors) == 2 * 26 and G.norm.training
+    before = G.norm.running_mean.clone()
+    G(torch.randn(4, 12), torch.arange(4))
+    assert not torch.equal(G.norm.running_mean, before)
+    assert all(torch.equal(v, G.get_buffer(k)) for k, v in vectors.items())
+
+
+def test_the_power_iteration_is_in_float32_under_autocast_too(dogs, monkeypatch):
+    trainer, seen = Trainer(small(precision="bf16"), dogs, CPU), []
+
+    def watch(module: nn.Module, inputs: tuple[Tensor], weight: Tensor) -> None:
+        seen.append((torch.is_autocast_enabled("cpu"), weight.dtype))
+
+    for network in (trainer.G, trainer.D):
+        for layer in spectral_layers(network).values():
+            layer.parametrizations.weight[0].register_forward_hook(watch)
+    trainer.step(0.0)
+    assert len(seen) == 26 + 2 * 19  # once in each forward
+    assert set(seen) == {(False, torch.float32)}
+
+
+# ------------------------------------------------------------------------------------- the pieces
+
+
+def test_the_non_local_block_begins_as_the_identity_and_learns_from_there():
+    block, x = NonLocalBlock(16), torch.randn(2, 16, 8, 8)
+    assert torch.equal(block(x), x)
+    (slope,) = torch.autograd.grad(block(x).square().sum(), block.gain)
+    assert float(slope.abs()) > 0
+
+
+@pytest.mark.usefixtures("double")
+def test_each_place_takes_a_mean_of_the_2_by_2_maxima_weighed_by_its_query():
+    block, x = NonLocalBlock(16).eval(), torch.randn(2, 16, 4, 6)
+    with torch.no_grad():
+        block.gain.fill_(0.7)
+        ours = block(x)
+    query, key, value, out = (
+        getattr(block, name).weight[:, :, 0, 0].detach()
+        for name in ("query", "key", "value", "out")
+    )
+    for n in range(2):
+        pooled = []
+        for i in range(0, 4, 2):
+            for j in range(0, 6, 2):
+                four = [x[n, :, a, b] for a in (i, i + 1) for b in (j, j + 1)]
+                pooled.append([torch.stack([w @ f for f in four]).amax(0) for w in (key, value)])
+        for i in range(4):
+            for j in range(6):
+                scores = [math.exp(query @ x[n, :, i, j] @ k) for k, _ in pooled]
+                mixed = sum(s * v for s, (_, v) in zip(scores, pooled)) / sum(scores)
+                expected = x[n, :, i, j] + 0.7 * (out @ mixed)
+                torch.testing.assert_close(ours[n, :, i, j], expected)
+
+
+def test_gain_and_bias_of_a_norm_are_linear_in_the_code_of_each_image():
+    torch.manual_seed(0)
+    norm, x, code = LatentBatchNorm2d(3, 5), 2 * torch.randn(4, 3, 6, 6) + 1, torch.randn(4, 5)
+    assert norm.norm.weight is None  # no gain beside that of the code
+    out = norm(x, code)
+    weight = norm.eval().affine.weight
+    for n in range(4):
+        for c in range(3):
+            gain, bias = 1 + weight[c] @ code[n], weight[3 + c] @ code[n]
+            mean, std = x[:, c].mean(), (x[:, c].var(unbiased=False) + 1e-5).sqrt()
+            torch.testing.assert_close(out[n, c], (x[n, c] - mean) / std * gain + bias)
+
+
+def test_an_image_depends_on_its_own_latent_and_breed_alone_and_on_all_of_them():
+    G, _ = build_networks(small(), CPU, 6)
+    train_dogs.estimate_norms(G, 1, 0)
+    z, breeds = draw_latents(128, 12, 0), torch.arange(128) % 6
+    (images,) = sample_images(G, z, breeds)
+    others, other_breeds = draw_latents(128, 12, 1), breeds.flip(0)
+    others[7], other_breeds[7] = z[7], breeds[7]
+    assert (next(sample_images(G, others, other_breeds))[7] == images[7]).all()
+    for piece in range(5):
+        changed = z.clone()
+        changed[7].tensor_split(5)[piece].neg_()
+        assert (next(sample_images(G, changed, breeds))[7] != images[7]).any()
+    assert (next(sample_images(G, z, (breeds + 1) % 6))[7] != images[7]).any()
+
+
+def test_a_latent_too_short_to_be_split_in_five_is_refused(tmp_path, capsys):
+    assert run_here(tmp_path / "out", preset="second-private", latent_dim=4) == 2
+    assert_one_sentence(capsys.readouterr().err, "--latent-dim 5", "five")
+
+
+# -------------------------------------------------------------------------------- one step, plainly
+
+
+class Plain:
+    """The weights of a network as plain tensors, each divided by its norm anew in every forward."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.state = {k: v.detach().clone() for k, v in network.state_dict().items()}
+        self.names = [k for k, _ in network.named_parameters()]
+        for name in self.names:
+            self.state[name].requires_grad_()
+
+    def parameters(self) -> list[Tensor]:
+        """What is trained, in the order of the network's."""
+        return [self.state[name] for name in self.names]
+
+    def begin(self) -> None:
+        """One power iteration for each weight."""
+        self.weights = {}
+        for name in self.names:
+            layer, found, _ = name.partition(".parametrizations.weight.original")
+            if not found:
+                continue
+            matrix = self.state[name].flatten(1)
+            v = self.state[f"{layer}.parametrizations.weight.0._v"]
+            with torch.no_grad():
+                u = matrix @ v / (matrix @ v).norm()
+                v = matrix.T @ u / (matrix.T @ u).norm()
+            self.state[f"{layer}.parametrizations.weight.0._u"] = u
+            self.state[f"{layer}.parametrizations.weight.0._v"] = v
+            self.weights[layer] = self.state[name] / (u @ matrix @ v)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The non-local block."""
+        w = {n: self.weights[f"non_local.{n}"] for n in ("query", "key", "value", "out")}
+        query = F.conv2d(x, w["query"]).flatten(2)
+        key, value = (F.max_pool2d(F.conv2d(x, w[n]), 2).flatten(2) for n in ("key", "value"))
+        share = torch.einsum("nkq,nkp->nqp", query, key).exp()
+        share = share / share.sum(2, keepdim=True)
+        seen = torch.einsum("nqp,nvp->nvq", share, value).reshape(len(x), -1, 32, 32)
+        return x + self.state["non_local.gain"] * F.conv2d(seen, w["out"])
+
+    def normed(self, x: Tensor, name: str, code: Tensor) -> Tensor:
+        """The conditional norm."""
+        x = (x - x.mean((0, 2, 3), True)) / (x.var((0, 2, 3), False, keepdim=True) + 1e-5).sqrt()
+        affine = code @ self.weights[f"{name}.affine"].T
+        gain, bias = affine[:, : x.shape[1]], affine[:, x.shape[1] :]
+        return x * (1 + gain[:, :, None, None]) + bias[:, :, None, None]
+
+    def generate(self, z: Tensor, labels: Tensor) -> Tensor:
+        """A G of the author's order: doubled first, then convolved, in both branches."""
+        self.begin()
+        first, *pieces = torch.split(z, z.shape[1] // 5, 1)
+        x = (first @ self.weights["linear"].T).reshape(len(z), -1, 4, 4)
+        for k, piece in enumerate(pieces):
+            code = torch.cat([piece, self.state["embedding.weight"][labels]], 1)
+            block, w = f"blocks.{k}", self.weights
+            h = F.relu(self.normed(x, f"{block}.norm1", code))
+            h = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            h = F.conv2d(h, w[f"{block}.conv1"], padding=1)
+            h = F.conv2d(
+                F.relu(self.normed(h, f"{block}.norm2", code)), w[f"{block}.conv2"], None, 1, 1
+            )
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            x = h + F.conv2d(x, w[f"{block}.shortcut"])
+            x = self.attend(x) if k == 2 else x
+        x = F.batch_norm(x, None, None, self.state["norm.weight"], self.state["norm.bias"], True)
+        return F.conv2d(F.relu(x), self.weights["to_rgb"], padding=1).tanh()
+
+    def judge(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A D of the author's order: logits of being real, and of the breeds."""
+        self.begin()
+        for k in range(4):
+            block, w = f"blocks.{k}", self.weights
+            h = F.conv2d(F.relu(x) if k else x, w[f"{block}.conv1"], padding=1)
+            h = F.conv2d(F.relu(h), w[f"{block}.conv2"], padding=1)
+            x = F.avg_pool2d(h, 2) + F.avg_pool2d(F.conv2d(x, w[f"{block}.shortcut"]), 2)
+            x = self.attend(x) if k == 0 else x
+        h = F.relu(x).sum((2, 3))
+        logits = h @ self.weights["head"][0] + (self.weights["projection"][labels] * h).sum(1)
+        return logits, h @ self.weights["classifier"].T
+
+
+@pytest.mark.usefixtures("double")
+def test_one_step_is_the_loop_written_out(dogs):
+    """Relativistic least squares and 0.1 of the cross-entropy, of reals in D and of fakes in G."""
+    config = small(latent_dim=20, width=2)
+    trainer, twin = (Trainer(config, dogs, CPU) for _ in range(2))
+    for network in (trainer.G, trainer.D):
+        network.non_local.gain.data.fill_(0.5)
+    G, D = Plain(trainer.G), Plain(trainer.D)
+    adams = [
+        torch.optim.Adam(n.parameters(), lr, betas=(0.0, 0.999), fused=False)
+        for n, lr in ((G, 2e-4), (D, 8e-4))
+    ]
+    twin.batches.shuffle()
+    reals, labels, z = twin.batches.draw()
+    assert reals.dtype == torch.float64  # by its noise
+
+    fakes = G.generate(z, labels)
+    both, told = torch.cat([reals, fakes.detach()]), torch.cat([labels, labels])
+    logits, classes = D.judge(both, told)
+    r, f = logits[:6], logits[6:]
+    rals = (((r - f.mean() - 1) ** 2).mean() + ((f - r.mean() + 1) ** 2).mean()) / 2
+    breeds = -classes[:6].log_softmax(1)[torch.arange(6), labels].mean()
+    slopes = torch.autograd.grad(rals + 0.1 * breeds, D.parameters())
+    for p, slope in zip(D.parameters(), slopes):
+        p.grad = slope
+    adams[1].step()
+
+    logits, classes = D.judge(torch.cat([reals, fakes]), told)
+    r, f = logits[:6], logits[6:]
+    g_rals = (((r - f.mean() + 1) ** 2).mean() + ((f - r.mean() - 1) ** 2).mean()) / 2
+    g_breeds = -classes[6:].log_softmax(1)[torch.arange(6), labels].mean()
+    slopes = torch.autograd.grad(g_rals + 0.1 * g_breeds, G.parameters())
+    for p, slope in zip(G.parameters(), slopes):
+        p.grad = slope
+    adams[0].step()
+
+    trainer.step(0.0)
+    losses = trainer.read_stats()
+    expected = {"d_loss": rals, "d_classify": breeds, "g_loss": g_rals, "g_classify": g_breeds}
+    for name, value in expected.items():
+        assert losses[name] == pytest.approx(float(value.detach()), rel=1e-9)
+    for plain, network in ((G, trainer.G), (D, trainer.D)):
+        for name in plain.names:
+            torch.testing.assert_close(network.state_dict()[name], plain.state[name].detach())
+        for name in (k for k in plain.state if k.endswith(("_u", "_v"))):
+            torch.testing.assert_close(network.state_dict()[name], plain.state[name])
+
+
+def test_the_preset_learns_as_its_slides_say():
+    assert (PRESET.g_lr, PRESET.d_lr, PRESET.beta1, PRESET.beta2) == (2e-4, 8e-4, 0.0, 0.999)
+    assert (PRESET.batch_size, PRESET.steps, PRESET.noise) == (64, 50_000, 1 / 128)
+    assert (PRESET.loss, PRESET.classify, PRESET.condition) == ("rals", 0.1, "breed")
+    assert (PRESET.average, PRESET.ema_beta, PRESET.average_every) == ("ema", 0.999, 1)
+    assert (PRESET.truncation, PRESET.latent_dim) == (2.0, 100)
+    norms = [
+        m for m in build_networks(PRESET, CPU, 120)[0].modules() if isinstance(m, LatentBatchNorm2d)
+    ]
+    assert {m.affine.in_features for m in norms} == {20 + 32}
+
+
+# ---------------------------------------------------------------------------- what is kept of a run
+
+
+def test_a_run_goes_on_bit_for_bit_from_what_it_saved(dogs):
+    through, first = (Trainer(small(), dogs, CPU) for _ in range(2))
+    for trainer, steps in ((through, 4), (first, 2)):
+        for _ in range(steps):
+            trainer.step(0.0)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = Trainer(small(seed=1), dogs, CPU)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.step(0.0), resumed.step(0.0)
+    ours, theirs = (t.state_dict()["tensors"] for t in (resumed, through))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    moving = [name for name in theirs if name.endswith("._u")]
+    assert len(moving) == 26 + 19
+
+
+def test_the_zip_is_written_again_from_generator_pt_with_other_latents_and_of_one_breed(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
+    out, few = tmp_path / "out", {"preset": "second-private", "batch_size": 4}
+    assert run_here(out, steps=3, images=4, **few) == 0
+    written = sha(out / "images.zip")
+    assert run_here(out, "--sample-only", images=4, data=None) == 0
+    assert sha(out / "images.zip") == written
+    for change in (("--breed", "Drawn_spitz"), ("--truncation", "0.5")):
+        assert run_here(out, "--sample-only", *change, images=4, data=None) == 0
+        assert sha(out / "images.zip") != written
+
+
+@pytest.mark.parametrize("layers", ["deep", "residual"])
+def test_a_generator_is_made_again_from_its_shape(layers):
+    G, _ = build_networks(small(layers=layers), CPU, 6)
+    twin = make_generator(G.shape)
+    assert type(twin) is type(G) and twin.shape == G.shape
+    twin.load_state_dict(G.state_dict())
+    z, breeds = torch.randn(3, 12), torch.arange(3)
+    torch.testing.assert_close(twin.eval()(z, breeds), G.eval()(z, breeds))
+
+
+def test_an_average_holds_each_weight_once_and_no_vectors(dogs):
+    G, _ = build_networks(small(), CPU, 6)
+    names = [k for k, _ in G.named_parameters()]
+    assert len(Averages(G).ema) == len(names)
+    assert [k for k in names if "parametrizations" in k and not k.endswith("original")] == []
