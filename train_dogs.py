@@ -424,8 +424,9 @@ class MinibatchDiscrimination(nn.Module):
         of 1 to the number of reals or of fakes."""
         m = widened(self.project(f)).unflatten(1, (self.kernels, -1))
         groups = m.split([num_real, len(m) - num_real])
-        # Not by `cdist`, which has no second derivative for R1.
-        near = [(-(g[:, None] - g).abs().sum(3)).exp().sum(1) for g in groups]
+        # leaky_relu(x, -1) is |x|. For R1: `cdist` has no second derivative, and that of `abs` is a
+        # tensor without memory, which torch adds up on another device.
+        near = [(-F.leaky_relu(g[:, None] - g, -1.0).sum(3)).exp().sum(1) for g in groups]
         return torch.cat(near)
 
 
@@ -444,11 +445,11 @@ class Discriminator(nn.Module):
         breeds: int = 0,
         classify: bool = False,
         wide: bool = False,
-        joint: bool = False,
+        classes: int = 0,
         minibatch_features: int = 0,
     ) -> None:
-        """`classify`: with a head for the breeds; `wide`: norms in float32; `joint`: the logit is
-        made of that head, and D is told no breeds; `minibatch_features`: kernels of that kind."""
+        """`classify`: with a head for the breeds; `wide`: norms in float32; `classes`: so many beside
+        "fake" in the place of real and fake; `minibatch_features`: numbers of that kind."""
         super().__init__()
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         source = 3
@@ -458,36 +459,33 @@ class Discriminator(nn.Module):
             plain = k < LAYERS[layers]["plain"]
             self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target, wide=wide))
             source = target
-        self.head = None if joint else nn.Conv2d(source, 1, 4)
+        # Of all of the map, not its mean: split batch norm makes those of reals and fakes alike.
+        self.head, self.classes = nn.Conv2d(source, classes or 1, 4), classes
+        if classes:
+            nn.init.constant_(self.head.bias, -math.log(classes))  # undecided, not K to 1
         # From 0: D begins as if it were told nothing.
-        projected = breeds and not joint
-        self.projection = nn.Parameter(torch.zeros(breeds, source)) if projected else None
+        self.projection = nn.Parameter(torch.zeros(breeds, source)) if breeds else None
         self.classifier = nn.Linear(source, breeds) if classify else None
-        if joint:
-            nn.init.constant_(self.classifier.bias, -math.log(breeds))  # undecided, not K to 1
         self.minibatch = self.likeness = None
         if minibatch_features:
             self.minibatch = MinibatchDiscrimination(source, minibatch_features)
-            outputs = breeds if joint else 1
-            self.likeness = nn.Parameter(torch.zeros(outputs, minibatch_features))
+            self.likeness = nn.Parameter(torch.zeros(classes or 1, minibatch_features))
 
     def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
         """(N, 3, 64, 64) images in [-1, 1], the `num_real` reals first, and their int64 breeds."""
         x = images
         for conv, norm in zip(self.convs, self.norms):
             x = F.leaky_relu(norm(conv(x), num_real), 0.2, inplace=True)
-        mean = x.mean((2, 3))
-        classes = widened(mean[:, :0] if self.classifier is None else self.classifier(mean))
-        said = classes if self.head is None else widened(self.head(x).flatten(1))
+        said, mean = widened(self.head(x).flatten(1)), x.mean((2, 3))
         if self.minibatch is not None:  # a linear layer on what stands beside the features
             said = said + (self.minibatch(mean, num_real)[:, None] * self.likeness).sum(2)
-        if self.head is None:
-            # With 0 for the class "fake", sigmoid of this is the softmax's share of all the others.
+        if self.classes:  # with 0 for "fake", its sigmoid is the softmax's share of all the breeds
             return Verdict(said.logsumexp(1), x, said)
         logits = said.flatten()
         if self.projection is not None:
             logits = logits + (F.embedding(labels, self.projection) * mean).sum(1)
-        return Verdict(logits, x, classes)
+        classes = mean[:, :0] if self.classifier is None else self.classifier(mean)
+        return Verdict(logits, x, widened(classes))
 
 
 def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
@@ -499,10 +497,10 @@ def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
     D = Discriminator(
         D_width,
         config.layers,
-        breeds,
-        classify=config.classify > 0,
+        told,
+        classify=config.classify > 0 and config.conditional,
         wide=config.r1 > 0,
-        joint=config.condition == "classes",
+        classes=breeds - told,  # if none are told, all are to be learnt
         minibatch_features=config.minibatch_features,
     )
     return G, D
