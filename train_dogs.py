@@ -124,17 +124,27 @@ class Config:
     width: int = option(48, "networks", "channels per unit of G's table (and D's)", (1, 1024))
     d_width: int = option(0, "networks", "the same for D alone; 0 = width", (0, 1024))
     init_std: float = option(0.0, "networks", "std of normal weights; 0 = PyTorch's own", (0, 1))
-    condition: str = option("none", "networks", "what G and D are told of a dog: none or breed",
-        among="none breed")
+    condition: str = option("none", "networks",
+        "what G and D are told of a dog: none or breed; classes: D learns breeds, G is told none",
+        among="none breed classes")
+    g_norm: str = option("batch", "networks", "of G: batch, or virtual by a fixed reference batch",
+        among="batch virtual")
+    minibatch_features: int = option(0, "networks",
+        "how alike images of a batch are, in so many numbers, for D; 0 = none", (0, 1024))
 
-    loss: str = option("margin", "loss", "margin, or rals: relativistic least squares",
-        among="margin rals")
+    loss: str = option("margin", "loss",
+        "margin, or rals: relativistic least squares; matching: margin, and G matches D's features",
+        among="margin rals matching")
     margin: float = option(0.8, "loss",
         "probability past which a real costs nothing; 1 = never", (0.01, 1))
     smoothing: float = option(0.0, "loss",
         "one-sided label smoothing: the reals' label is 1 - this", (0, 0.5))
     classify: float = option(0.0, "loss",
         "weight of telling breeds apart, if conditioned on them", (0, 10))
+    labelled: float = option(1.0, "loss",
+        "share of the dogs whose breed is known, with --condition classes", (0, 1))
+    history: float = option(0.0, "loss",
+        "weight of the squared distance of all weights to their mean over the run", (0, 1000))
     r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals", (0, 1000))
 
     batch_size: int = option(32, "optimisation", "reals (and fakes) per step", (2, 65536))
@@ -177,31 +187,45 @@ class Config:
 
 # dogs: ours. first-public: the notebook that says it was first in public, crops by nearest kinds,
 # without its quirks (a margin for G too, rotation that leaves black wedges, samples in training
-# mode). dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434). second-private:
-# the slides of the competition's second place, RaLS-BigGAN with an auxiliary classifier.
+# mode).
 GPU_PRESETS = {  # field: its value in each preset; fields that are not here have their defaults
-    "preset":         ("dogs",     "first-public",              "dcgan",    "second-private"),
-    "layers":         ("deep",     "deep",                      "paper",    "residual"),
-    "latent_dim":     (256,        256,                         100,        100),
-    "width":          (48,         48,                          128,        64),
-    "init_std":       (0.0,        0.0,                         0.02,       0.0),
-    "condition":      ("none",     "none",                      "none",     "breed"),
-    "crops":          ("square",   "head:2,square:1,context:1", "square",   "square"),
-    "noise":          (0.0,        0.0,                         0.0,        1 / 128),
-    "loss":           ("margin",   "margin",                    "margin",   "rals"),
-    "margin":         (0.8,        0.8,                         1.0,        0.8),
-    "smoothing":      (0.0,        0.05,                        0.0,        0.0),
-    "classify":       (0.0,        0.0,                         0.0,        0.1),
-    "batch_size":     (32,         32,                          128,        64),
-    "g_lr":           (5e-4,       5e-4,                        2e-4,       2e-4),
-    "d_lr":           (5e-4,       5e-4,                        2e-4,       8e-4),
-    "beta1":          (0.3,        0.3,                         0.5,        0.0),
-    "average":        ("swa",      "ema",                       "none",     "ema"),
-    "average_every":  (20,         1,                           20,         1),
-    "ema_beta":       (0.9995,     0.9995,                      0.9995,     0.999),
-    "ema_schedule":   ("constant", "stepped",                   "constant", "constant"),
-    "truncation":     (0.0,        0.0,                         0.0,        2.0),
-    "steps":          (397_000,    397_000,                     197_000,    50_000),
+    "preset":        ("dogs",     "first-public"),
+    "crops":         ("square",   "head:2,square:1,context:1"),
+    "smoothing":     (0.0,        0.05),
+    "average":       ("swa",      "ema"),
+    "average_every": (20,         1),
+    "ema_schedule":  ("constant", "stepped"),
+}  # fmt: skip
+# dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434). second-private: the
+# slides of the competition's second place, RaLS-BigGAN with an auxiliary classifier. improved: what
+# Salimans et al. 2016 (arXiv 1606.03498) trained on ImageNet by: virtual batch norm, minibatch
+# discrimination, K + 1 classes with all labels, smoothing, rates, batch and beta1 are those of
+# their code's `imagenet`, which has no historical averaging. Not theirs: 64 x 64 instead of 128,
+# the layers, twice their width and the latents of dcgan, no noise on D's input, split batch norm in
+# D, kernels as for CIFAR-10 (theirs here are 300 of 50 numbers), 1 instead of 0.375 as G's target.
+PAPER_PRESETS = {
+    "preset":             ("dcgan", "second-private", "improved"),
+    "layers":             ("paper", "residual",       "paper"),
+    "latent_dim":         (100,     100,              100),
+    "width":              (128,     64,               128),
+    "init_std":           (0.02,    0.0,              0.02),
+    "condition":          ("none",  "breed",          "classes"),
+    "g_norm":             ("batch", "batch",          "virtual"),
+    "minibatch_features": (0,       0,                100),
+    "noise":              (0.0,     1 / 128,          0.0),
+    "loss":               ("margin", "rals",          "margin"),
+    "margin":             (1.0,     0.8,              1.0),
+    "smoothing":          (0.0,     0.0,              0.25),
+    "classify":           (0.0,     0.1,              1.0),
+    "batch_size":         (128,     64,               64),
+    "g_lr":               (2e-4,    2e-4,             4e-4),
+    "d_lr":               (2e-4,    8e-4,             4e-4),
+    "beta1":              (0.5,     0.0,              0.5),
+    "average":            ("none",  "ema",            "none"),
+    "average_every":      (20,      1,                20),
+    "ema_beta":           (0.9995,  0.999,            0.9995),
+    "truncation":         (0.0,     2.0,              0.0),
+    "steps":              (197_000, 50_000,           309_000),
 }  # fmt: skip
 # small: real dogs in an hour of one CPU core (0.33 GFLOP an image). sample: the drawn dogs of
 # data/sample, in three minutes of two. mnist: pictures in MNIST's format on a CPU, by few filters
@@ -227,7 +251,7 @@ CPU_PRESETS = {
 }  # fmt: skip
 PRESETS = {
     column[0]: dict(zip(list(table)[1:], column[1:]))
-    for table in (GPU_PRESETS, CPU_PRESETS)
+    for table in (GPU_PRESETS, PAPER_PRESETS, CPU_PRESETS)
     for column in zip(*table.values())
 }
 
@@ -259,6 +283,35 @@ class BreedBatchNorm2d(nn.Module):
         """`x`: (N, num_features, H, W), `labels`: int64 (N,)."""
         weight, bias = (F.embedding(labels, p)[:, :, None, None] for p in (self.weight, self.bias))
         return torch.addcmul(bias, self.norm(x), weight)
+
+
+class VirtualBatchNorm2d(nn.Module):
+    """Batch norm by a fixed reference batch and the image itself (Salimans et al. 2016, arXiv
+    1606.03498, section 3.5): no image depends on those drawn beside it, in training or after."""
+
+    def __init__(self, num_features: int, reference: int, eps: float = 1e-5) -> None:
+        """`reference`: how many images at the head of each batch are the reference."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.reference, self.eps = reference, eps
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """`x`: (reference + N, num_features, H, W); `labels` are ignored.
+
+        The reference is normed by its own mean and mean square, an image by those of the reference
+        and itself: (n * theirs + its own) / (n + 1). As variances, so that float32 loses nothing.
+        """
+        wide, n = widened(x), self.reference
+        var, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
+        theirs = torch.var_mean(wide[:n], (0, 2, 3), correction=0, keepdim=True)
+        share, gap = 1 / (n + 1), mean[n:] - theirs[1]
+        var = torch.cat([theirs[0].expand_as(var[:n]), theirs[0].lerp(var[n:], share)
+            + share * (1 - share) * gap.square()])  # fmt: skip
+        mean = torch.cat([theirs[1].expand_as(mean[:n]), theirs[1] + share * gap])
+        gain = self.weight[:, None, None] * (var + self.eps).rsqrt()
+        shift = self.bias[:, None, None] - mean * gain
+        return torch.addcmul(shift, wide, gain).to(x.dtype)
 
 
 class SplitBatchNorm2d(nn.Module):
@@ -316,13 +369,21 @@ class Generator(nn.Module):
     """DCGAN: transposed convolutions, batch norm, ReLU, and tanh at the end."""
 
     def __init__(
-        self, latent_dim: int = 256, width: int = 48, layers: str = "deep", breeds: int = 0
+        self,
+        latent_dim: int = 256,
+        width: int = 48,
+        layers: str = "deep",
+        breeds: int = 0,
+        reference: int = 0,
     ) -> None:
-        """`breeds`: how many it is conditioned on; 0 = it draws a dog of any."""
+        """`breeds`: how many it is conditioned on; 0 = it draws a dog of any. `reference`: how many
+        latents make the reference batch of virtual batch norm; 0 = ordinary batch norm."""
         super().__init__()
         self.shape = {
             "latent_dim": latent_dim, "width": width, "layers": layers, "breeds": breeds,
+            "reference": reference,
         }  # fmt: skip
+        self.register_buffer("reference", torch.randn(reference, latent_dim))
         self.latent_dim, self.breeds = latent_dim, breeds
         # The share of each breed in the data, so that dogs can be drawn as often as they occur.
         self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
@@ -335,7 +396,11 @@ class Generator(nn.Module):
             self.convs.append(
                 nn.ConvTranspose2d(source, target, kernel, stride, padding, bias=False)
             )
-            self.norms.append(BreedBatchNorm2d(target, breeds) if breeds else BatchNorm2d(target))
+            if reference:
+                self.norms.append(VirtualBatchNorm2d(target, reference))
+            else:
+                norm = BreedBatchNorm2d(target, breeds) if breeds else BatchNorm2d(target)
+                self.norms.append(norm)
             source = target
         last = LAYERS[layers]["rgb"]
         self.to_rgb = nn.ConvTranspose2d(source, 3, last, last - 2, 1)
@@ -347,9 +412,10 @@ class Generator(nn.Module):
         """
         if labels is None and self.breeds:
             raise ValueError(f"a generator of {self.breeds} breeds needs labels")
-        x = z[:, :, None, None]
+        x = torch.cat([self.reference, z])[:, :, None, None]  # the reference may be none
         for conv, norm in zip(self.convs, self.norms):
             x = F.relu(norm(conv(x), labels), inplace=True)
+        x = x[len(self.reference) :]
         return widened(self.to_rgb(x)).tanh()  # bf16 has no number between 0.996 and 1
 
 
@@ -365,11 +431,36 @@ class Verdict(NamedTuple):
         return Verdict(*(t[:count] for t in self)), Verdict(*(t[count:] for t in self))
 
 
+class MinibatchDiscrimination(nn.Module):
+    """How near each image's features lie to the others' of its batch, by which D sees a collapse.
+
+    o(x_i)_b = sum over j of exp(-|M_i,b - M_j,b|_1), M = T f(x), i itself among the j; reals and
+    fakes apart, as if they had come in two batches (Salimans et al. 2016, arXiv 1606.03498, section
+    3.2). Five numbers to each b, and f pooled, as in the authors' network for CIFAR-10.
+    """
+
+    def __init__(self, num_features: int, kernels: int, numbers: int = 5) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.project = nn.Linear(num_features, kernels * numbers, bias=False)
+
+    def forward(self, f: Tensor, num_real: int) -> Tensor:
+        """(N, num_features), the `num_real` reals first; there may be none. float32 (N, kernels)
+        of 1 to the number of reals or of fakes."""
+        m = widened(self.project(f)).unflatten(1, (self.kernels, -1))
+        groups = m.split([num_real, len(m) - num_real])
+        # leaky_relu(x, -1) is |x|. For R1: `cdist` has no second derivative, and that of `abs` is a
+        # tensor without memory, which torch adds up on another device.
+        near = [(-F.leaky_relu(g[:, None] - g, -1.0).sum(3)).exp().sum(1) for g in groups]
+        return torch.cat(near)
+
+
 class Discriminator(nn.Module):
     """G's mirror: convolutions, split batch norm, leaky ReLU; of breeds, a projection besides.
 
     Projection: Miyato and Koyama 2018 (arXiv 1802.05637); the classifier: Odena et al. 2017
-    (AC-GAN, arXiv 1610.09585).
+    (AC-GAN, arXiv 1610.09585); K breeds and "fake" as K + 1 classes: Salimans et al. 2016 (arXiv
+    1606.03498, section 5).
     """
 
     def __init__(
@@ -379,8 +470,11 @@ class Discriminator(nn.Module):
         breeds: int = 0,
         classify: bool = False,
         wide: bool = False,
+        classes: int = 0,
+        minibatch_features: int = 0,
     ) -> None:
-        """`classify`: with a head for the breeds; `wide`: norms in float32."""
+        """`classify`: with a head for the breeds; `wide`: norms in float32; `classes`: so many
+        beside "fake" in the place of real and fake; `minibatch_features`: numbers of that kind."""
         super().__init__()
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         source = 3
@@ -390,25 +484,37 @@ class Discriminator(nn.Module):
             plain = k < LAYERS[layers]["plain"]
             self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target, wide=wide))
             source = target
-        self.head = nn.Conv2d(source, 1, 4)
+        # Of all of the map, not its mean: split batch norm makes those of reals and fakes alike.
+        self.head, self.classes = nn.Conv2d(source, classes or 1, 4), classes
+        if classes:
+            nn.init.constant_(self.head.bias, -math.log(classes))  # undecided, not K to 1
         # From 0: D begins as if it were told nothing.
         self.projection = nn.Parameter(torch.zeros(breeds, source)) if breeds else None
         self.classifier = nn.Linear(source, breeds) if classify else None
+        self.minibatch = self.likeness = None
+        if minibatch_features:
+            self.minibatch = MinibatchDiscrimination(source, minibatch_features)
+            self.likeness = nn.Parameter(torch.zeros(classes or 1, minibatch_features))
 
     def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
         """(N, 3, 64, 64) images in [-1, 1], the `num_real` reals first, and their int64 breeds."""
         x = images
         for conv, norm in zip(self.convs, self.norms):
             x = F.leaky_relu(norm(conv(x), num_real), 0.2, inplace=True)
-        logits, mean = widened(self.head(x).flatten()), x.mean((2, 3))
+        said, mean = widened(self.head(x).flatten(1)), x.mean((2, 3))
+        if self.minibatch is not None:  # a linear layer on what stands beside the features
+            said = said + (self.minibatch(mean, num_real)[:, None] * self.likeness).sum(2)
+        if self.classes:  # with 0 for "fake", its sigmoid is the softmax's share of all the breeds
+            return Verdict(said.logsumexp(1), x, said)
+        logits = said.flatten()
         if self.projection is not None:
             logits = logits + (F.embedding(labels, self.projection) * mean).sum(1)
         classes = mean[:, :0] if self.classifier is None else self.classifier(mean)
         return Verdict(logits, x, widened(classes))
 
 
-# The residual pair: a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's second
-# place made it: no layer has a bias, and all weights but G's embedding are spectral-normed.
+# The residual pair: a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's
+# second place made it: no layer has a bias, and all weights but G's embedding are spectral-normed.
 
 
 def spectral(layer: nn.Module) -> nn.Module:
@@ -437,7 +543,7 @@ def spectral_weights(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def settle(network: nn.Module, rounds: int = 100) -> None:
+def settle(network: nn.Module, rounds: int = 200) -> None:
     """Find the spectral norms of weights that were just put there, then keep them as they are.
 
     The power iteration's vectors are those of the weights that were trained; those of an average
@@ -508,7 +614,7 @@ class UpBlock(nn.Module):
         """(N, source, H, W) to (N, target, 2 H, 2 W)."""
         h = F.interpolate(F.relu(self.norm1(x, code), inplace=True), scale_factor=2.0)
         h = self.conv2(F.relu(self.norm2(self.conv1(h), code), inplace=True))
-        # A 1 x 1 convolution before the doubling is the same as after it, for a quarter of the work.
+        # A 1 x 1 convolution before the doubling is that after it, for a quarter of the work.
         return h + F.interpolate(self.shortcut(x), scale_factor=2.0)
 
 
@@ -579,7 +685,7 @@ class ResidualGenerator(nn.Module):
 
 
 class ResidualDiscriminator(nn.Module):
-    """D of the second place: blocks down to 64, 128, 256 and 512 channels, sum pooling, three heads.
+    """D of the second place: blocks down to 64, 128, 256, 512 channels, sum pooling, three heads.
 
     Real or not is a linear head and the projection of the breed (Miyato and Koyama 2018, arXiv
     1802.05637). The projection's embedding is normed too, as in the author's notebook and BigGAN:
@@ -617,8 +723,19 @@ class ResidualDiscriminator(nn.Module):
 def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
     """G and D of `config`'s layers, for `breeds` breeds."""
     D_width = config.d_width or config.width
-    G = Generator(config.latent_dim, config.width, config.layers, breeds)
-    return G, Discriminator(D_width, config.layers, breeds, config.classify > 0, config.r1 > 0)
+    reference = config.batch_size if config.g_norm == "virtual" else 0  # as large as in the paper
+    told = breeds if config.conditional else 0
+    G = Generator(config.latent_dim, config.width, config.layers, told, reference)
+    D = Discriminator(
+        D_width,
+        config.layers,
+        told,
+        classify=config.classify > 0 and config.conditional,
+        wide=config.r1 > 0,
+        classes=breeds - told,  # if none are told, all are to be learnt
+        minibatch_features=config.minibatch_features,
+    )
+    return G, D
 
 
 def residual(config: Config, breeds: int) -> tuple[ResidualGenerator, ResidualDiscriminator]:
@@ -632,7 +749,7 @@ NETWORKS: dict[str, Callable[[Config, int], tuple[nn.Module, nn.Module]]] = {
     "paper": dcgan,
     "residual": residual,
 }
-NORMS = (nn.BatchNorm2d, SplitBatchNorm2d, BreedBatchNorm2d)
+NORMS = (nn.BatchNorm2d, SplitBatchNorm2d, BreedBatchNorm2d, VirtualBatchNorm2d)
 
 
 def build_networks(
@@ -641,7 +758,7 @@ def build_networks(
     """G and D, of `breeds` breeds if told of them, their weights from `config.seed` anywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        G, D = NETWORKS[config.layers](config, breeds if config.conditional else 0)
+        G, D = NETWORKS[config.layers](config, 0 if config.condition == "none" else breeds)
         if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std), no bias
             for module in (*G.modules(), *D.modules()):
                 if parametrize.is_parametrized(module):
@@ -675,7 +792,7 @@ class Seen(NamedTuple):
     images: Tensor  # (N, 3, 64, 64) as D saw them, the reals first
     real: Verdict
     fake: Verdict
-    labels: Tensor  # int64 (batch,): breeds of the reals and, the same, of the fakes
+    labels: Tensor  # int64 (batch,): breeds of the reals (or UNKNOWN) and, the same, of the fakes
     config: Config
     scale: Tensor | float  # of gradients, so that half precision does not round them to 0
 
@@ -683,8 +800,9 @@ class Seen(NamedTuple):
 class Term(NamedTuple):
     """A part of a loss, weighed by the field of `Config` that is called like it."""
 
-    loss: Callable[[Seen], Tensor]  # to a float32 scalar
+    loss: Callable[[Seen], Tensor]  # to a float32 scalar; a class is made of the network first
     reads_reals: bool = False  # in G's step: then D is shown the reals there too
+    conditional: bool = False  # only where G is told breeds
 
 
 def d_margin(seen: Seen) -> Tensor:
@@ -725,6 +843,17 @@ def g_rals(seen: Seen) -> Tensor:
     return d_rals(seen._replace(real=seen.fake, fake=seen.real))
 
 
+def g_matching(seen: Seen) -> Tensor:
+    """Feature matching, |mean f(real) - mean f(fake)|^2, in the place of an adversarial loss of G
+    (Salimans et al. 2016, arXiv 1606.03498, section 3.1).
+
+    f is what D's last convolution gives, normed and activated: each channel at each of 4 x 4
+    places. The gradient is 0 where both means are equal, whatever the single images are.
+    """
+    real, fake = (widened(v.features).mean(0) for v in (seen.real, seen.fake))
+    return (real - fake).square().sum()
+
+
 def gradient_penalty(seen: Seen) -> Tensor:
     """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406).
 
@@ -736,9 +865,17 @@ def gradient_penalty(seen: Seen) -> Tensor:
     return (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
 
 
+UNKNOWN = -1  # the breed of a dog that D is not told
+
+
 def classify_reals(seen: Seen) -> Tensor:
-    """Cross-entropy of the breeds, of reals alone: fakes of no clear breed teach nothing."""
-    return F.cross_entropy(seen.real.classes, seen.labels)
+    """Cross-entropy of the breeds, of reals alone: fakes of no clear breed teach nothing.
+
+    The mean over those whose breed is known, and 0 where it is of none.
+    """
+    known = (seen.labels != UNKNOWN).sum().clamp(min=1)
+    classes = seen.real.classes
+    return F.cross_entropy(classes, seen.labels, ignore_index=UNKNOWN, reduction="sum") / known
 
 
 def classify_fakes(seen: Seen) -> Tensor:
@@ -746,12 +883,47 @@ def classify_fakes(seen: Seen) -> Tensor:
     return F.cross_entropy(seen.fake.classes, seen.labels)
 
 
+class HistoricalAverage(nn.Module):
+    """|theta - mean of theta[1] ... theta[t]|^2 over all weights of a network, t being now.
+
+    A pull back to where the weights have been, so that two players do not circle each other
+    (Salimans et al. 2016, arXiv 1606.03498, section 3.3). The mean is no part of the gradient.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.weights = list(network.parameters())  # in a list: they stay the network's own
+        count = torch.zeros((), dtype=torch.int64, device=self.weights[0].device)
+        self.register_buffer("count", count)
+        for k, weight in enumerate(self.weights):
+            self.register_buffer(f"mean_{k}", weight.detach().clone())
+
+    def forward(self, seen: Seen) -> Tensor:
+        """Takes the weights of now in, then tells; nothing is read of `seen`."""
+        means = [self.get_buffer(f"mean_{k}") for k in range(len(self.weights))]
+        with torch.no_grad():
+            self.count += 1
+            share = 1 / self.count
+            for mean, weight in zip(means, self.weights):
+                mean.lerp_(weight, share)
+        gaps = [(weight - mean).square().sum() for weight, mean in zip(self.weights, means)]
+        return torch.stack(gaps).sum()
+
+
 ADVERSARIAL = {  # `--loss`: the term of D and that of G, of weight 1
     "margin": (Term(d_margin), Term(g_logistic)),
     "rals": (Term(d_rals), Term(g_rals, reads_reals=True)),
+    "matching": (Term(d_margin), Term(g_matching, reads_reals=True)),
 }
-D_TERMS = {"r1": Term(gradient_penalty), "classify": Term(classify_reals)}
-G_TERMS = {"classify": Term(classify_fakes)}
+D_TERMS = {
+    "r1": Term(gradient_penalty),
+    "classify": Term(classify_reals),
+    "history": Term(HistoricalAverage),
+}
+G_TERMS = {
+    "classify": Term(classify_fakes, conditional=True),
+    "history": Term(HistoricalAverage),
+}
 
 
 class Objective(NamedTuple):
@@ -770,14 +942,26 @@ class Objective(NamedTuple):
         values = [term.loss(seen) for term in self.terms.values()]
         return sum(weight * value for weight, value in zip(self.weights, values)), values
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What its terms remember from step to step, by name."""
+        kept = {k: term.loss for k, term in self.terms.items() if isinstance(term.loss, nn.Module)}
+        return {f"{k}.{name}": t for k, m in kept.items() for name, t in m.state_dict().items()}
 
-def objectives(config: Config) -> tuple[Objective, Objective]:
+
+def objectives(config: Config, G: nn.Module, D: nn.Module) -> tuple[Objective, Objective]:
     """What D and what G minimise under `config`."""
     chosen = []
-    for network, first, more in zip("dg", ADVERSARIAL[config.loss], (D_TERMS, G_TERMS)):
-        used = {name: term for name, term in more.items() if getattr(config, name)}
-        terms = {f"{network}_loss": first} | {f"{network}_{k}": term for k, term in used.items()}
-        chosen.append(Objective(terms, [1.0, *(getattr(config, name) for name in used)]))
+    for letter, network, first, more in zip(
+        "dg", (D, G), ADVERSARIAL[config.loss], (D_TERMS, G_TERMS)
+    ):
+        terms, weights = {f"{letter}_loss": first}, [1.0]
+        for name, term in more.items():
+            if getattr(config, name) and (config.conditional or not term.conditional):
+                if isinstance(term.loss, type):  # a term with state
+                    term = term._replace(loss=term.loss(network))
+                terms[f"{letter}_{name}"] = term
+                weights.append(getattr(config, name))
+        chosen.append(Objective(terms, weights))
     return chosen[0], chosen[1]
 
 
@@ -848,6 +1032,10 @@ class Batches:
         device, dogs = crops.pixels.device, len(crops.first)
         self.order = torch.arange(dogs, device=device)
         self.cursor = torch.zeros((), dtype=torch.int64, device=device)
+        # The same dogs in every part of a run, and all that a smaller share holds in a larger one.
+        chance = torch.Generator().manual_seed(seed_for(config.seed, "labelled"))
+        known = torch.rand(dogs, generator=chance) < config.labelled
+        self.breed = torch.where(known.to(device), crops.breed, UNKNOWN)
         self.steps_per_epoch = max(1, dogs // config.batch_size)
 
     def shuffle(self) -> None:
@@ -857,7 +1045,8 @@ class Batches:
         self.cursor.zero_()
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 (B, 3, 64, 64) reals in [-1, 1], int64 (B,) breeds, float32 (B, latent_dim) z."""
+        """float32 (B, 3, 64, 64) reals in [-1, 1], int64 (B,) breeds or `UNKNOWN`, float32
+        (B, latent_dim) z."""
         config, device = self.config, self.order.device
         places = self.cursor + torch.arange(config.batch_size, device=device)
         rows = self.order[places % len(self.order)]
@@ -868,7 +1057,7 @@ class Batches:
                 reals.shape, generator=self.rng, device=device
             )
         z = torch.randn(config.batch_size, config.latent_dim, generator=self.rng, device=device)
-        return reals, self.crops.breed[rows], z
+        return reals, self.breed[rows], z
 
 
 def draw_reals(
@@ -896,7 +1085,7 @@ class TrainingStep:
     def __init__(self, config: Config, crops: CropSet, device: torch.device) -> None:
         self.config, self.device, self.crops = config, device, crops.to(device)
         self.G, self.D = build_networks(config, device, len(crops.breeds))
-        self.d_objective, self.g_objective = objectives(config)
+        self.d_objective, self.g_objective = objectives(config, self.G, self.D)
         self.opt_g = make_adam(self.G, config.g_lr, config)
         self.opt_d = make_adam(self.D, config.d_lr, config)
         self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
@@ -1043,11 +1232,13 @@ def estimate_norms(G: nn.Module, batches: int, seed: int, truncation: float = 0.
     (Izmailov et al. 2018, section 3.2). Cumulative means, as PreciseBN (arXiv 2105.07576).
     """
     device = next(G.parameters()).device
-    for module in G.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
+    norms = [module for module in G.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
     settle(G)
+    if not norms:  # virtual batch norm keeps no statistics
+        return G.eval()
     latents = draw_latents(
         batches * SAMPLE_BATCH, G.latent_dim, seed_for(seed, "norms"), truncation
     )
@@ -1691,8 +1882,8 @@ def near_duplicates(views: Sequence[np.ndarray], limit: float) -> dict[int, int]
 
     `views`: uint8 (64, 64, 3), one of each dog. Two are alike where grey thumbnails of 16 x 16
     pixels, less their mean, have a cosine above `limit`, one of them mirrored or not: copies that
-    are recoded, scaled or grey are found, other cuts of a photo are not. (Radford et al. 2015, arXiv
-    1511.06434, section 4.1.1, by codes of an autoencoder.)
+    are recoded, scaled or grey are found, other cuts of a photo are not. (Radford et al. 2015,
+    arXiv 1511.06434, section 4.1.1, by codes of an autoencoder.)
     """
     grey = torch.from_numpy(np.stack([view.mean(2, dtype=np.float32) for view in views]))
     small = F.avg_pool2d(grey[:, None], IMAGE_SIZE // 16)[:, 0]
@@ -2047,6 +2238,7 @@ class Trainer(TrainingStep):
                 found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
         found |= {f"ema.{i}": v for i, v in enumerate(self.averages.ema)}
         found |= {f"swa.{i}": v for i, v in enumerate(self.averages.swa)}
+        found |= self.d_objective.state_dict() | self.g_objective.state_dict()
         found |= {"order": self.batches.order, "cursor": self.batches.cursor}
         return found | {"sums": self.sums, "loss_scale": self.loss_scale}
 
@@ -2170,7 +2362,7 @@ def p100_hours(config: Config, steps: int) -> float:
 
 FORMAT = 2  # of checkpoint.pt and generator.pt
 NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
-SEED_USES = ("training", "submission", "norms", "sheet", "reals", "breeds")
+SEED_USES = ("training", "submission", "norms", "sheet", "reals", "breeds", "labelled")
 
 
 def seed_for(seed: int, use: str) -> int:
@@ -3063,10 +3255,30 @@ def check_config(config: Config) -> Config:
             raise UserError(f"{flag} {value} is out of range: give {least} to {most}.")
         if among and value not in among:
             raise UserError(f"{flag} {value} is unknown: give one of {', '.join(among)}.")
-    if config.classify and not config.conditional:
-        raise UserError("--classify tells breeds apart: give --condition breed with it.")
-    if config.layers == "residual" and config.latent_dim < 5:
-        raise UserError("--layers residual splits a latent in five: give --latent-dim 5 or more.")
+    if config.classify and config.condition == "none":
+        raise UserError(
+            "--classify tells breeds apart: give --condition breed with it, or --condition classes."
+        )
+    if config.condition == "classes" and not config.classify:
+        raise UserError(
+            "--condition classes: D learns breeds by --classify alone: give --classify 1 with it."
+        )
+    if config.labelled < 1 and config.condition != "classes":
+        raise UserError(
+            "--labelled hides breeds from a D that learns them: give --condition classes with it."
+        )
+    if config.g_norm == "virtual" and config.conditional:
+        raise UserError("--g-norm virtual knows no breeds: leave --condition breed away.")
+    if config.layers == "residual":
+        if config.latent_dim < 5:
+            raise UserError("--layers residual splits a latent in 5: give --latent-dim 5 or more.")
+        for value, flag in (
+            (config.g_norm == "virtual", "--g-norm virtual"),
+            (config.minibatch_features, "--minibatch-features"),
+            (config.condition == "classes", "--condition classes"),
+        ):
+            if value:
+                raise UserError(f"--layers residual has no {flag}: give --layers deep or paper.")
     parse_crops(config.crops)
     parse_augment(config.augment)
     return config

@@ -338,14 +338,17 @@ def test_logit_is_the_inverse_of_the_sigmoid(margin):
 def test_an_objective_weighs_its_terms_and_tells_each_by_name():
     said = Verdict(torch.tensor([0.3, -0.2]), torch.empty(0), torch.tensor([[1.0, 2], [0, 1]]))
     labels = torch.tensor([0, 1])
-    config = Config(condition="breed", classify=0.25)
+    config, networks = Config(condition="breed", classify=0.25), (nn.Identity(), nn.Identity())
     both = Seen(torch.empty(0), said, said, labels, config, 1.0)
-    for objective, name, first in zip(objectives(config), "dg", (d_margin, g_logistic)):
+    for objective, name, first in zip(objectives(config, *networks), "dg", (d_margin, g_logistic)):
         loss, values = objective(both)
         assert list(objective.terms) == [f"{name}_loss", f"{name}_classify"]
         told_apart = F.cross_entropy(said.classes, labels)
         torch.testing.assert_close(torch.stack(values), torch.stack([first(both), told_apart]))
         torch.testing.assert_close(loss, first(both) + 0.25 * told_apart)
-    assert [list(o.terms) for o in objectives(Config(r1=2.0))] == [["d_loss", "d_r1"], ["g_loss"]]
-    assert [o.reads_reals for o in objectives(Config())] == [False, False]
-    assert objectives(Config(loss="rals"))[1].reads_reals
+    assert [list(o.terms) for o in objectives(Config(r1=2.0), *networks)] == [
+        ["d_loss", "d_r1"],
+        ["g_loss"],
+    ]
+    assert [o.reads_reals for o in objectives(Config(), *networks)] == [False, False]
+    assert objectives(Config(loss="rals"), *networks)[1].reads_reals

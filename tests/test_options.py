@@ -43,6 +43,10 @@ from train_dogs import Config, UserError, main, parse
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 SPANS = {name: f.metadata["span"] for name, f in FIELDS.items()}
+NEEDS = {  # the options without which a field is refused
+    "classify": ["--condition", "breed"],
+    "labelled": ["--condition", "classes", "--classify", "1"],
+}
 TEXTS = {"data": "x", "out": "y", "crops": "box", "augment": "cutout", "device": "cpu"}
 
 
@@ -62,7 +66,7 @@ def another(name: str) -> str:
 
 def test_every_field_of_the_configuration_is_a_flag_with_hyphens():
     for name, f in FIELDS.items():
-        more = ["--condition", "breed"] if name == "classify" else []
+        more = NEEDS.get(name, [])
         got = getattr(parse([flag(name), another(name), *more]).config, name)
         assert type(got) is type(f.default) and got != f.default
         assert str(got[0] if name == "data" else got) == another(name)
@@ -140,7 +144,7 @@ def test_values_beyond_either_end_are_refused_with_the_range_and_the_ends_are_no
                 assert flag(name) in str(refused.value) and f"{least} to {most}" in str(
                     refused.value
                 )
-                more = ["--condition", "breed"] if name == "classify" else []
+                more = NEEDS.get(name, [])
                 assert getattr(parse([f"{flag(name)}={kind(end)!r}", *more]).config, name) == end
             tried += 1
     assert tried > 40

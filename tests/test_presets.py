@@ -75,7 +75,7 @@ def small(**changes: object) -> Config:
 
 
 def test_the_presets_of_a_table_set_the_same_fields_and_the_first_is_the_default():
-    for table in (train_dogs.GPU_PRESETS, train_dogs.CPU_PRESETS):
+    for table in (train_dogs.GPU_PRESETS, train_dogs.PAPER_PRESETS, train_dogs.CPU_PRESETS):
         assert len({len(column) for column in table.values()}) == 1
     assert next(iter(PRESETS)) == "dogs"
     assert (
@@ -84,13 +84,13 @@ def test_the_presets_of_a_table_set_the_same_fields_and_the_first_is_the_default
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_recipe_costs_8_and_a_half_p100_hours_but_for_three_with_numbers_of_their_own(name):
+def test_a_recipe_costs_8_and_a_half_p100_hours_but_for_those_with_numbers_of_their_own(name):
     config = parse(["--preset", name]).config
     hours = train_dogs.p100_hours(config, config.steps)
     # The second place's 50,000 steps filled its nine hours, and are 3.32 by counted FLOPs.
-    least, most = {"small": (0, 0.1), "sample": (0, 0.1), "second-private": (3.31, 3.33)}.get(
-        name, (8.4, 8.5)
-    )
+    least, most = (0, 0.1) if name in train_dogs.CPU_PRESETS["preset"] else (8.4, 8.5)
+    if name == "second-private":
+        least, most = 3.31, 3.33
     assert least < hours <= most
 
 

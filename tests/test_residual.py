@@ -1,6 +1,6 @@
 """The residual networks of preset second-private: spectral norm, blocks, attention, one step.
 
-Oracles: sums written out by hand, singular values by SVD, both networks and a step in plain tensors.
+Oracles: sums written out by hand, singular values by SVD, networks and a step in plain tensors.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_all_weights_but_the_embedding_of_g_are_spectral_normed_and_begin_orthog
         assert others == (["embedding.weight"] if isinstance(network, ResidualGenerator) else [])
 
 
-def test_in_100_steps_the_norms_stay_near_those_of_an_svd_and_100_forwards_find_them(dogs):
+def test_in_100_steps_the_norms_stay_near_those_of_an_svd_and_200_forwards_find_them(dogs):
     """One power iteration a forward lags behind weights that move."""
     trainer = Trainer(small(batch_size=2), dogs, CPU)
     for _ in range(100):
@@ -163,7 +163,7 @@ def test_in_100_steps_the_norms_stay_near_those_of_an_svd_and_100_forwards_find_
     off = sorted(abs(v - 1) for n in networks for v in largest_singular_values(n).values())
     assert off[len(off) // 2] < 0.01 and off[-1] < 0.1
     z, images, labels = torch.randn(2, 12), torch.zeros(2, 3, 64, 64), torch.tensor([0, 1])
-    for _ in range(100):
+    for _ in range(200):
         trainer.G(z, labels), trainer.D(images, 1, labels)
     for network in networks:
         assert all(abs(v - 1) < 0.01 for v in largest_singular_values(network).values())
@@ -279,7 +279,20 @@ def test_an_image_depends_on_its_own_latent_and_breed_alone_and_on_all_of_them()
 
 def test_a_latent_too_short_to_be_split_in_five_is_refused(tmp_path, capsys):
     assert run_here(tmp_path / "out", preset="second-private", latent_dim=4) == 2
-    assert_one_sentence(capsys.readouterr().err, "--latent-dim 5", "five")
+    assert_one_sentence(capsys.readouterr().err, "--latent-dim 5", "in 5")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"g_norm": "virtual", "condition": "none", "classify": 0},
+        {"minibatch_features": 3},
+        {"condition": "classes", "classify": 1},
+    ],
+)
+def test_what_the_residual_networks_have_not_is_refused(flag, tmp_path, capsys):
+    assert run_here(tmp_path / "out", preset="second-private", **flag) == 2
+    assert_one_sentence(capsys.readouterr().err, "--layers deep or paper", "residual has no")
 
 
 # -------------------------------------------------------------------------------- one step, plainly
@@ -449,13 +462,13 @@ def test_the_zip_is_written_again_from_generator_pt_with_other_latents_and_of_on
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
-    out, few = tmp_path / "out", {"preset": "second-private", "batch_size": 4}
-    assert run_here(out, steps=3, images=4, **few) == 0
+    out, few = tmp_path / "out", {"preset": "second-private", "batch_size": 4, "images": 4}
+    assert run_here(out, steps=3, **few) == 0
     written = sha(out / "images.zip")
-    assert run_here(out, "--sample-only", images=4, data=None) == 0
+    assert run_here(out, "--sample-only", data=None, **few) == 0
     assert sha(out / "images.zip") == written
     for change in (("--breed", "Drawn_spitz"), ("--truncation", "0.5")):
-        assert run_here(out, "--sample-only", *change, images=4, data=None) == 0
+        assert run_here(out, "--sample-only", *change, data=None, **few) == 0
         assert sha(out / "images.zip") != written
 
 
