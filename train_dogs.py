@@ -485,16 +485,17 @@ class Discriminator(nn.Module):
             self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target, wide=wide))
             source = target
         # Of all of the map, not its mean: split batch norm makes those of reals and fakes alike.
-        self.head, self.classes = nn.Conv2d(source, classes or 1, 4), classes
+        outputs, self.classes = classes + 1, classes
+        self.head = nn.Conv2d(source, outputs, 4)
         if classes:
-            nn.init.constant_(self.head.bias, -math.log(classes))  # undecided, not K to 1
+            nn.init.constant_(self.head.bias[-1:], math.log(classes))  # undecided, not K to 1
         # From 0: D begins as if it were told nothing.
         self.projection = nn.Parameter(torch.zeros(breeds, source)) if breeds else None
         self.classifier = nn.Linear(source, breeds) if classify else None
         self.minibatch = self.likeness = None
         if minibatch_features:
             self.minibatch = MinibatchDiscrimination(source, minibatch_features)
-            self.likeness = nn.Parameter(torch.zeros(classes or 1, minibatch_features))
+            self.likeness = nn.Parameter(torch.zeros(outputs, minibatch_features))
 
     def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
         """(N, 3, 64, 64) images in [-1, 1], the `num_real` reals first, and their int64 breeds."""
@@ -504,8 +505,9 @@ class Discriminator(nn.Module):
         said, mean = widened(self.head(x).flatten(1)), x.mean((2, 3))
         if self.minibatch is not None:  # a linear layer on what stands beside the features
             said = said + (self.minibatch(mean, num_real)[:, None] * self.likeness).sum(2)
-        if self.classes:  # with 0 for "fake", its sigmoid is the softmax's share of all the breeds
-            return Verdict(said.logsumexp(1), x, said)
+        if self.classes:  # "fake", the last, is made 0: then the logit's sigmoid is the others' share
+            classes = said[:, :-1] - said[:, -1:]
+            return Verdict(classes.logsumexp(1), x, classes)
         logits = said.flatten()
         if self.projection is not None:
             logits = logits + (F.embedding(labels, self.projection) * mean).sum(1)
