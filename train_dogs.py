@@ -505,7 +505,9 @@ class Discriminator(nn.Module):
         said, mean = widened(self.head(x).flatten(1)), x.mean((2, 3))
         if self.minibatch is not None:  # a linear layer on what stands beside the features
             said = said + (self.minibatch(mean, num_real)[:, None] * self.likeness).sum(2)
-        if self.classes:  # "fake", the last, is made 0: then the logit's sigmoid is the others' share
+        if (
+            self.classes
+        ):  # "fake", the last, is made 0: then the logit's sigmoid is the others' share
             classes = said[:, :-1] - said[:, -1:]
             return Verdict(classes.logsumexp(1), x, classes)
         logits = said.flatten()
