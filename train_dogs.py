@@ -204,50 +204,50 @@ GPU_PRESETS = {  # field: its value in each preset; fields that are not here hav
 # the layers, twice their width and the latents of dcgan, no noise on D's input, split batch norm in
 # D, kernels as for CIFAR-10 (theirs here are 300 of 50 numbers), 1 instead of 0.375 as G's target.
 PAPER_PRESETS = {
-    "preset":             ("dcgan", "second-private", "improved"),
-    "layers":             ("paper", "residual",       "paper"),
-    "latent_dim":         (100,     100,              100),
-    "width":              (128,     64,               128),
-    "init_std":           (0.02,    0.0,              0.02),
-    "condition":          ("none",  "breed",          "classes"),
-    "g_norm":             ("batch", "batch",          "virtual"),
-    "minibatch_features": (0,       0,                100),
-    "noise":              (0.0,     1 / 128,          0.0),
-    "loss":               ("margin", "rals",          "margin"),
-    "margin":             (1.0,     0.8,              1.0),
-    "smoothing":          (0.0,     0.0,              0.25),
-    "classify":           (0.0,     0.1,              1.0),
-    "batch_size":         (128,     64,               64),
-    "g_lr":               (2e-4,    2e-4,             4e-4),
-    "d_lr":               (2e-4,    8e-4,             4e-4),
-    "beta1":              (0.5,     0.0,              0.5),
-    "average":            ("none",  "ema",            "none"),
-    "average_every":      (20,      1,                20),
-    "ema_beta":           (0.9995,  0.999,            0.9995),
-    "truncation":         (0.0,     2.0,              0.0),
-    "steps":              (197_000, 50_000,           309_000),
+    "preset":             ("dcgan",  "second-private", "improved"),
+    "layers":             ("paper",  "residual",       "paper"),
+    "latent_dim":         (100,      100,              100),
+    "width":              (128,      64,               128),
+    "init_std":           (0.02,     0.0,              0.02),
+    "condition":          ("none",   "breed",          "classes"),
+    "g_norm":             ("batch",  "batch",          "virtual"),
+    "minibatch_features": (0,        0,                100),
+    "noise":              (0.0,      1 / 128,          0.0),
+    "loss":               ("margin", "rals",           "margin"),
+    "margin":             (1.0,      0.8,              1.0),
+    "smoothing":          (0.0,      0.0,              0.25),
+    "classify":           (0.0,      0.1,              1.0),
+    "batch_size":         (128,      64,               64),
+    "g_lr":               (2e-4,     2e-4,             4e-4),
+    "d_lr":               (2e-4,     8e-4,             4e-4),
+    "beta1":              (0.5,      0.0,              0.5),
+    "average":            ("none",   "ema",            "none"),
+    "average_every":      (20,       1,                20),
+    "ema_beta":           (0.9995,   0.999,            0.9995),
+    "truncation":         (0.0,      2.0,              0.0),
+    "steps":              (197_000,  50_000,           309_000),
 }  # fmt: skip
 # small: real dogs in an hour of one CPU core (0.33 GFLOP an image). sample: the drawn dogs of
 # data/sample, in three minutes of two. mnist: pictures in MNIST's format on a CPU, by few filters
 # and a faster G, as seen from below.
 CPU_PRESETS = {
-    "preset":         ("small",    "sample",      "mnist"),
-    "layers":         ("paper",    "paper",       "paper"),
-    "latent_dim":     (64,         64,            64),
-    "width":          (24,         16,            4),
-    "d_width":        (0,          0,             8),
-    "mirror":         (0.5,        0.5,           0.0),
-    "augment":        ("",         "translation", ""),
-    "batch_size":     (16,         16,            32),
-    "g_lr":           (5e-4,       5e-4,          1e-3),
-    "d_lr":           (5e-4,       5e-4,          2.5e-4),
-    "beta1":          (0.5,        0.5,           0.5),
-    "lr_decay_start": (0.6,        0.6,           0.6),
-    "average":        ("ema",      "ema",         "ema"),
-    "average_every":  (10,         10,            10),
-    "ema_beta":       (0.998,      0.998,         0.998),
-    "steps":          (100_000,    8_000,         40_000),
-    "images":         (10_000,     1_000,         10_000),
+    "preset":         ("small",       "sample",      "mnist"),
+    "layers":         ("paper",       "paper",       "paper"),
+    "latent_dim":     (64,            64,            64),
+    "width":          (24,            16,            4),
+    "d_width":        (0,             0,             8),
+    "mirror":         (0.5,           0.5,           0.0),
+    "augment":        ("translation", "translation", "translation"),
+    "batch_size":     (16,            16,            32),
+    "g_lr":           (5e-4,          5e-4,          1e-3),
+    "d_lr":           (5e-4,          5e-4,          2.5e-4),
+    "beta1":          (0.5,           0.5,           0.5),
+    "lr_decay_start": (0.6,           0.6,           0.6),
+    "average":        ("ema",         "ema",         "ema"),
+    "average_every":  (10,            10,            10),
+    "ema_beta":       (0.998,         0.998,         0.998),
+    "steps":          (100_000,       8_000,         40_000),
+    "images":         (10_000,        1_000,         10_000),
 }  # fmt: skip
 PRESETS = {
     column[0]: dict(zip(list(table)[1:], column[1:]))
@@ -505,9 +505,7 @@ class Discriminator(nn.Module):
         said, mean = widened(self.head(x).flatten(1)), x.mean((2, 3))
         if self.minibatch is not None:  # a linear layer on what stands beside the features
             said = said + (self.minibatch(mean, num_real)[:, None] * self.likeness).sum(2)
-        if (
-            self.classes
-        ):  # "fake", the last, is made 0: then the logit's sigmoid is the others' share
+        if self.classes:  # "fake", the last, is made 0: the logit's sigmoid is the others' share
             classes = said[:, :-1] - said[:, -1:]
             return Verdict(classes.logsumexp(1), x, classes)
         logits = said.flatten()
@@ -515,213 +513,6 @@ class Discriminator(nn.Module):
             logits = logits + (F.embedding(labels, self.projection) * mean).sum(1)
         classes = mean[:, :0] if self.classifier is None else self.classifier(mean)
         return Verdict(logits, x, widened(classes))
-
-
-# The residual pair: a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's
-# second place made it: no layer has a bias, and all weights but G's embedding are spectral-normed.
-
-
-def spectral(layer: nn.Module) -> nn.Module:
-    """`layer`, its weight begun orthogonal and from now on divided by its largest singular value.
-
-    Spectral norm: Miyato et al. 2018 (arXiv 1802.05957). One power iteration in each forward in
-    training mode, whose vectors are buffers that change in place.
-    """
-    nn.init.orthogonal_(layer.weight)
-    return spectral_norm(layer)
-
-
-@contextmanager
-def spectral_weights(network: nn.Module) -> Iterator[None]:
-    """Compute each spectral-normed weight once, for the forward inside, and in float32.
-
-    Autocast would take the power iteration's products in half precision, whose rounding (0.4 % in
-    bf16) would stand in every weight, and in which torch's spectral norm fails on a GPU.
-    """
-    kind = "cuda" if next(network.parameters()).is_cuda else "cpu"
-    with parametrize.cached():
-        with torch.autocast(kind, enabled=False):
-            for module in network.modules():
-                if parametrize.is_parametrized(module):
-                    module.weight  # noqa: B018 (read, and so cached)
-        yield
-
-
-def settle(network: nn.Module, rounds: int = 200) -> None:
-    """Find the spectral norms of weights that were just put there, then keep them as they are.
-
-    The power iteration's vectors are those of the weights that were trained; those of an average
-    are others. Leaves `network` in training mode, but for them.
-    """
-    network.train()
-    with torch.no_grad():
-        for _ in range(rounds):
-            with spectral_weights(network):
-                pass
-    for module in network.modules():
-        if parametrize.is_parametrized(module):
-            module.parametrizations.eval()
-
-
-class LatentBatchNorm2d(nn.Module):
-    """Batch norm whose gain and bias are a linear map of a code: a piece of z, and the breed's."""
-
-    def __init__(self, num_features: int, code_dim: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(num_features, affine=False)
-        self.affine = spectral(nn.Linear(code_dim, 2 * num_features, bias=False))
-
-    def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """`x`: (N, num_features, H, W), `code`: (N, code_dim); the gain is 1 + what is mapped."""
-        gain, bias = self.affine(code)[:, :, None, None].chunk(2, 1)
-        return torch.addcmul(bias, self.norm(x), 1 + gain)
-
-
-class NonLocalBlock(nn.Module):
-    """Each place of an image looks at all others (Zhang et al. 2019, SAGAN, arXiv 1805.08318).
-
-    Of each 2 x 2 places it sees the largest key and value, as in BigGAN. The gain begins at 0, and
-    with it the block as the identity. Two products, not torch's fused attention: its kernels on a
-    GPU have no second derivative, which R1 needs.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        keys, values = max(1, channels // 8), max(1, channels // 2)
-        self.query = spectral(nn.Conv2d(channels, keys, 1, bias=False))
-        self.key = spectral(nn.Conv2d(channels, keys, 1, bias=False))
-        self.value = spectral(nn.Conv2d(channels, values, 1, bias=False))
-        self.out = spectral(nn.Conv2d(values, channels, 1, bias=False))
-        self.gain = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to the same, of even H and W."""
-        query = self.query(x).flatten(2)  # (N, keys, HW)
-        key, value = (F.max_pool2d(conv(x), 2).flatten(2) for conv in (self.key, self.value))
-        attention = (query.mT @ key).softmax(2)  # (N, HW, HW / 4)
-        seen = (attention @ value.mT).mT.unflatten(2, x.shape[2:])
-        return x + self.gain * self.out(seen)
-
-
-class UpBlock(nn.Module):
-    """A residual block that doubles the side, by repeating each place."""
-
-    def __init__(self, source: int, target: int, code_dim: int) -> None:
-        super().__init__()
-        self.norm1 = LatentBatchNorm2d(source, code_dim)
-        self.conv1 = spectral(nn.Conv2d(source, target, 3, padding=1, bias=False))
-        self.norm2 = LatentBatchNorm2d(target, code_dim)
-        self.conv2 = spectral(nn.Conv2d(target, target, 3, padding=1, bias=False))
-        self.shortcut = spectral(nn.Conv2d(source, target, 1, bias=False))
-
-    def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """(N, source, H, W) to (N, target, 2 H, 2 W)."""
-        h = F.interpolate(F.relu(self.norm1(x, code), inplace=True), scale_factor=2.0)
-        h = self.conv2(F.relu(self.norm2(self.conv1(h), code), inplace=True))
-        # A 1 x 1 convolution before the doubling is that after it, for a quarter of the work.
-        return h + F.interpolate(self.shortcut(x), scale_factor=2.0)
-
-
-class DownBlock(nn.Module):
-    """A residual block that halves the side, by means of 2 x 2 places."""
-
-    def __init__(self, source: int, target: int, first: bool = False) -> None:
-        """`first`: of an image, which no ReLU may cut."""
-        super().__init__()
-        self.conv1 = spectral(nn.Conv2d(source, target, 3, padding=1, bias=False))
-        self.conv2 = spectral(nn.Conv2d(target, target, 3, padding=1, bias=False))
-        self.shortcut = spectral(nn.Conv2d(source, target, 1, bias=False))
-        self.first = first
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, source, H, W) to (N, target, H / 2, W / 2)."""
-        h = self.conv2(F.relu(self.conv1(x if self.first else F.relu(x)), inplace=True))
-        return F.avg_pool2d(h, 2) + self.shortcut(F.avg_pool2d(x, 2))
-
-
-class ResidualGenerator(nn.Module):
-    """G of the second place: blocks up to 512, 256, 128 and 64 channels at width 64.
-
-    z is split into five pieces. The first is mapped to 4 x 4 places; each other one, beside an
-    embedding of the breed, is the code of a block's norms. The slides' "Embedding 32 * 4" is read
-    as Python, like their "Split [20] * 5": one embedding of 32 numbers, given to all four blocks,
-    as BigGAN shares it and as the author's notebook does.
-    """
-
-    EMBEDDING = 32
-
-    def __init__(self, latent_dim: int = 100, width: int = 64, breeds: int = 0) -> None:
-        """`latent_dim`: 5 at least. `breeds`: how many it is conditioned on; 0 = none."""
-        super().__init__()
-        self.shape = {
-            "latent_dim": latent_dim, "width": width, "layers": "residual", "breeds": breeds,
-        }  # fmt: skip
-        self.latent_dim, self.breeds = latent_dim, breeds
-        self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
-        self.embedding = nn.Embedding(breeds, self.EMBEDDING) if breeds else None
-        if breeds:
-            nn.init.orthogonal_(self.embedding.weight)
-        first, *pieces = (len(piece) for piece in torch.empty(latent_dim).tensor_split(5))
-        self.linear = spectral(nn.Linear(first, 8 * width * 16, bias=False))
-        self.blocks = nn.ModuleList()
-        for source, target, piece in zip((8, 8, 4, 2), (8, 4, 2, 1), pieces):
-            code_dim = piece + self.EMBEDDING * bool(breeds)
-            self.blocks.append(UpBlock(source * width, target * width, code_dim))
-        self.non_local = NonLocalBlock(2 * width)
-        self.norm = nn.BatchNorm2d(width)
-        self.to_rgb = spectral(nn.Conv2d(width, 3, 3, padding=1, bias=False))
-
-    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As `Generator`: (N, latent_dim) to float32 (N, 3, 64, 64) images in [-1, 1]."""
-        if labels is None and self.breeds:
-            raise ValueError(f"a generator of {self.breeds} breeds needs labels")
-        first, *codes = z.tensor_split(5, dim=1)
-        if self.breeds:
-            breed = self.embedding(labels)
-            codes = [torch.cat([piece, breed], 1) for piece in codes]
-        with spectral_weights(self):
-            x = self.linear(first).unflatten(1, (-1, 4, 4))
-            for block, code in zip(self.blocks, codes):
-                x = block(x, code)
-                if x.shape[-1] == 32:
-                    x = self.non_local(x)
-            return widened(self.to_rgb(F.relu(self.norm(x), inplace=True))).tanh()
-
-
-class ResidualDiscriminator(nn.Module):
-    """D of the second place: blocks down to 64, 128, 256, 512 channels, sum pooling, three heads.
-
-    Real or not is a linear head and the projection of the breed (Miyato and Koyama 2018, arXiv
-    1802.05637). The projection's embedding is normed too, as in the author's notebook and BigGAN:
-    the slides leave out G's alone.
-    """
-
-    def __init__(self, width: int = 64, breeds: int = 0, classify: bool = False) -> None:
-        """`classify`: with a head for the breeds."""
-        super().__init__()
-        self.blocks = nn.ModuleList()
-        for source, target in ((0, 1), (1, 2), (2, 4), (4, 8)):
-            self.blocks.append(DownBlock(source * width or 3, target * width, first=not source))
-        self.non_local = NonLocalBlock(width)
-        self.head = spectral(nn.Linear(8 * width, 1, bias=False))
-        self.projection = spectral(nn.Embedding(breeds, 8 * width)) if breeds else None
-        self.classifier = spectral(nn.Linear(8 * width, breeds, bias=False)) if classify else None
-
-    def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
-        """(N, 3, 64, 64) images and their int64 breeds; which are real is nothing to it."""
-        with spectral_weights(self):
-            x = images
-            for block in self.blocks:
-                x = block(x)
-                if x.shape[-1] == 32:
-                    x = self.non_local(x)
-            x = F.relu(x)
-            pooled = widened(x).sum((2, 3))
-            logits = widened(self.head(pooled).flatten())
-            if self.projection is not None:
-                logits = logits + (self.projection(labels) * pooled).sum(1)
-            classes = pooled[:, :0] if self.classifier is None else self.classifier(pooled)
-            return Verdict(logits, x, widened(classes))
 
 
 def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
@@ -742,17 +533,10 @@ def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
     return G, D
 
 
-def residual(config: Config, breeds: int) -> tuple[ResidualGenerator, ResidualDiscriminator]:
-    """The same of the residual pair."""
-    G = ResidualGenerator(config.latent_dim, config.width, breeds)
-    return G, ResidualDiscriminator(config.d_width or config.width, breeds, config.classify > 0)
-
-
 NETWORKS: dict[str, Callable[[Config, int], tuple[nn.Module, nn.Module]]] = {
     "deep": dcgan,
     "paper": dcgan,
-    "residual": residual,
-}
+}  # and "residual", section 6
 NORMS = (nn.BatchNorm2d, SplitBatchNorm2d, BreedBatchNorm2d, VirtualBatchNorm2d)
 
 
@@ -1253,7 +1037,225 @@ def estimate_norms(G: nn.Module, batches: int, seed: int, truncation: float = 0.
     return G.eval()
 
 
-# ---------------------------------------------------------------------------- 6. Data: finding dogs
+# ------------------------------------------------------------------------- 6. The residual networks
+
+# The residual pair: a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's
+# second place made it: no layer has a bias, and all weights but G's embedding are spectral-normed.
+
+
+def spectral(layer: nn.Module) -> nn.Module:
+    """`layer`, its weight begun orthogonal and from now on divided by its largest singular value.
+
+    Spectral norm: Miyato et al. 2018 (arXiv 1802.05957). One power iteration in each forward in
+    training mode, whose vectors are buffers that change in place.
+    """
+    nn.init.orthogonal_(layer.weight)
+    return spectral_norm(layer)
+
+
+@contextmanager
+def spectral_weights(network: nn.Module) -> Iterator[None]:
+    """Compute each spectral-normed weight once, for the forward inside, and in float32.
+
+    Autocast would take the power iteration's products in half precision, whose rounding (0.4 % in
+    bf16) would stand in every weight, and in which torch's spectral norm fails on a GPU.
+    """
+    kind = "cuda" if next(network.parameters()).is_cuda else "cpu"
+    with parametrize.cached():
+        with torch.autocast(kind, enabled=False):
+            for module in network.modules():
+                if parametrize.is_parametrized(module):
+                    module.weight  # noqa: B018 (read, and so cached)
+        yield
+
+
+def settle(network: nn.Module, rounds: int = 200) -> None:
+    """Find the spectral norms of weights that were just put there, then keep them as they are.
+
+    The power iteration's vectors are those of the weights that were trained; those of an average
+    are others. Leaves `network` in training mode, but for them.
+    """
+    network.train()
+    with torch.no_grad():
+        for _ in range(rounds):
+            with spectral_weights(network):
+                pass
+    for module in network.modules():
+        if parametrize.is_parametrized(module):
+            module.parametrizations.eval()
+
+
+class LatentBatchNorm2d(nn.Module):
+    """Batch norm whose gain and bias are a linear map of a code: a piece of z, and the breed's."""
+
+    def __init__(self, num_features: int, code_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.affine = spectral(nn.Linear(code_dim, 2 * num_features, bias=False))
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """`x`: (N, num_features, H, W), `code`: (N, code_dim); the gain is 1 + what is mapped."""
+        gain, bias = self.affine(code)[:, :, None, None].chunk(2, 1)
+        return torch.addcmul(bias, self.norm(x), 1 + gain)
+
+
+class NonLocalBlock(nn.Module):
+    """Each place of an image looks at all others (Zhang et al. 2019, SAGAN, arXiv 1805.08318).
+
+    Of each 2 x 2 places it sees the largest key and value, as in BigGAN. The gain begins at 0, and
+    with it the block as the identity. Two products, not torch's fused attention: its kernels on a
+    GPU have no second derivative, which R1 needs.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        keys, values = max(1, channels // 8), max(1, channels // 2)
+        self.query = spectral(nn.Conv2d(channels, keys, 1, bias=False))
+        self.key = spectral(nn.Conv2d(channels, keys, 1, bias=False))
+        self.value = spectral(nn.Conv2d(channels, values, 1, bias=False))
+        self.out = spectral(nn.Conv2d(values, channels, 1, bias=False))
+        self.gain = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) to the same, of even H and W."""
+        query = self.query(x).flatten(2)  # (N, keys, HW)
+        key, value = (F.max_pool2d(conv(x), 2).flatten(2) for conv in (self.key, self.value))
+        attention = (query.mT @ key).softmax(2)  # (N, HW, HW / 4)
+        seen = (attention @ value.mT).mT.unflatten(2, x.shape[2:])
+        return x + self.gain * self.out(seen)
+
+
+class UpBlock(nn.Module):
+    """A residual block that doubles the side, by repeating each place."""
+
+    def __init__(self, source: int, target: int, code_dim: int) -> None:
+        super().__init__()
+        self.norm1 = LatentBatchNorm2d(source, code_dim)
+        self.conv1 = spectral(nn.Conv2d(source, target, 3, padding=1, bias=False))
+        self.norm2 = LatentBatchNorm2d(target, code_dim)
+        self.conv2 = spectral(nn.Conv2d(target, target, 3, padding=1, bias=False))
+        self.shortcut = spectral(nn.Conv2d(source, target, 1, bias=False))
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        """(N, source, H, W) to (N, target, 2 H, 2 W)."""
+        h = F.interpolate(F.relu(self.norm1(x, code), inplace=True), scale_factor=2.0)
+        h = self.conv2(F.relu(self.norm2(self.conv1(h), code), inplace=True))
+        # A 1 x 1 convolution before the doubling is that after it, for a quarter of the work.
+        return h + F.interpolate(self.shortcut(x), scale_factor=2.0)
+
+
+class DownBlock(nn.Module):
+    """A residual block that halves the side, by means of 2 x 2 places."""
+
+    def __init__(self, source: int, target: int, first: bool = False) -> None:
+        """`first`: of an image, which no ReLU may cut."""
+        super().__init__()
+        self.conv1 = spectral(nn.Conv2d(source, target, 3, padding=1, bias=False))
+        self.conv2 = spectral(nn.Conv2d(target, target, 3, padding=1, bias=False))
+        self.shortcut = spectral(nn.Conv2d(source, target, 1, bias=False))
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, source, H, W) to (N, target, H / 2, W / 2)."""
+        h = self.conv2(F.relu(self.conv1(x if self.first else F.relu(x)), inplace=True))
+        return F.avg_pool2d(h, 2) + self.shortcut(F.avg_pool2d(x, 2))
+
+
+class ResidualGenerator(nn.Module):
+    """G of the second place: blocks up to 512, 256, 128 and 64 channels at width 64.
+
+    z is split into five pieces. The first is mapped to 4 x 4 places; each other one, beside an
+    embedding of the breed, is the code of a block's norms. The slides' "Embedding 32 * 4" is read
+    as Python, like their "Split [20] * 5": one embedding of 32 numbers, given to all four blocks,
+    as BigGAN shares it and as the author's notebook does.
+    """
+
+    EMBEDDING = 32
+
+    def __init__(self, latent_dim: int = 100, width: int = 64, breeds: int = 0) -> None:
+        """`latent_dim`: 5 at least. `breeds`: how many it is conditioned on; 0 = none."""
+        super().__init__()
+        self.shape = {
+            "latent_dim": latent_dim, "width": width, "layers": "residual", "breeds": breeds,
+        }  # fmt: skip
+        self.latent_dim, self.breeds = latent_dim, breeds
+        self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
+        self.embedding = nn.Embedding(breeds, self.EMBEDDING) if breeds else None
+        if breeds:
+            nn.init.orthogonal_(self.embedding.weight)
+        first, *pieces = (len(piece) for piece in torch.empty(latent_dim).tensor_split(5))
+        self.linear = spectral(nn.Linear(first, 8 * width * 16, bias=False))
+        self.blocks = nn.ModuleList()
+        for source, target, piece in zip((8, 8, 4, 2), (8, 4, 2, 1), pieces):
+            code_dim = piece + self.EMBEDDING * bool(breeds)
+            self.blocks.append(UpBlock(source * width, target * width, code_dim))
+        self.non_local = NonLocalBlock(2 * width)
+        self.norm = nn.BatchNorm2d(width)
+        self.to_rgb = spectral(nn.Conv2d(width, 3, 3, padding=1, bias=False))
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As `Generator`: (N, latent_dim) to float32 (N, 3, 64, 64) images in [-1, 1]."""
+        if labels is None and self.breeds:
+            raise ValueError(f"a generator of {self.breeds} breeds needs labels")
+        first, *codes = z.tensor_split(5, dim=1)
+        if self.breeds:
+            breed = self.embedding(labels)
+            codes = [torch.cat([piece, breed], 1) for piece in codes]
+        with spectral_weights(self):
+            x = self.linear(first).unflatten(1, (-1, 4, 4))
+            for block, code in zip(self.blocks, codes):
+                x = block(x, code)
+                if x.shape[-1] == 32:
+                    x = self.non_local(x)
+            return widened(self.to_rgb(F.relu(self.norm(x), inplace=True))).tanh()
+
+
+class ResidualDiscriminator(nn.Module):
+    """D of the second place: blocks down to 64, 128, 256, 512 channels, sum pooling, three heads.
+
+    Real or not is a linear head and the projection of the breed (Miyato and Koyama 2018, arXiv
+    1802.05637). The projection's embedding is normed too, as in the author's notebook and BigGAN:
+    the slides leave out G's alone.
+    """
+
+    def __init__(self, width: int = 64, breeds: int = 0, classify: bool = False) -> None:
+        """`classify`: with a head for the breeds."""
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        for source, target in ((0, 1), (1, 2), (2, 4), (4, 8)):
+            self.blocks.append(DownBlock(source * width or 3, target * width, first=not source))
+        self.non_local = NonLocalBlock(width)
+        self.head = spectral(nn.Linear(8 * width, 1, bias=False))
+        self.projection = spectral(nn.Embedding(breeds, 8 * width)) if breeds else None
+        self.classifier = spectral(nn.Linear(8 * width, breeds, bias=False)) if classify else None
+
+    def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
+        """(N, 3, 64, 64) images and their int64 breeds; which are real is nothing to it."""
+        with spectral_weights(self):
+            x = images
+            for block in self.blocks:
+                x = block(x)
+                if x.shape[-1] == 32:
+                    x = self.non_local(x)
+            x = F.relu(x)
+            pooled = widened(x).sum((2, 3))
+            logits = widened(self.head(pooled).flatten())
+            if self.projection is not None:
+                logits = logits + (self.projection(labels) * pooled).sum(1)
+            classes = pooled[:, :0] if self.classifier is None else self.classifier(pooled)
+            return Verdict(logits, x, widened(classes))
+
+
+def residual(config: Config, breeds: int) -> tuple[ResidualGenerator, ResidualDiscriminator]:
+    """The same of the residual pair."""
+    G = ResidualGenerator(config.latent_dim, config.width, breeds)
+    return G, ResidualDiscriminator(config.d_width or config.width, breeds, config.classify > 0)
+
+
+NETWORKS["residual"] = residual
+
+
+# ---------------------------------------------------------------------------- 7. Data: finding dogs
 
 
 class BadItem(Exception):
@@ -1532,7 +1534,7 @@ def match_photos(
     return list(photos.values()), skipped
 
 
-# ------------------------------------------------------------------- 7. Data: reading and cropping
+# -------------------------------------------------------------------- 8. Data: reading and cropping
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 32_000_000  # pixels to decode, 12 bytes each on the way: 400 MB in each thread
@@ -1773,7 +1775,7 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs], reasons
 
 
-# ------------------------------------------------------------------- 8. Data: the prepared crop set
+# ------------------------------------------------------------------- 9. Data: the prepared crop set
 
 
 @dataclass(frozen=True)
@@ -1943,7 +1945,7 @@ def load_crops(path: Path, weights: dict[str, float]) -> CropSet | None:
         return None
 
 
-# ------------------------------------------------------------------------------------ 9. The device
+# ----------------------------------------------------------------------------------- 10. The device
 
 
 def choose_device(name: str) -> torch.device:
@@ -2163,7 +2165,7 @@ def distance(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
     return torch.stack([gap.norm() for gap in gaps]).norm().item()
 
 
-# ------------------------------------------------------------------------------- 10. The trainer
+# ---------------------------------------------------------------------------------- 11. The trainer
 
 
 class Trainer(TrainingStep):
@@ -2362,7 +2364,7 @@ def p100_hours(config: Config, steps: int) -> float:
     return steps * config.batch_size * flops_per_image(config) / P100_FLOPS / 3600
 
 
-# ------------------------------------------------------------------------ 11. Sampling, submission
+# ------------------------------------------------------------------------- 12. Sampling, submission
 
 FORMAT = 2  # of checkpoint.pt and generator.pt
 NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
@@ -2563,7 +2565,7 @@ def pairwise_distance(images: np.ndarray) -> float:
     return (torch.pdist(x) / math.sqrt(x.shape[1])).mean().item()
 
 
-# ------------------------------------------------------------------------------------- 12. The run
+# -------------------------------------------------------------------------------------- 13. The run
 
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
 
@@ -3247,7 +3249,7 @@ def show_plan(config: Config, device: torch.device) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------- 13. The command line
+# ----------------------------------------------------------------------------- 14. The command line
 
 
 def check_config(config: Config) -> Config:
