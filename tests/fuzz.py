@@ -233,9 +233,9 @@ def idx(folder: Path, rng: Rng) -> Case:
     """MNIST's files, damaged, or with a header that lies."""
     path = folder / "train-images-idx3-ubyte"
     claimed = [rng.choice((0, 1, 20, 20, 1 << 20, 2**32 - 1)) for _ in range(2)]
-    count, side = claimed if rng.random() < 0.5 else (20, 28)
-    kind = rng.choice((8, 8, 8, 13, 255))
-    head = struct.pack(">BBBB3I", 0, 0, kind, rng.choice((3, 3, 3, 1, 250)), count, side, 28)
+    count, side = claimed if rng.random() < 0.3 else (20, 28)
+    kind, rank = rng.choice((8, 8, 8, 8, 13, 255)), rng.choice((3, 3, 3, 3, 1, 250))
+    head = struct.pack(">BBBB3I", 0, 0, kind, rank, count, side, 28)
     data = head + rng.randbytes(20 * 28 * 28)
     labels = struct.pack(">BBBBI", 0, 0, 8, 1, rng.choice((20, 20, 19))) + rng.randbytes(20)
     if rng.random() < 0.4:
