@@ -48,7 +48,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -1121,7 +1121,8 @@ class NonLocalBlock(nn.Module):
         query = self.query(x).flatten(2)  # (N, keys, HW)
         key, value = (F.max_pool2d(conv(x), 2).flatten(2) for conv in (self.key, self.value))
         attention = (query.mT @ key).softmax(2)  # (N, HW, HW / 4)
-        seen = (attention @ value.mT).mT.unflatten(2, x.shape[2:])
+        seen = (attention @ value.mT).mT.unflatten(2, x.shape[2:])  # channels last in memory
+        seen = seen.contiguous() if x.is_contiguous() else seen
         return x + self.gain * self.out(seen)
 
 
@@ -1239,11 +1240,13 @@ class ResidualDiscriminator(nn.Module):
                     x = self.non_local(x)
             x = F.relu(x)
             pooled = widened(x).sum((2, 3))
-            logits = widened(self.head(pooled).flatten())
-            if self.projection is not None:
-                logits = logits + (self.projection(labels) * pooled).sum(1)
-            classes = pooled[:, :0] if self.classifier is None else self.classifier(pooled)
-            return Verdict(logits, x, widened(classes))
+            # Logits of sums over 16 places, told apart by 1: half precision is too coarse.
+            with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+                logits = self.head(pooled).flatten()
+                if self.projection is not None:
+                    logits = logits + (self.projection(labels) * pooled).sum(1)
+                classes = pooled[:, :0] if self.classifier is None else self.classifier(pooled)
+            return Verdict(logits, x, classes)
 
 
 def residual(config: Config, breeds: int) -> tuple[ResidualGenerator, ResidualDiscriminator]:
@@ -2917,15 +2920,17 @@ def estimate_finish(trainer: Trainer) -> float:
     """Seconds that re-estimation, sampling and the zip take here, by the second of two batches."""
     config = trainer.config
     for _ in range(2):
-        begin = time.monotonic()
-        G = trainer.averages.generator(trainer.G, "none", 1, config)
-        next(G.parameters()).sum().item()  # waits for the device
-        norms = time.monotonic() - begin
+        marks = [time.monotonic()]
+        for batches in (1, 2):  # what is done once, and a batch or two
+            G = trainer.averages.generator(trainer.G, "none", batches, config)
+            next(G.parameters()).sum().item()  # waits for the device
+            marks.append(time.monotonic())
         latents = draw_latents(SAMPLE_BATCH, G.latent_dim, 0)
         (images,) = sample_images(G, latents, draw_labels(G, SAMPLE_BATCH, 0))
         list(in_threads(encode_png, images))
-        images_seconds = time.monotonic() - begin - norms
-    return NORM_BATCHES * norms + math.ceil(config.images / SAMPLE_BATCH) * images_seconds
+        one, two, sampling = (b - a for a, b in pairwise([*marks, time.monotonic()]))
+    norms = one + (NORM_BATCHES - 1) * max(0.0, two - one)
+    return norms + math.ceil(config.images / SAMPLE_BATCH) * sampling
 
 
 def reserve_time(run: Run) -> float:
