@@ -71,7 +71,7 @@ NEIGHBOURS = 5  # k of precision, recall, density and coverage
 MAX_BAD_SHARE = 0.05  # of a reference's photos may be unreadable; more is a wrong data set
 MAX_FILE_BYTES = 64 << 20  # of a set's larger files no more is read, and they are refused
 MAX_TAR_BYTES = 512 << 20  # a tar is read front to back once, and held
-MAX_NPZ_BYTES = 1 << 30  # 60,000 images' features in float64
+MAX_UNPACKED_BYTES = 1 << 30  # of an .npz (60,000 images' features in float64) or a graph
 MAX_PIXELS = 50_000_000  # 0.6 GB while decoding (3 copies of 4 bytes): larger ones are refused
 LARGE_PIXELS = 4_000_000  # larger ones are decoded one at a time, whatever the threads
 WORKERS = min(8, os.cpu_count() or 2)  # threads that read and decode
@@ -257,7 +257,9 @@ def is_dog_set(path: Path) -> bool:
     marks = {"annotation", "annotations", "annotation.zip", "annotation.tar"}
     marks |= {"all-dogs", "all-dogs.zip", "images.tar"}
     names = path.iterdir() if path.is_dir() else [path]
-    return any(n.name.lower() in marks or "idx3-ubyte" in n.name for n in names)
+    return any(
+        n.name.lower() in marks or n.name.endswith(("idx3-ubyte", "idx3-ubyte.gz")) for n in names
+    )
 
 
 def open_dogs(path: Path, size: Size, rule: str) -> ImageSet:
@@ -266,8 +268,8 @@ def open_dogs(path: Path, size: Size, rule: str) -> ImageSet:
         import train_dogs  # beside this file; everything else here works without it
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{path} needs train_dogs.py beside mifid.py to be read as a Stanford Dogs set: put it "
-            "there, or give a zip, tar, folder or .npz of features."
+            f"{path} needs train_dogs.py beside mifid.py to be read: put it there, or "
+            "give a zip, tar, folder or .npz of features."
         ) from error
     try:
         dogs = train_dogs.find_photos([path])
@@ -359,7 +361,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return tensors_of_graph(path.read_bytes())
     if head == b"\x1f\x8b":
         with tarfile.open(path) as archive:
-            return tensors_of_graph(archive.extractfile(GRAPH_NAME).read(MAX_NPZ_BYTES))
+            return tensors_of_graph(archive.extractfile(GRAPH_NAME).read(MAX_UNPACKED_BYTES))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated; its files remain
         members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
@@ -622,8 +624,9 @@ def has_bfloat16() -> bool:
 def load_inception(
     path: str | Path | None = None, device: str | torch.device = "cpu", fast: bool = False
 ) -> Inception:
-    """The network with the weights of a file in either form (found as `find_weights` does for
-    None), on `device`, in float32; `fast`: bf16 on a processor that has it, fp16 on a GPU.
+    """The network with the weights of a file in any form that `read_tensors` knows (found as
+    `find_weights` does for None), on `device`, in float32; `fast`: bf16 on a processor that has it,
+    fp16 on a GPU.
 
     Raises UserError where the file is no such network, or one with other weights.
     """
@@ -634,7 +637,7 @@ def load_inception(
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         tensors = read_tensors(path)
         folded, fingerprint = fold_weights(tensors)
-        classifier = tensors.get("fc.weight")  # pytorch-fid's file has it, the TorchScript has not
+        classifier = tensors.get("fc.weight")  # the TorchScript has none
         if classifier is not None and classifier.shape != (1008, 2048):
             raise ValueError("a classifier of another shape")
         if fingerprint != WEIGHTS_FINGERPRINT and not sha256.startswith(WEIGHTS_SHA256):
@@ -828,8 +831,11 @@ def save_arrays(path: Path, **arrays: Any) -> None:
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz. Raises one of DAMAGE for anything else."""
     with open(path, "rb") as file:
-        if sum(member.file_size for member in zipfile.ZipFile(file).infolist()) > MAX_NPZ_BYTES:
-            raise ValueError(f"it holds over {MAX_NPZ_BYTES >> 20} MB")
+        if (
+            sum(member.file_size for member in zipfile.ZipFile(file).infolist())
+            > MAX_UNPACKED_BYTES
+        ):
+            raise ValueError(f"it holds over {MAX_UNPACKED_BYTES >> 20} MB")
         file.seek(0)
         with np.load(file) as saved:  # without pickles, which may run anything
             return {name: saved[name] for name in saved.files}

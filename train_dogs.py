@@ -12,8 +12,9 @@ a script, as a Kaggle kernel, or pasted into a notebook cell (there with options
 What it costs is counted: 8.49 P100-hours for the default recipe. What it scores after them has
 not been measured yet; `--preset small` reaches a FID of 106.8 in an hour of one CPU core (n = 1).
 
-How the dogs are made comes first: configuration, networks, losses, one step, averages. Then what a
-run needs around it: the data in the order in which it flows, the device, the submission, the run.
+How the dogs are made comes first: configuration, networks, losses, one step, averages; a second
+pair of networks stands behind them. Then what a run needs around it: the data in the order in which
+it flows, the device, the trainer, the submission, the run.
 """
 
 from __future__ import annotations
@@ -127,13 +128,13 @@ class Config:
     condition: str = option("none", "networks",
         "what G and D are told of a dog: none or breed; classes: D learns breeds, G is told none",
         among="none breed classes")
-    g_norm: str = option("batch", "networks", "of G: batch, or virtual by a fixed reference batch",
-        among="batch virtual")
+    g_norm: str = option("batch", "networks",
+        "of G: batch, or virtual batch norm by a fixed reference batch", among="batch virtual")
     minibatch_features: int = option(0, "networks",
-        "how alike images of a batch are, in so many numbers, for D; 0 = none", (0, 1024))
+        "kernels of minibatch discrimination, by which D sees how alike a batch is", (0, 1024))
 
     loss: str = option("margin", "loss",
-        "margin, or rals: relativistic least squares; matching: margin, and G matches D's features",
+        "margin; rals: relativistic average least squares; matching: feature matching for G",
         among="margin rals matching")
     margin: float = option(0.8, "loss",
         "probability past which a real costs nothing; 1 = never", (0.01, 1))
@@ -142,9 +143,9 @@ class Config:
     classify: float = option(0.0, "loss",
         "weight of telling breeds apart, if conditioned on them", (0, 10))
     labelled: float = option(1.0, "loss",
-        "share of the dogs whose breed is known, with --condition classes", (0, 1))
+        "share of the dogs whose breed D is told, with --condition classes", (0, 1))
     history: float = option(0.0, "loss",
-        "weight of the squared distance of all weights to their mean over the run", (0, 1000))
+        "weight of historical averaging: squared distance of all weights to their mean", (0, 1000))
     r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals", (0, 1000))
 
     batch_size: int = option(32, "optimisation", "reals (and fakes) per step", (2, 65536))
@@ -197,12 +198,12 @@ GPU_PRESETS = {  # field: its value in each preset; fields that are not here hav
     "ema_schedule":  ("constant", "stepped"),
 }  # fmt: skip
 # dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434). second-private: the
-# slides of the competition's second place, RaLS-BigGAN with an auxiliary classifier. improved: what
-# Salimans et al. 2016 (arXiv 1606.03498) trained on ImageNet by: virtual batch norm, minibatch
-# discrimination, K + 1 classes with all labels, smoothing, rates, batch and beta1 are those of
-# their code's `imagenet`, which has no historical averaging. Not theirs: 64 x 64 instead of 128,
-# the layers, twice their width and the latents of dcgan, no noise on D's input, split batch norm in
-# D, kernels as for CIFAR-10 (theirs here are 300 of 50 numbers), 1 instead of 0.375 as G's target.
+# slides of the competition's second place, RaLS-BigGAN with an auxiliary classifier. improved: the
+# recipe of Salimans et al. 2016 (arXiv 1606.03498) for ImageNet: virtual batch norm, minibatch
+# discrimination, K + 1 classes, all labels. Smoothing, rates, batch and beta1 are those of their
+# `imagenet` code, which has no historical averaging. Ours differs: 64 x 64 instead of 128; dcgan's
+# layers and latents, twice as wide as theirs; no noise on D's input; split batch norm in D;
+# minibatch kernels as for CIFAR-10 (theirs: 300 of 50 numbers); G's target 1 instead of 0.375.
 PAPER_PRESETS = {
     "preset":             ("dcgan",  "second-private", "improved"),
     "layers":             ("paper",  "residual",       "paper"),
@@ -227,9 +228,9 @@ PAPER_PRESETS = {
     "truncation":         (0.0,      2.0,              0.0),
     "steps":              (197_000,  50_000,           309_000),
 }  # fmt: skip
-# small: real dogs in an hour of one CPU core (0.33 GFLOP an image). sample: the drawn dogs of
-# data/sample, in three minutes of two. mnist: pictures in MNIST's format on a CPU, by few filters
-# and a faster G, as seen from below.
+# small: real dogs in an hour of one CPU core (0.35 GFLOP an image). sample: the drawn dogs of
+# data/sample, in three minutes of two. mnist: pictures in MNIST's format on a CPU: few filters, and
+# for G four times D's rate.
 CPU_PRESETS = {
     "preset":         ("small",       "sample",      "mnist"),
     "layers":         ("paper",       "paper",       "paper"),
@@ -304,11 +305,12 @@ class VirtualBatchNorm2d(nn.Module):
         """
         wide, n = widened(x), self.reference
         var, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
-        theirs = torch.var_mean(wide[:n], (0, 2, 3), correction=0, keepdim=True)
-        share, gap = 1 / (n + 1), mean[n:] - theirs[1]
-        var = torch.cat([theirs[0].expand_as(var[:n]), theirs[0].lerp(var[n:], share)
-            + share * (1 - share) * gap.square()])  # fmt: skip
-        mean = torch.cat([theirs[1].expand_as(mean[:n]), theirs[1] + share * gap])
+        ref_var, ref_mean = torch.var_mean(wide[:n], (0, 2, 3), correction=0, keepdim=True)
+        share, gap = 1 / (n + 1), mean[n:] - ref_mean
+        # The variance of two groups pooled: the mean of theirs, and that between their means.
+        pooled = ref_var.lerp(var[n:], share) + share * (1 - share) * gap.square()
+        var = torch.cat([ref_var.expand_as(var[:n]), pooled])
+        mean = torch.cat([ref_mean.expand_as(mean[:n]), ref_mean + share * gap])
         gain = self.weight[:, None, None] * (var + self.eps).rsqrt()
         shift = self.bias[:, None, None] - mean * gain
         return torch.addcmul(shift, wide, gain).to(x.dtype)
@@ -474,7 +476,8 @@ class Discriminator(nn.Module):
         minibatch_features: int = 0,
     ) -> None:
         """`classify`: with a head for the breeds; `wide`: norms in float32; `classes`: so many
-        beside "fake" in the place of real and fake; `minibatch_features`: numbers of that kind."""
+        beside "fake" in the place of real and fake; `minibatch_features`: kernels of minibatch
+        discrimination."""
         super().__init__()
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         source = 3
@@ -527,7 +530,7 @@ def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
         told,
         classify=config.classify > 0 and config.conditional,
         wide=config.r1 > 0,
-        classes=breeds - told,  # if none are told, all are to be learnt
+        classes=breeds if config.condition == "classes" else 0,
         minibatch_features=config.minibatch_features,
     )
     return G, D
@@ -1040,7 +1043,8 @@ def estimate_norms(G: nn.Module, batches: int, seed: int, truncation: float = 0.
 # ------------------------------------------------------------------------- 6. The residual networks
 
 # The residual pair: a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's
-# second place made it: no layer has a bias, and all weights but G's embedding are spectral-normed.
+# second place made it: no convolution and no linear layer has a bias, and their weights, as those
+# of D's embedding, are spectral-normed.
 
 
 def spectral(layer: nn.Module) -> nn.Module:
@@ -1212,7 +1216,7 @@ class ResidualGenerator(nn.Module):
 
 
 class ResidualDiscriminator(nn.Module):
-    """D of the second place: blocks down to 64, 128, 256, 512 channels, sum pooling, three heads.
+    """D of the second place: four halving blocks of 64, 128, 256 and 512 channels, sum pooling.
 
     Real or not is a linear head and the projection of the breed (Miyato and Koyama 2018, arXiv
     1802.05637). The projection's embedding is normed too, as in the author's notebook and BigGAN:
@@ -1250,7 +1254,7 @@ class ResidualDiscriminator(nn.Module):
 
 
 def residual(config: Config, breeds: int) -> tuple[ResidualGenerator, ResidualDiscriminator]:
-    """The same of the residual pair."""
+    """The residual G and D, for `breeds` breeds; 0 = told of none."""
     G = ResidualGenerator(config.latent_dim, config.width, breeds)
     return G, ResidualDiscriminator(config.d_width or config.width, breeds, config.classify > 0)
 
@@ -1409,7 +1413,7 @@ MOST_IDX_BYTES = 1 << 30  # of pictures in a file; MNIST's 60,000 are 47 MB
 
 def is_idx(place: Path) -> bool:
     """Whether a file is named like pictures in MNIST's format, gzipped or not."""
-    return bool(re.search(r"idx3-ubyte(\.gz)?$", place.name))
+    return place.is_file() and bool(re.search(r"idx3-ubyte(\.gz)?$", place.name))
 
 
 def read_idx(place: Path, dimensions: int) -> np.ndarray:
@@ -1434,7 +1438,8 @@ def idx_entries(place: Path) -> Iterator[Entry]:
         Image.fromarray(pixels).save(buffer, "BMP")
         return buffer.getvalue()
 
-    pictures, stamp = read_idx(place, 3), place.stat().st_mtime_ns
+    pictures = read_idx(place, 3)
+    stamp = zlib.crc32(pictures)  # not the time: sets of this form have equal names and sizes
     stem = place.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     beside = [p for p in (place.with_name(stem + end) for end in ("", ".gz")) if p.exists()]
     labels = read_idx(beside[0], 1) if beside else None
@@ -1450,7 +1455,7 @@ def idx_below(folder: Path) -> list[Path]:
     if not (folder.is_dir() and os.access(folder, os.R_OK)):
         return []
     found = sorted(filter(is_idx, folder.iterdir()))
-    return [p for p in found if p.name.startswith("train")][:1] or found[:1]
+    return [p for p in found if "train" in p.name][:1] or found[:1]
 
 
 def places_below(folder: Path, levels: int) -> list[Path]:
@@ -1825,9 +1830,12 @@ def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float
     weights = parse_crops(crops if photos.annotated else "whole")
     kinds = sorted(weights)
     pairs = [[e for e in (p.picture, p.annotation) if e] for p in photos.photos]
-    files = [(p.name, [(e.size, e.stamp) for e in pair]) for p, pair in zip(photos.photos, pairs)]
+    files = [
+        (p.name, p.breed, [(e.size, e.stamp) for e in pair])
+        for p, pair in zip(photos.photos, pairs)
+    ]
     path = (
-        cache_folder() / f"{digest([kinds, files, photos.skipped, PIL.__version__, dedupe, 3])}.pt"
+        cache_folder() / f"{digest([kinds, files, photos.skipped, PIL.__version__, dedupe, 4])}.pt"
     )
     if (found := load_crops(path, weights)) is not None:
         return found
@@ -1878,7 +1886,11 @@ def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> d
     ]
     stay = [k for k in range(len(names)) if k not in repeats]
     if len(stay) < 16:
-        raise UserError(f"{photos.where} holds {len(stay)} dogs: at least 16 are needed to train.")
+        remedy = "a higher --dedupe, or 0" if repeats else "--data with more"
+        raise UserError(
+            f"{photos.where} holds {len(stay)} dogs, and at least 16 are needed to train: give"
+            f" {remedy}."
+        )
     count = [[len(views) for views in dogs_found[k]] for k in stay]
     pixels = np.concatenate([views for k in stay for views in dogs_found[k]])
     table = {"count": torch.tensor(count), "breed": torch.tensor([breed[k] for k in stay])}
@@ -1886,7 +1898,7 @@ def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> d
     return table | {"key": content_key(table)}
 
 
-def near_duplicates(views: Sequence[np.ndarray], limit: float) -> dict[int, int]:
+def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024) -> dict[int, int]:
     """Which dogs repeat an earlier one that stays: {its place: that of the other}.
 
     `views`: uint8 (64, 64, 3), one of each dog. Two are alike where grey thumbnails of 16 x 16
@@ -1894,17 +1906,19 @@ def near_duplicates(views: Sequence[np.ndarray], limit: float) -> dict[int, int]
     are recoded, scaled or grey are found, other cuts of a photo are not. (Radford et al. 2015,
     arXiv 1511.06434, section 4.1.1, by codes of an autoencoder.)
     """
-    grey = torch.from_numpy(np.stack([view.mean(2, dtype=np.float32) for view in views]))
-    small = F.avg_pool2d(grey[:, None], IMAGE_SIZE // 16)[:, 0]
+    means = [v.reshape(16, 4, 16, 4, 3).mean((1, 3, 4), dtype=np.float32) for v in views]
+    small = torch.from_numpy(np.stack(means))
     small -= small.mean((1, 2), keepdim=True)
     plain, mirrored = (F.normalize(x.flatten(1)) for x in (small, small.flip(2)))
     repeats: dict[int, int] = {}
-    for start in range(0, len(plain), 1024):  # a block of rows at a time: 80 MB for 20,000 dogs
-        rows, end = plain[start : start + 1024], start + 1024
+    stays = torch.ones(len(plain), dtype=torch.bool)
+    for start in range(0, len(plain), block):  # some rows at a time: 190 MB for 20,000 dogs
+        rows, end = plain[start : start + block], start + block
         cosine = torch.maximum(rows @ plain[:end].T, rows @ mirrored[:end].T)
-        for row, earlier in (cosine > limit).tril(start - 1).nonzero().tolist():
-            if earlier not in repeats:
-                repeats.setdefault(start + row, earlier)
+        near = (cosine.clamp_(max=1.0) > limit).tril(start - 1)  # the earlier ones
+        for k in near.any(1).nonzero().flatten().tolist():
+            if len(first := (near[k] & stays[:end]).nonzero()):
+                repeats[start + k], stays[start + k] = int(first[0]), False
     return repeats
 
 
@@ -2178,6 +2192,12 @@ class Trainer(TrainingStep):
     """
 
     def __init__(self, config: Config, crops: CropSet, device: torch.device) -> None:
+        """Raises `UserError` where `config` tells apart breeds of which there is one."""
+        if config.condition != "none" and len(crops.breeds) < 2:
+            raise UserError(
+                f"--condition {config.condition} needs several breeds, and these dogs are of one:"
+                " give --data with annotations or labels, or leave --condition away."
+            )
         super().__init__(config, crops, device)
         if self.G.breeds:
             self.G.frequency.copy_(torch.bincount(crops.breed, minlength=self.G.breeds))
@@ -2362,9 +2382,9 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-def p100_hours(config: Config, steps: int) -> float:
+def p100_hours(config: Config, steps: int, breeds: int = 120) -> float:
     """Equivalent P100-hours of `steps`: images x FLOPs per image-step / 7.4e12 / 3600."""
-    return steps * config.batch_size * flops_per_image(config) / P100_FLOPS / 3600
+    return steps * config.batch_size * flops_per_image(config, breeds) / P100_FLOPS / 3600
 
 
 # ------------------------------------------------------------------------- 12. Sampling, submission
@@ -2540,9 +2560,9 @@ def real_images(crops: CropSet, config: Config) -> np.ndarray:
     return to_bytes(draw_reals(crops, rows, generator, config.mirror))
 
 
-def sheet_images(G: nn.Module, seed: int) -> np.ndarray:
+def sheet_images(G: nn.Module, seed: int, truncation: float = 0.0) -> np.ndarray:
     """uint8 (100, 64, 64, 3): the images of the run's fixed latents."""
-    latents = draw_latents(100, G.latent_dim, seed_for(seed, "sheet"))
+    latents = draw_latents(100, G.latent_dim, seed_for(seed, "sheet"), truncation)
     return np.concatenate(list(sample_images(G, latents, draw_labels(G, 100, seed))))
 
 
@@ -3043,7 +3063,8 @@ def look(run: Run) -> None:
     trainer, report, config = run.trainer, run.report, run.trainer.config
     stats = report.status(trainer, run.clock)
     choice = trainer.averages.choose(config.average)
-    images = sheet_images(trainer.averages.generator(trainer.G, choice, 8, config), config.seed)
+    G = trainer.averages.generator(trainer.G, choice, 8, config)
+    images = sheet_images(G, config.seed, config.truncation)
     save_picture(sheet_path(run.out, trainer.steps_done), [draw_sheet(images)])
     reals = real_images(trainer.crops, config)
     variety = pairwise_distance(images) / pairwise_distance(reals)
@@ -3067,14 +3088,14 @@ def finish(run: Run) -> None:
     trainer, out, config, steps = run.trainer, run.out, run.trainer.config, run.trainer.steps_done
     G, choice = write_results(trainer, out)
     sheet = sheet_path(out, steps)
-    save_picture(sheet, [draw_sheet(sheet_images(G, config.seed))])
+    save_picture(sheet, [draw_sheet(sheet_images(G, config.seed, config.truncation))])
     reals = draw_sheet(real_images(trainer.crops, config))
     sheets = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
     save_picture(out / "progress.webp", [reals, *sheets])
     hours = p100_hours(config, steps)
     run.report.event(
         f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}, step {steps},"
-        f" {steps * config.batch_size:,} images seen, P100-hours: {hours:.2f}",
+        f" {steps * config.batch_size:,} images seen, P100-hours: {hours:.3g}",
         step=steps,
         submitted=choice,
         p100_hours=hours,
@@ -3245,7 +3266,7 @@ def show_plan(config: Config, device: torch.device) -> int:
         say(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
     flops = flops_per_image(config, len(crops.breeds))
     say(f"{flops / 1e9:.3f} GFLOP per image-step")
-    say(f"P100-hours: {p100_hours(config, config.steps):.2f}")
+    say(f"P100-hours: {p100_hours(config, config.steps, len(crops.breeds)):.3g}")
     if device.type == "cuda":
         reason = capture(trainer)
         say(
@@ -3280,6 +3301,8 @@ def check_config(config: Config) -> Config:
         )
     if config.g_norm == "virtual" and config.conditional:
         raise UserError("--g-norm virtual knows no breeds: leave --condition breed away.")
+    if config.smoothing and config.loss == "rals":
+        raise UserError("--loss rals has no labels to smooth: leave --smoothing away.")
     if config.layers == "residual":
         if config.latent_dim < 5:
             raise UserError("--layers residual splits a latent in 5: give --latent-dim 5 or more.")
@@ -3287,6 +3310,7 @@ def check_config(config: Config) -> Config:
             (config.g_norm == "virtual", "--g-norm virtual"),
             (config.minibatch_features, "--minibatch-features"),
             (config.condition == "classes", "--condition classes"),
+            (config.init_std, "--init-std"),
         ):
             if value:
                 raise UserError(f"--layers residual has no {flag}: give --layers deep or paper.")

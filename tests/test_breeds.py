@@ -162,7 +162,7 @@ def test_a_fake_is_of_the_breed_of_its_real_and_d_is_told_so(dogs, monkeypatch):
     trainer.G.register_forward_pre_hook(lambda _, inputs: given_to_g.append(inputs[1]))
     trainer.D.register_forward_pre_hook(lambda _, inputs: given_to_d.append(inputs[2]))
     monkeypatch.setattr(
-        train_dogs, "draw_reals", lambda d, r, g: rows.append(r.clone()) or draw(d, r, g)
+        train_dogs, "draw_reals", lambda d, r, g, m: rows.append(r.clone()) or draw(d, r, g, m)
     )
     for _ in range(2):
         trainer.step(0.0)

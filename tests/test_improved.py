@@ -171,7 +171,7 @@ def test_only_dogs_whose_breed_is_known_are_told_apart_and_none_of_them_costs_no
 def test_of_k_plus_1_classes_g_is_told_none_and_has_no_term(dogs):
     trainer = Trainer(small(**CLASSES, minibatch_features=2), dogs, CPU)
     assert trainer.G.breeds == 0 and trainer.D.projection is None
-    assert trainer.D.head.out_channels == len(dogs.breeds)
+    assert trainer.D.head.out_channels == len(dogs.breeds) + 1  # and "fake"
     assert list(trainer.d_objective.terms) == ["d_loss", "d_classify"]
     assert list(trainer.g_objective.terms) == ["g_loss"]
 

@@ -6,13 +6,14 @@ import gzip
 import io
 import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from runs import SAMPLE
+from runs import SAMPLE, assert_one_sentence, run_here
 
 import mifid
 import train_dogs
@@ -85,8 +86,34 @@ def test_a_bomb_is_read_no_further_than_its_head_claims(tmp_path):
     place = tmp_path / "train-images-idx3-ubyte.gz"
     head = struct.pack(">BBBB3I", 0, 0, 8, 3, 16, 28, 28)
     place.write_bytes(gzip.compress(head + bytes(300_000_000)))
+    tracemalloc.start()
     with pytest.raises(ValueError, match="another length"):
         read_idx(place, 3)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_labels_put_beside_later_and_other_pixels_of_the_same_time_are_seen(digits, tmp_path):
+    place = tmp_path / "train-images-idx3-ubyte"
+    place.write_bytes(idx(digits[0]))
+    stat = place.stat()
+    first = prepare_crops(find_photos([place]), "square", show=False)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(digits[1]))
+    labelled = prepare_crops(find_photos([place]), "square", show=False)
+    assert first.breeds == ["dog"] and len(labelled.breeds) > 1
+    place.write_bytes(idx(255 - digits[0]))
+    os.utime(place, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other = prepare_crops(find_photos([place]), "square", show=False)
+    assert not torch.equal(first.pixels, other.pixels)
+
+
+def test_breeds_cannot_be_told_apart_where_there_is_one(tmp_path, capsys):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((20, 28, 28), np.uint8)))
+    for condition in ("breed", "classes"):
+        flags = {"condition": condition, "classify": 1, "data": tmp_path}
+        assert run_here(tmp_path / "out", **flags) == 2
+        last = capsys.readouterr().err.splitlines()[-1]  # after the bar of cropping
+        assert_one_sentence(last, "several breeds", f"--condition {condition}")
 
 
 def test_digits_are_not_mirrored_by_the_preset(digits, tmp_path):
@@ -178,7 +205,12 @@ def test_near_duplicates_are_those_of_a_plain_loop(views):
         for j, other in enumerate(small[:k]):
             if j not in repeats and max(cosine(one, other), cosine(one, other[:, ::-1])) > 0.8:
                 repeats.setdefault(k, j)
-    assert near_duplicates(views[:60], 0.8) == repeats and len(repeats) > 1
+    for block in (7, 1024):
+        assert near_duplicates(views[:60], 0.8, block) == repeats and len(repeats) > 1
+
+
+def test_at_a_cosine_of_1_nothing_is_left_out(views):
+    assert near_duplicates([*views[:20], *views[:20]], 1.0) == {}
 
 
 def test_a_run_says_which_dogs_it_left_out_as_near_duplicates(tmp_path):

@@ -146,9 +146,9 @@ def test_every_dog_is_drawn_once_before_any_is_drawn_twice(dogs, monkeypatch):
     drawn: list[int] = []
     draw = train_dogs.draw_reals
 
-    def spy(crops: CropSet, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def spy(crops: CropSet, rows: torch.Tensor, *others: object) -> torch.Tensor:
         drawn.extend(rows.tolist())
-        return draw(crops, rows, generator)
+        return draw(crops, rows, *others)
 
     monkeypatch.setattr(train_dogs, "draw_reals", spy)
     trainer = Trainer(small(batch_size=9), dogs, CPU)  # 135 dogs: 15 batches without a rest
