@@ -264,7 +264,7 @@ def test_a_signal_before_the_first_step_returns_130_and_leaves_no_zip(
 ):
     out = tmp_path / "out"
 
-    def prepare(*_: object) -> None:
+    def prepare(*_: object, **more: object) -> None:
         os.kill(os.getpid(), number)
         time.sleep(5)
 
