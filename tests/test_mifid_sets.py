@@ -601,7 +601,7 @@ ANYTHING = {
 def test_an_npz_of_anything_is_refused(
     kind: str, run: Run, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mifid, "MAX_NPZ_BYTES", 1_000_000)
+    monkeypatch.setattr(mifid, "MAX_UNPACKED_BYTES", 1_000_000)
     np.savez_compressed(tmp_path / "any.npz", **ANYTHING[kind])
     assert "any.npz" in refusal(run, generated, tmp_path / "any.npz")
     assert "any.npz" in refusal(run, tmp_path / "any.npz", generated)

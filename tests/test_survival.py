@@ -741,7 +741,7 @@ def test_a_run_whose_reader_leaves_goes_on_and_stderr_is_empty_even_of_torchs_wa
 ):
     words = arguments(
         tmp_path / "out", steps=4, images=6, r1=1, augment="color,translation,cutout", noise=0.01,
-        condition="breed", classify=0.1, loss="rals", smoothing=0.1, lr_decay_start=0.5,
+        condition="breed", classify=0.1, loss="rals", lr_decay_start=0.5,
     )  # fmt: skip
     process = start(*words, env=environment() | {"PYTHONWARNINGS": "always"})
     assert process.stdout.readline()
