@@ -118,6 +118,8 @@ class Config:
     noise: float = option(0.0, "data", "reals get uniform noise from 0 to this", (0, 1))
     augment: str = option("", "data",
         "differentiable augmentation of reals and fakes: color,translation,cutout")
+    augment_start: float = option(0.0, "data",
+        "progress at which --augment begins, 0 to 1", (0, 1))
 
     layers: str = option("deep", "networks",
         "deep, paper: the DCGAN of 2015, or residual: a small BigGAN", among="deep paper residual")
@@ -880,6 +882,7 @@ class TrainingStep:
         self.opt_g = make_adam(self.G, config.g_lr, config)
         self.opt_d = make_adam(self.D, config.d_lr, config)
         self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
+        self.augmenting = torch.ones((), dtype=torch.bool, device=device)  # from their start on
         self.precision = choose_precision(config.precision, device)
         self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
         self.rng = torch.Generator(device if device.type == "cuda" else "cpu")
@@ -906,10 +909,12 @@ class TrainingStep:
 
     def show(self, reals: Tensor, fakes: Tensor, labels: Tensor) -> Seen:
         """D's verdicts on both, augmented; there may be no reals."""
-        images = torch.cat([reals, fakes])
+        images = plain = torch.cat([reals, fakes])
         with self.autocast(False):  # a shift is exact in float32 alone
             for name in self.augments:
                 images = AUGMENTS[name](images, self.rng)
+        if self.config.augment_start:  # a captured step cannot leave them out
+            images = torch.where(self.augmenting, images, plain)
         images = images.contiguous(memory_format=self.layout).requires_grad_()
         told = torch.cat([labels[: len(reals)], labels])
         real, fake = self.D(images, len(reals), told).split(len(reals))
@@ -2205,7 +2210,7 @@ class Trainer(TrainingStep):
         torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
         self.averages = Averages(self.G)
         self.steps_done = self.rollbacks = self.summed = 0
-        self._rate_share = 1.0
+        self._rate_share, self._augmenting = 1.0, True
         self._means = dict.fromkeys(self.stats, 0.0)
         self.update_both: Callable[[], None] = self.one_step  # or a replay of it
         self._in_flight: deque[torch.cuda.Event] = deque()
@@ -2214,6 +2219,7 @@ class Trainer(TrainingStep):
         """One update of D, of G, and where due of the averages; at most 4 steps in flight."""
         if self.steps_done % self.batches.steps_per_epoch == 0:
             self.batches.shuffle()
+        self._set_augmenting(progress)
         self._set_rates(progress)
         self.update_both()
         self.steps_done += 1
@@ -2225,6 +2231,13 @@ class Trainer(TrainingStep):
             self._in_flight[-1].record()
             if len(self._in_flight) > 4:
                 self._in_flight.popleft().synchronize()
+
+    def _set_augmenting(self, progress: float) -> None:
+        """Augmented from `augment_start` on."""
+        wanted = progress >= self.config.augment_start
+        if wanted != self._augmenting:
+            self._augmenting = wanted
+            self.augmenting.fill_(wanted)
 
     def _set_rates(self, progress: float) -> None:
         """The full rates until `lr_decay_start`, then linearly down to 0."""
@@ -3315,7 +3328,8 @@ def check_config(config: Config) -> Config:
             if value:
                 raise UserError(f"--layers residual has no {flag}: give --layers deep or paper.")
     parse_crops(config.crops)
-    parse_augment(config.augment)
+    if not parse_augment(config.augment) and config.augment_start:
+        raise UserError("--augment-start begins what --augment names: give --augment with it.")
     return config
 
 

@@ -18,7 +18,8 @@ training goes on from its checkpoint: stop it at any time and give the same comm
 others: there over-fitting is real, within hours. `--floor` trains nothing: it scores real dogs,
 cropped as each change says, against photos that show others: what a perfect generator of those
 crops would reach. For a machine without the photos: `--pack dogs.pt` writes the crops that the
-changes need and the references' features to one file, which is then its `--data`.
+changes need and the references' features to one file, which is then its `--data`. `--fast` scores
+in half precision, as mifid.py's does; such scores compare with each other alone.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "box": {"crops": "box"},
     "translation": {"augment": "translation"},
     "augment": {"augment": "color,translation,cutout"},
+    "late-translation": {"augment": "translation", "augment_start": 0.5},
     "breed": {"condition": "breed"},
     "breed+classify": {"condition": "breed", "classify": 0.1},
     "decay": {"lr_decay_start": 0.5},
@@ -104,11 +106,11 @@ class Run:
 class Dogs:
     """What is trained on and what scores compare with: of photos, or of a file that was packed."""
 
-    def __init__(self, data: Path, tenth: bool) -> None:
-        self.packed, self.tenth = {}, tenth
+    def __init__(self, data: Path, tenth: bool, fast: bool = False) -> None:
+        self.packed, self.tenth, self.fast = {}, tenth, fast
         if data.suffix == ".pt":
             self.packed = torch.load(data, weights_only=True, mmap=True)
-            self.tenth = self.packed["tenth"]
+            self.tenth, self.fast = self.packed["tenth"], self.packed["fast"]
             return
         self.seen = self.unseen = train_dogs.find_photos([data])
         if tenth:
@@ -140,7 +142,8 @@ def references(photos: PhotoSet, model: mifid.Inception) -> dict[str, np.ndarray
     names = [(p.name, p.picture.size, p.picture.stamp) for p in photos.photos]
     found = {}
     for rule in ("whole", "box") if photos.annotated else ("whole",):
-        path = train_dogs.cache_folder() / f"reference_{digest([rule, names])}.npz"
+        key = digest([rule, names, model.precision])
+        path = train_dogs.cache_folder() / f"reference_{key}.npz"
         found[rule] = kept_features(path, model, partial(squashed, photos, rule))
     return found
 
@@ -232,15 +235,18 @@ class Scorer:
     """Inception, and the references' features, ready for one generator after another."""
 
     def __init__(
-        self, device: torch.device, found: Callable[[mifid.Inception], dict[str, np.ndarray]]
+        self,
+        device: torch.device,
+        found: Callable[[mifid.Inception], dict[str, np.ndarray]],
+        fast: bool,
     ) -> None:
         """`found`: what makes the features of the references, by rule."""
-        self.device, self.model = device, mifid.load_inception(device=device)
+        self.device, self.model = device, mifid.load_inception(device=device, fast=fast)
         self.features = found(self.model)
 
     def score(self, path: Path, config: Config, count: int) -> dict[str, object]:
         """`compare` for the images that a submission of the generator in `path` would hold."""
-        kept = path.with_name(f"{path.stem}_{count}.npz")
+        kept = path.with_name(f"{path.stem}_{count}_{self.model.precision}.npz")
         images = partial(submitted, path, config, count)
         return self.compare(kept_features(kept, self.model, images))
 
@@ -280,7 +286,8 @@ def show_floor(args: argparse.Namespace) -> str:
     order = np.random.default_rng(args.seeds[0]).permutation(len(found.photos))
     names = {found.photos[k].name for k in order[: min(args.images, len(order) // 2)]}
     drawn, others = split(found, names.__contains__)
-    scorer = Scorer(train_dogs.choose_device(args.device), partial(references, others))
+    device = train_dogs.choose_device(args.device)
+    scorer = Scorer(device, partial(references, others), args.fast)
     text = [
         "| crops | images | FID, whole frames | FID, boxes | distance |",
         "|---|---|---|---|---|",
@@ -327,12 +334,12 @@ def grouped(lines: Sequence[dict], *names: str) -> dict[str, list[dict]]:
 def show_tables(out: Path) -> str:
     """Markdown: what each change scored at the end of its runs, and the curves of long ones."""
     text = []
-    for mine in grouped(read_lines(out), "preset", "base", "tenth", "hours", "n").values():
+    for mine in grouped(read_lines(out), "preset", "base", "tenth", "hours", "n", "fast").values():
         x = mine[0]
         where = "a tenth against the others, " if x["tenth"] else ""
         text.append(
             f"\n{x['preset']} with {x['base']}, {where}{x['hours']} P100-hours a run,"
-            f" {x['n']:,} images scored\n\n"
+            f" {x['n']:,} images scored{' by --fast' * x['fast']}\n\n"
             "| change | weights | seeds | images | FID, whole frames | FID, boxes | distance |\n"
             "|---|---|---|---|---|---|---|"
         )
@@ -387,6 +394,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--averages", type=averages, default=list(train_dogs.WEIGHTS))
     parser.add_argument("--points", type=int, default=1, help="generators scored along a run")
     parser.add_argument("--tenth", action="store_true", help="train on a tenth of the photos")
+    parser.add_argument("--fast", action="store_true", help="score in half precision")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pack", type=Path, help="write crops and references to this .pt")
     parser.add_argument("--floor", action="store_true", help="score real crops and stop")
@@ -403,7 +411,7 @@ def missing(run: Run, args: argparse.Namespace) -> list[dict]:
     """The generators of a run that are not yet scored, as they are called in the log."""
     log = read_lines(args.out)
     names = [
-        run.key | {"step": step, "average": average, "n": args.images}
+        run.key | {"step": step, "average": average, "n": args.images, "fast": args.fast}
         for step in marks(run.steps, args.points)
         for average in args.averages
     ]
@@ -417,12 +425,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(show_tables(args.out) if args.table else show_floor(args))
         return 0
     torch.backends.cudnn.benchmark = True
-    dogs, scorer, device = Dogs(args.data, args.tenth), None, train_dogs.choose_device(args.device)
-    args.tenth = dogs.tenth
+    dogs, scorer = Dogs(args.data, args.tenth, args.fast), None
+    device, args.tenth, args.fast = train_dogs.choose_device(args.device), dogs.tenth, dogs.fast
     if args.pack:
         kinds = {Run(args, change, 0).config.crops for change in args.changes}
-        found = Scorer(device, dogs.references).features.items()
-        pack = {"tenth": dogs.tenth, "crops": {kind: vars(dogs.crops(kind)) for kind in kinds}}
+        found = Scorer(device, dogs.references, args.fast).features.items()
+        pack = {"tenth": dogs.tenth, "fast": dogs.fast}
+        pack["crops"] = {kind: vars(dogs.crops(kind)) for kind in kinds}
         pack["references"] = {rule: torch.from_numpy(features) for rule, features in found}
         train_dogs.save(args.pack, pack)
         return 0
@@ -435,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = run.generator(name["step"], name["average"])
             if not path.exists():  # an average that had not begun
                 continue
-            scorer = scorer or Scorer(device, dogs.references)
+            scorer = scorer or Scorer(device, dogs.references, args.fast)
             line = name | {"steps": run.steps, "images": name["step"] * run.config.batch_size}
             line |= {"p100_hours": name["step"] * run.step_hours, "seconds": round(seconds, 1)}
             line |= {"device": train_dogs.describe_device(device)}

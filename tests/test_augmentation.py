@@ -263,6 +263,29 @@ def test_d_sees_reals_and_fakes_augmented_in_both_steps_each_time_anew(augments,
     assert torch.equal(chance.get_state(), trainer.rng.get_state())
 
 
+def test_d_sees_plain_images_until_augment_start_and_nothing_else_changes(dogs):
+    """Later steps are those of a run that was augmented from the start, draw for draw."""
+    late, plain, whole = (
+        Trainer(small(**changes), dogs, CPU)
+        for changes in (
+            {"augment": "color", "augment_start": 0.5},
+            {"augment": "color", "augment_start": 1.0},
+            {"augment": "color"},
+        )
+    )
+    seen = [shown_to(trainer) for trainer in (late, plain, whole)]
+    for trainer in (late, plain, whole):
+        trainer.step(0.49)
+    for images, without, augmented in zip(*seen, strict=True):
+        assert torch.equal(images, without) and not torch.equal(images, augmented)
+        assert float(images.abs().max().detach()) <= 1
+    whole.load_state_dict(late.state_dict())
+    for trainer in (late, whole):
+        trainer.step(0.5)
+    for images, augmented in zip(seen[0][2:], seen[2][2:], strict=True):
+        assert torch.equal(images, augmented)
+
+
 def test_gs_gradient_comes_through_the_augmentation(dogs, monkeypatch):
     trainer = Trainer(small(augment="cutout"), dogs, CPU)
     trainer.step(0.0)
@@ -307,3 +330,8 @@ def test_other_names_are_refused_with_the_right_ones(text, tmp_path, capsys):
     assert train_dogs.main(["--out", str(tmp_path / "out"), "--augment", text]) == 2
     assert_one_sentence(capsys.readouterr().err, "--augment", *ALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_of_nothing_is_refused(tmp_path, capsys):
+    assert train_dogs.main(["--out", str(tmp_path / "out"), "--augment-start", "0.5"]) == 2
+    assert_one_sentence(capsys.readouterr().err, "--augment-start", "--augment")

@@ -190,6 +190,7 @@ def test_fifty_captured_steps_equal_fifty_eager_ones_bit_for_bit(cuda):
     "changes",
     [
         {"augment": "color,translation,cutout", "noise": 1 / 128},
+        {"augment": "color", "augment_start": 0.5},
         {"condition": "breed", "classify": 0.1},
         {"r1": 1.0},
         {"loss": "rals"},
