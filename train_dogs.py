@@ -230,7 +230,7 @@ PAPER_PRESETS = {
     "truncation":         (0.0,      2.0,              0.0),
     "steps":              (197_000,  50_000,           309_000),
 }  # fmt: skip
-# small: real dogs in an hour of one CPU core (0.35 GFLOP an image). sample: the drawn dogs of
+# small: real dogs in two hours of one CPU core (0.35 GFLOP an image). sample: the drawn dogs of
 # data/sample, in three minutes of two. mnist: pictures in MNIST's format on a CPU: few filters, and
 # for G four times D's rate.
 CPU_PRESETS = {
@@ -242,14 +242,14 @@ CPU_PRESETS = {
     "mirror":         (0.5,           0.5,           0.0),
     "augment":        ("translation", "translation", "translation"),
     "batch_size":     (16,            16,            32),
-    "g_lr":           (5e-4,          5e-4,          1e-3),
-    "d_lr":           (5e-4,          5e-4,          2.5e-4),
+    "g_lr":           (3e-4,          5e-4,          1e-3),
+    "d_lr":           (3e-4,          5e-4,          2.5e-4),
     "beta1":          (0.5,           0.5,           0.5),
     "lr_decay_start": (0.3,           0.6,           0.6),
     "average":        ("ema",         "ema",         "ema"),
     "average_every":  (10,            10,            10),
     "ema_beta":       (0.998,         0.998,         0.998),
-    "steps":          (100_000,       8_000,         40_000),
+    "steps":          (160_000,       8_000,         40_000),
     "images":         (10_000,        1_000,         10_000),
 }  # fmt: skip
 PRESETS = {
