@@ -485,8 +485,10 @@ class Discriminator(nn.Module):
         source = 3
         for k, (units, kernel) in enumerate(LAYERS[layers]["D"]):
             target = units * width
-            self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=False))
+            # Without a bias D is blind to the fakes' contrast, and G drifts into grey: leaky ReLU
+            # passes a factor on, and split batch norm divides it out.
             plain = k < LAYERS[layers]["plain"]
+            self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=plain))
             self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target, wide=wide))
             source = target
         # Of all of the map, not its mean: split batch norm makes those of reals and fakes alike.
@@ -552,7 +554,7 @@ def build_networks(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         G, D = NETWORKS[config.layers](config, 0 if config.condition == "none" else breeds)
-        if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std), no bias
+        if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std)
             for module in (*G.modules(), *D.modules()):
                 if parametrize.is_parametrized(module):
                     continue  # spectral-normed: begun orthogonal

@@ -134,8 +134,8 @@ class PlainDiscriminator(nn.Module):
         super().__init__()
         w, act = width, nn.LeakyReLU(0.2)
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 2 * w, 4, 2, 1, bias=False), act,
-            nn.Conv2d(2 * w, 4 * w, 4, 2, 1, bias=False), act,
+            nn.Conv2d(3, 2 * w, 4, 2, 1), act,
+            nn.Conv2d(2 * w, 4 * w, 4, 2, 1), act,
             nn.Conv2d(4 * w, 4 * w, 3, 1, 1, bias=False), nn.BatchNorm2d(4 * w), act,
             nn.Conv2d(4 * w, 8 * w, 4, 2, 1, bias=False), nn.BatchNorm2d(8 * w), act,
             nn.Conv2d(8 * w, 8 * w, 3, 1, 1, bias=False), nn.BatchNorm2d(8 * w), act,
@@ -216,6 +216,23 @@ def seen(reals: Tensor, fakes: Tensor, **config: object) -> Seen:
     none = torch.empty(0)
     real, fake = (Verdict(logits, none, none) for logits in (reals, fakes))
     return Seen(none, real, fake, none, Config(**config), 1.0)
+
+
+@pytest.mark.parametrize("layers", ["deep", "paper"])
+def test_d_sees_the_contrast_of_fakes_by_its_biases_alone(layers):
+    """Split norm divides a factor of all fakes out again: G would drift to any contrast."""
+    torch.manual_seed(0)
+    D = Discriminator(2, layers).double()
+    reals, fakes = torch.rand(2, 5, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    both = [torch.cat([reals, contrast * fakes]) for contrast in (1.0, 0.5)]
+    plain, pale = (D(images, 5).logits for images in both)
+    torch.testing.assert_close(plain[:5], pale[:5])
+    assert (plain[5:] - pale[5:]).abs().min() > 1e-3
+    for conv in D.convs:
+        if conv.bias is not None:
+            nn.init.zeros_(conv.bias)
+    plain, pale = (D(images, 5).logits for images in both)
+    torch.testing.assert_close(plain, pale, rtol=1e-2, atol=1e-3)  # but for the norms' epsilon
 
 
 def real_side(values: list[float], margin: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
