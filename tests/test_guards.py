@@ -119,7 +119,7 @@ def test_adam_sees_gradients_laid_out_like_their_parameters_and_uses_them(
     recipe, dogs, monkeypatch
 ):
     trainer = trainer_of(recipe, dogs)
-    trainer.loss_scale.fill_(256.0)  # low enough that fp16 skips no step
+    trainer.loss_scale.fill_(16.0)  # low enough that fp16 skips no step
     seen = watch_adam(monkeypatch, trainer.config.beta1)
     for _ in range(2):
         trainer.step(0.0)

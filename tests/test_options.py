@@ -46,6 +46,7 @@ SPANS = {name: f.metadata["span"] for name, f in FIELDS.items()}
 NEEDS = {  # the options without which a field is refused
     "classify": ["--condition", "breed"],
     "labelled": ["--condition", "classes", "--classify", "1"],
+    "augment_start": ["--augment", "cutout"],
 }
 TEXTS = {"data": "x", "out": "y", "crops": "box", "augment": "cutout", "device": "cpu"}
 
