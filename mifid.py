@@ -1211,7 +1211,8 @@ def inception_score(logits: np.ndarray | Tensor, splits: int = 10) -> tuple[floa
     ends = [part * len(logs) // splits for part in range(splits + 1)]
     scores = []
     for log_p in (logs[begin:end] for begin, end in pairwise(ends)):
-        divergence = log_p.exp() * (log_p - log_p.exp().mean(0).log())
+        log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # finite where each p is 0
+        divergence = log_p.exp() * (log_p - log_mean)
         scores.append(divergence.sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -1544,7 +1545,9 @@ def score(
             f"{model.weights} holds no classifier, so there is no Inception score: give"
             f" {WEIGHTS_NAME} by --weights"
         )
-    elif everything and model is not None and len(made.values) >= 10:
+    elif everything and model is not None and len(made.values) < 10:
+        result["notes"].append("the Inception score needs 10 images or more")
+    elif everything and model is not None:
         rows = np.random.default_rng(0).permutation(len(made.values))
         logits = torch.from_numpy(made.values[rows]).float() @ model.classifier.float().T
         mean, spread = inception_score(logits)  # without a bias, as in the paper's code

@@ -6,11 +6,11 @@ norm statistics are re-estimated. Runs on a CUDA GPU from compute capability 6.0
 a script, as a Kaggle kernel, or pasted into a notebook cell (there with options by
 `main(["--minutes", "30"])`).
 
-    python train_dogs.py --data PATH/TO/stanford-dogs     # 8.5 hours, everything in output/
-    python train_dogs.py --preset sample --minutes 3      # drawn dogs, no GPU and no data needed
+    python train_dogs.py --data PATH/TO/stanford-dogs     # the recipe, or 8.5 hours of it
+    python train_dogs.py --preset small --data THE/SAME   # on a CPU
 
 What it costs is counted: 8.49 P100-hours for the default recipe. What it scores after them has
-not been measured yet; `--preset small` reaches a FID of 100.7 in 70 minutes of a CPU core (n = 1).
+not been measured yet; `--preset small` reaches a FID of 81.1 in 114 minutes of a CPU core (n = 1).
 
 How the dogs are made comes first: configuration, networks, losses, one step, averages; a second
 pair of networks stands behind them. Then what a run needs around it: the data in the order in which
@@ -217,7 +217,7 @@ PAPER_PRESETS = {
     "minibatch_features": (0,        0,                100),
     "noise":              (0.0,      1 / 128,          0.0),
     "loss":               ("margin", "rals",           "margin"),
-    "margin":             (1.0,      0.8,              1.0),
+    "margin":             (1.0,      0.8,              1.0),  # rals has none
     "smoothing":          (0.0,      0.0,              0.25),
     "classify":           (0.0,      0.1,              1.0),
     "batch_size":         (128,      64,               64),
@@ -427,7 +427,7 @@ class Verdict(NamedTuple):
     """What D says of n images."""
 
     logits: Tensor  # float32 (n,): of being real
-    features: Tensor  # (n, channels, 4, 4): what it says so by
+    features: Tensor  # (n, channels, 4, 4): of the last convolution, before any split norm
     classes: Tensor  # float32 (n, K): logits of the breeds; K = 0 without such a head
 
     def split(self, count: int) -> tuple[Verdict, Verdict]:
@@ -460,7 +460,7 @@ class MinibatchDiscrimination(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """G's mirror: convolutions, split batch norm, leaky ReLU; of breeds, a projection besides.
+    """Convolutions, split batch norm, leaky ReLU; of breeds, a projection besides.
 
     Projection: Miyato and Koyama 2018 (arXiv 1802.05637); the classifier: Odena et al. 2017
     (AC-GAN, arXiv 1610.09585); K breeds and "fake" as K + 1 classes: Salimans et al. 2016 (arXiv
@@ -508,18 +508,19 @@ class Discriminator(nn.Module):
         """(N, 3, 64, 64) images in [-1, 1], the `num_real` reals first, and their int64 breeds."""
         x = images
         for conv, norm in zip(self.convs, self.norms):
-            x = F.leaky_relu(norm(conv(x), num_real), 0.2, inplace=True)
+            features = conv(x)
+            x = F.leaky_relu(norm(features, num_real), 0.2, inplace=True)
         said, mean = widened(self.head(x).flatten(1)), x.mean((2, 3))
         if self.minibatch is not None:  # a linear layer on what stands beside the features
             said = said + (self.minibatch(mean, num_real)[:, None] * self.likeness).sum(2)
         if self.classes:  # "fake", the last, is made 0: the logit's sigmoid is the others' share
             classes = said[:, :-1] - said[:, -1:]
-            return Verdict(classes.logsumexp(1), x, classes)
+            return Verdict(classes.logsumexp(1), features, classes)
         logits = said.flatten()
         if self.projection is not None:
             logits = logits + (F.embedding(labels, self.projection) * mean).sum(1)
         classes = mean[:, :0] if self.classifier is None else self.classifier(mean)
-        return Verdict(logits, x, widened(classes))
+        return Verdict(logits, features, widened(classes))
 
 
 def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
@@ -642,15 +643,17 @@ def g_matching(seen: Seen) -> Tensor:
     """Feature matching, |mean f(real) - mean f(fake)|^2, in the place of an adversarial loss of G
     (Salimans et al. 2016, arXiv 1606.03498, section 3.1).
 
-    f is what D's last convolution gives, normed and activated: each channel at each of 4 x 4
-    places. The gradient is 0 where both means are equal, whatever the single images are.
+    f is what D's last convolution gives (the residual D's: activated), each channel at each of
+    4 x 4 places, before split norm, which would make the channels' means equal. The gradient is 0
+    where both means are equal, whatever the single images are.
     """
     real, fake = (widened(v.features).mean(0) for v in (seen.real, seen.fake))
     return (real - fake).square().sum()
 
 
 def gradient_penalty(seen: Seen) -> Tensor:
-    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406).
+    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406), where D
+    is the sum of the batch's logits, as split norm makes each depend on the others.
 
     The images' slope is taken of scaled logits, as large as the loss's own: else fp16 makes it 0.
     """
@@ -905,7 +908,8 @@ class TrainingStep:
             again = reals if self.g_objective.reads_reals else reals[:0]
             g_loss, g_values = self.g_objective(self.show(again, fakes, labels))
         update(self.opt_g, g_loss, self.scale)
-        past = (seen.real.logits > logit(self.config.margin)).float().mean()
+        sure = self.config.margin if self.config.margin < 1 else 0.8  # without one: that of dogs
+        past = (seen.real.logits > logit(sure)).float().mean()
         outputs = [seen.real.logits.mean(), seen.fake.logits.mean(), past]
         self.sums += torch.stack([*d_values, *g_values, *outputs]).detach()
 
@@ -1177,9 +1181,9 @@ class ResidualGenerator(nn.Module):
     """G of the second place: blocks up to 512, 256, 128 and 64 channels at width 64.
 
     z is split into five pieces. The first is mapped to 4 x 4 places; each other one, beside an
-    embedding of the breed, is the code of a block's norms. The slides' "Embedding 32 * 4" is read
-    as Python, like their "Split [20] * 5": one embedding of 32 numbers, given to all four blocks,
-    as BigGAN shares it and as the author's notebook does.
+    embedding of the breed, is the code of a block's norms. The slides' "Embedding 32 * 4" is one
+    embedding of 32 numbers, given to all four blocks, as BigGAN shares it and as the author's
+    notebook does.
     """
 
     EMBEDDING = 32

@@ -72,6 +72,22 @@ def test_feature_matching_is_the_squared_distance_of_the_mean_features():
     assert float(ours) == pytest.approx(expected, rel=1e-5)
 
 
+@torch.no_grad()
+def test_what_is_matched_stands_before_split_norm_which_makes_means_equal():
+    torch.manual_seed(0)
+    D, x = Discriminator(2, "paper"), torch.rand(12, 3, 64, 64) * 2 - 1
+    x[6:] *= 0.1  # as fakes that are pale
+    seen: list[Tensor] = []
+    D.convs[-1].register_forward_hook(lambda _, inputs, out: seen.append(out.clone()))
+    normed: list[Tensor] = []
+    D.norms[-1].register_forward_hook(lambda _, inputs, out: normed.append(out.clone()))
+    features = D(x, 6).features
+    assert torch.equal(features, seen[0])
+    for values, equal in ((features, False), (normed[0], True)):
+        real, fake = (part.mean((0, 2, 3)) for part in values.split(6))
+        assert torch.allclose(real, fake, atol=1e-5) is equal
+
+
 def test_with_matching_g_is_shown_reals_and_its_loss_reads_no_logit(dogs):
     trainer, shown = Trainer(small(loss="matching"), dogs, CPU), []
     trainer.D.register_forward_pre_hook(lambda _, inputs: shown.append(inputs))

@@ -282,6 +282,8 @@ def test_the_inception_score_of_certain_and_of_blind_classifiers_is_known() -> N
     certain = np.tile(np.eye(8) * 100, (50, 1))  # 8 classes, each as often in every part
     assert mifid.inception_score(certain) == pytest.approx((8.0, 0.0), abs=1e-6)
     assert mifid.inception_score(np.zeros((40, 8))) == pytest.approx((1.0, 0.0), abs=1e-9)
+    sure = np.where(np.arange(8) < 4, 2000.0, 0.0)  # of four classes the chance underflows to 0
+    assert mifid.inception_score(np.tile(sure, (40, 1))) == pytest.approx((1.0, 0.0), abs=1e-9)
 
 
 def test_the_inception_score_is_torch_fidelitys() -> None:
