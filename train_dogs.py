@@ -149,6 +149,8 @@ class Config:
     history: float = option(0.0, "loss",
         "weight of historical averaging: squared distance of all weights to their mean", (0, 1000))
     r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals", (0, 1000))
+    r1_every: int = option(1, "loss",
+        "steps from one such penalty to the next, each so many times as large", (1, 1000))
 
     batch_size: int = option(32, "optimisation", "reals (and fakes) per step", (2, 65536))
     g_lr: float = option(5e-4, "optimisation", "Adam's learning rate for G", (0, 1))
@@ -599,6 +601,7 @@ class Term(NamedTuple):
     loss: Callable[[Seen], Tensor]  # to a float32 scalar; a class is made of the network first
     reads_reals: bool = False  # in G's step: then D is shown the reals there too
     conditional: bool = False  # only where G is told breeds
+    lazy: bool = False  # on each `r1_every`-th step alone
 
 
 def d_margin(seen: Seen) -> Tensor:
@@ -656,11 +659,14 @@ def gradient_penalty(seen: Seen) -> Tensor:
     is the sum of the batch's logits, as split norm makes each depend on the others.
 
     The images' slope is taken of scaled logits, as large as the loss's own: else fp16 makes it 0.
+    Where only each n-th step has the penalty it is n times as large there, and in the mean over
+    steps the same: lazy regularisation (Karras et al. 2020, arXiv 1912.04958, appendix B).
     """
     total = seen.real.logits.mean() * seen.scale
     (slope,) = torch.autograd.grad(total, seen.images, create_graph=True)
     count = len(seen.real.logits)
-    return (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
+    penalty = (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
+    return penalty * seen.config.r1_every
 
 
 UNKNOWN = -1  # the breed of a dog that D is not told
@@ -714,7 +720,7 @@ ADVERSARIAL = {  # `--loss`: the term of D and that of G, of weight 1
     "matching": (Term(d_margin), Term(g_matching, reads_reals=True)),
 }
 D_TERMS = {
-    "r1": Term(gradient_penalty),
+    "r1": Term(gradient_penalty, lazy=True),
     "classify": Term(classify_reals),
     "history": Term(HistoricalAverage),
 }
@@ -735,9 +741,13 @@ class Objective(NamedTuple):
         """Whether any term does."""
         return any(term.reads_reals for term in self.terms.values())
 
-    def __call__(self, seen: Seen) -> tuple[Tensor, list[Tensor]]:
-        """The weighed sum, and each term's value without its weight."""
-        values = [term.loss(seen) for term in self.terms.values()]
+    def __call__(self, seen: Seen, lazy: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """The weighed sum, and each term's value without its weight; of a lazy one 0 where this is
+        no step for it."""
+        none = seen.images.new_zeros(())
+        values = [
+            term.loss(seen) if lazy or not term.lazy else none for term in self.terms.values()
+        ]
         return sum(weight * value for weight, value in zip(self.weights, values)), values
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -893,16 +903,20 @@ class TrainingStep:
         self.rng = torch.Generator(device if device.type == "cuda" else "cpu")
         self.rng.manual_seed(config.seed)
         self.batches = Batches(self.crops, config, self.rng)
+        self.kinds = (True, False) if config.r1_every > 1 else (True,)  # `one_step`'s arguments
         self.stats = (*self.d_objective.terms, *self.g_objective.terms, *D_OUTPUTS)
         self.sums = torch.zeros(len(self.stats), device=device)
 
-    def one_step(self) -> None:
-        """One update of D and one of G. What is trained stands in the registries, not here."""
+    def one_step(self, lazy: bool = True) -> None:
+        """One update of D and one of G; `lazy`: with the terms that not every step has.
+
+        What is trained stands in the registries, not here.
+        """
         reals, labels, z = self.batches.draw()
         with self.autocast():
             fakes = self.G(z, labels)  # one forward serves both steps
             seen = self.show(reals, fakes.detach(), labels)
-            d_loss, d_values = self.d_objective(seen)
+            d_loss, d_values = self.d_objective(seen, lazy)
         update(self.opt_d, d_loss, self.scale)
         with self.autocast():  # anew: autocast remembers the weights from before the update
             again = reals if self.g_objective.reads_reals else reals[:0]
@@ -2122,29 +2136,31 @@ def warm_up(trainer: Trainer) -> None:
     with torch.cuda.stream(stream):
         for k in range(20):
             scale = trainer.loss_scale.item()
-            trainer.one_step()
+            trainer.one_step(trainer.kinds[k % len(trainer.kinds)])
             if k >= 2 and trainer.loss_scale.item() >= scale:
                 break
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def captured(trainer: Trainer) -> Callable[[], None]:
-    """The replay of `one_step` as a CUDA graph. Raises what the step raised, not what followed."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(trainer.device)
-    own = trainer.rng
+def captured(trainer: Trainer) -> Callable[[bool], None]:
+    """The replay of `one_step` as CUDA graphs, one to each of its kinds. Raises what the step
+    raised, not what followed."""
+    graphs = {kind: torch.cuda.CUDAGraph() for kind in trainer.kinds}
+    stream, own = torch.cuda.Stream(trainer.device), trainer.rng
     trainer.use_generator(torch.cuda.default_generators[trainer.device.index])  # a graph knows it
     groups = [adam.param_groups[0] for adam in (trainer.opt_g, trainer.opt_d)]
     first: list[BaseException] = []
     try:
         for group in groups:  # only now: outside a capture torch warns of it
             group["capturable"] = True
-        # The outer `with` puts the current stream back where a failed capture does not.
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-            try:
-                trainer.one_step()
-            except BaseException as error:
-                first.append(error)
-                raise
+        for kind, graph in graphs.items():
+            # The outer `with` puts the current stream back where a failed capture does not.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+                try:
+                    trainer.one_step(kind)
+                except BaseException as error:
+                    first.append(error)
+                    raise
     except BaseException:
         trainer.rng = trainer.batches.rng = own  # the default one may stay as in a capture
         if first:
@@ -2153,7 +2169,11 @@ def captured(trainer: Trainer) -> Callable[[], None]:
     finally:
         for group in groups:
             group["capturable"] = False
-    return graph.replay
+
+    def replay(kind: bool = True) -> None:
+        graphs[kind].replay()
+
+    return replay
 
 
 def unfuse(trainer: Trainer) -> None:
@@ -2164,25 +2184,28 @@ def unfuse(trainer: Trainer) -> None:
         adam.grad_scale = adam.found_inf = None  # only a fused step takes them
 
 
-def compare_steps(trainer: Trainer, start: dict[str, object], replay: Callable[[], None]) -> str:
-    """How a replayed step from `start` ends elsewhere than an eager one; "" where it does not."""
+def compare_steps(
+    trainer: Trainer, start: dict[str, object], replay: Callable[[bool], None]
+) -> str:
+    """How a replayed step from `start` ends elsewhere than an eager one; "" where none does."""
     start["tensors"]["loss_scale"] *= 0.25  # a step that overflows is skipped, and shows nothing
-    ends = []
-    for step in (trainer.one_step, replay):
-        trainer.load_state_dict(start)
-        step()
-        ends.append({k: v.clone() for k, v in trainer.tensors().items()})
     bound = largest_deviation(trainer.precision)
-    for name, network in (("G", trainer.G), ("D", trainer.D)):
-        keys = [f"{name}.{k}" for k, _ in network.named_parameters()]
-        eager, replayed = ([end[k] for k in keys] for end in ends)
-        gone = distance(eager, [start["tensors"][k] for k in keys])
-        apart = distance(replayed, eager) / max(gone, 1e-30)
-        if not (gone > 0 and apart <= bound):
-            return (
-                f"a replayed step ends {apart:.2g} of {name}'s way off an eager one, where rounding"
-                f" explains {bound:.2g}"
-            )
+    for kind in trainer.kinds:
+        ends = []
+        for step in (trainer.one_step, replay):
+            trainer.load_state_dict(start)
+            step(kind)
+            ends.append({k: v.clone() for k, v in trainer.tensors().items()})
+        for name, network in (("G", trainer.G), ("D", trainer.D)):
+            keys = [f"{name}.{k}" for k, _ in network.named_parameters()]
+            eager, replayed = ([end[k] for k in keys] for end in ends)
+            gone = distance(eager, [start["tensors"][k] for k in keys])
+            apart = distance(replayed, eager) / max(gone, 1e-30)
+            if not (gone > 0 and apart <= bound):
+                return (
+                    f"a replayed step ends {apart:.2g} of {name}'s way off an eager one, where"
+                    f" rounding explains {bound:.2g}"
+                )
     return ""
 
 
@@ -2218,7 +2241,7 @@ class Trainer(TrainingStep):
         self.steps_done = self.rollbacks = self.summed = 0
         self._rate_share, self._augmenting = 1.0, True
         self._means = dict.fromkeys(self.stats, 0.0)
-        self.update_both: Callable[[], None] = self.one_step  # or a replay of it
+        self.update_both: Callable[[bool], None] = self.one_step  # or a replay of it
         self._in_flight: deque[torch.cuda.Event] = deque()
 
     def step(self, progress: float) -> None:
@@ -2227,7 +2250,7 @@ class Trainer(TrainingStep):
             self.batches.shuffle()
         self._set_augmenting(progress)
         self._set_rates(progress)
-        self.update_both()
+        self.update_both(self.steps_done % self.config.r1_every == 0)
         self.steps_done += 1
         self.summed += 1
         if self.steps_done % self.config.average_every == 0:
@@ -2376,10 +2399,13 @@ def flops_per_image(config: Config, breeds: int = 120) -> int:
         skipped=[],
         key="",
     )
-    step = TrainingStep(config, crops, meta)
-    with FlopCounter() as counter:
-        step.one_step()
-    return counter.total // config.batch_size
+    step, counts = TrainingStep(config, crops, meta), []
+    for kind in step.kinds:
+        with FlopCounter() as counter:
+            step.one_step(kind)
+        counts.append(counter.total)
+    period = config.r1_every  # steps, of which the first is of the first kind
+    return (counts[0] + (period - 1) * counts[-1]) // (period * config.batch_size)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -3333,6 +3359,8 @@ def check_config(config: Config) -> Config:
         ):
             if value:
                 raise UserError(f"--layers residual has no {flag}: give --layers deep or paper.")
+    if config.r1_every > 1 and not config.r1:
+        raise UserError("--r1-every spaces the penalties of --r1: give --r1 with it.")
     parse_crops(config.crops)
     if not parse_augment(config.augment) and config.augment_start:
         raise UserError("--augment-start begins what --augment names: give --augment with it.")

@@ -193,6 +193,7 @@ def test_fifty_captured_steps_equal_fifty_eager_ones_bit_for_bit(cuda):
         {"augment": "color", "augment_start": 0.5},
         {"condition": "breed", "classify": 0.1},
         {"r1": 1.0},
+        {"r1": 1.0, "r1_every": 2},
         {"loss": "rals"},
         {"layers": "paper", "init_std": 0.02},
         {"precision": "tf32"},

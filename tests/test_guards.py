@@ -48,6 +48,7 @@ EVERYTHING = {
 RECIPES = {
     **PRESETS,
     "r1": {"r1": 1.0},
+    "lazy r1": {"r1": 1.0, "r1_every": 3},
     "everything": EVERYTHING,
     "rals": {"loss": "rals"},
     "bf16": EVERYTHING | {"loss": "rals", "precision": "bf16"},
@@ -312,26 +313,47 @@ class PretendedGpu(str):
     type, index = "cuda", 0
 
 
+class Graph:
+    """Of the one kind of step that it has recorded."""
+
+    lazy: bool | None = None
+
+    def __init__(self, graphs: Graphs) -> None:
+        self.graphs = graphs
+
+    def replay(self) -> None:
+        assert self.lazy is not None
+        self.graphs.replay(self.lazy)
+
+
 class Graphs:
     """Stands in for `torch.cuda`: a capture leaves the state alone, and a replay is a step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, trainer: Trainer) -> None:
-        self.trainer, self.capturing = trainer, False
+        self.trainer, self.capturing, self.monkeypatch = trainer, False, monkeypatch
         self.at_end: Exception | None = None  # what the end of a broken capture raises itself
         autocast = Trainer(trainer.config, trainer.crops, CPU).autocast
         monkeypatch.setattr(trainer, "autocast", autocast)  # of the CPU, on which it is
         trainer.device = PretendedGpu("cpu")
-        for name in ("CUDAGraph", "Stream", "Event", "current_stream"):
+        for name in ("Stream", "Event", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: self)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
         monkeypatch.setattr(torch.cuda, "default_generators", [torch.Generator()])
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: warnings.catch_warnings())
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: self.captured())
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: self.captured(graph))
 
     @contextmanager
-    def captured(self) -> Iterator[None]:
-        before, self.capturing = self.trainer.state_dict(), True
+    def captured(self, graph: Graph) -> Iterator[None]:
+        before, self.capturing, step = self.trainer.state_dict(), True, self.trainer.one_step
+
+        def recorded(lazy: bool) -> None:
+            graph.lazy = lazy
+            step(lazy)
+
         try:
-            yield
+            with self.monkeypatch.context() as patch:
+                patch.setattr(self.trainer, "one_step", recorded)
+                yield
         except BaseException:
             if self.at_end is not None:
                 raise self.at_end from None
@@ -340,8 +362,8 @@ class Graphs:
             self.capturing = False
             self.trainer.load_state_dict(before)
 
-    def replay(self) -> None:
-        self.trainer.one_step()
+    def replay(self, lazy: bool) -> None:
+        self.trainer.one_step(lazy)
 
     def wait_stream(self, stream: object) -> None:
         pass
@@ -459,9 +481,18 @@ def half_a_step(trainer: Trainer) -> None:
 @pytest.mark.parametrize("precision", ROUNDING)
 def test_a_replay_that_does_something_else_is_refused(wrong, precision, dogs, monkeypatch):
     trainer, graphs, before = pretended(monkeypatch, dogs)
-    trainer.precision, graphs.replay = precision, lambda: wrong(trainer)
+    trainer.precision, graphs.replay = precision, lambda lazy: wrong(trainer)
     reason = capture(trainer)
     assert "off an eager one" in reason and trainer.update_both == trainer.one_step
+    assert_as_before(trainer, before)
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_where_either_of_two_replays_does_something_else_it_is_refused(wrong, dogs, monkeypatch):
+    """A step with R1 and one without are a graph each."""
+    trainer, graphs, before = pretended(monkeypatch, dogs, "lazy r1")
+    graphs.replay = lambda lazy: None if lazy == wrong else trainer.one_step(lazy)
+    assert "off an eager one" in capture(trainer)
     assert_as_before(trainer, before)
 
 
@@ -474,7 +505,7 @@ def test_rounding_of_the_gradients_alone_is_not_refused(precision, dogs, monkeyp
         noise = rounding * gradient.std(correction=0) * torch.randn(gradient.shape)
         return lay_out(gradient + noise, parameter)
 
-    def replay() -> None:
+    def replay(lazy: bool) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(train_dogs, "laid_out_like", rounded)
             trainer.one_step()
