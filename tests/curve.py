@@ -1,4 +1,4 @@
-"""A run over its images: FID of the generators on the way, D's outputs, variety; as one picture.
+"""A run over its images: FID on the way, D's outputs, losses, variety; as one picture.
 
     python tests/curve.py output                                        # what its log tells
     python tests/curve.py output --checkpoints kept/*.pt --images 5000  # and the FID of each
@@ -29,7 +29,7 @@ import train_dogs
 from train_dogs import Config, Trainer, UserError
 
 WIDTH, HEIGHT = 250, 170  # of a panel's axes, in pixels
-LEFT, TOP, GAP = 46, 30, 76
+LEFT, TOP, GAP = 46, 42, 76
 
 
 @dataclass
@@ -96,7 +96,7 @@ def panel(draw: ImageDraw.ImageDraw, left: float, title: str, lines: Sequence[Li
     draw.line([(x * SCALE, y * SCALE) for x, y in corners], INK, SCALE)
     if least < 0:
         draw.line([place(0, 0), place(most_x, 0)], GREY, SCALE)
-    text(left, TOP - 16, title)
+    text(left, TOP - 29, title)
     for value in (least, most):
         text(left - 4, place(0, value)[1] / SCALE, f"{value:.3g}", anchor="rm")
     text(left, bottom + 12, "0", anchor="mm")
@@ -111,11 +111,11 @@ def panel(draw: ImageDraw.ImageDraw, left: float, title: str, lines: Sequence[Li
                 draw.ellipse(
                     [x - 3 * SCALE, y - 3 * SCALE, x + 3 * SCALE, y + 3 * SCALE], line.colour
                 )
-        text(left + WIDTH, TOP - 16 + 13 * k, line.name, line.colour, "rm")
+        text(left + WIDTH, TOP - 29 + 13 * k, line.name, line.colour, "rm")
 
 
 def draw_run(log: Sequence[dict], scores: Sequence[dict]) -> Image.Image:
-    """The panels of a run: FID where there are scores, D's mean outputs, shares."""
+    """The panels of a run: FID where there are scores, D's mean outputs, losses, shares."""
 
     def of(name: str) -> list[tuple[float, float]]:
         return [(x["images"], x[name]) for x in log if x.get(name) is not None]
@@ -124,6 +124,10 @@ def draw_run(log: Sequence[dict], scores: Sequence[dict]) -> Image.Image:
         ("D's mean logit", [
             Line("reals", BLUE, smoothed(of("d_real"))),
             Line("fakes", ORANGE, smoothed(of("d_fake"))),
+        ]),
+        ("losses", [
+            Line("D", BLUE, smoothed(of("d_loss"))),
+            Line("G", ORANGE, smoothed(of("g_loss"))),
         ]),
         ("shares", [
             Line("reals past the margin", BLUE, smoothed(of("past_margin"))),

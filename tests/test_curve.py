@@ -53,14 +53,21 @@ def test_each_checkpoint_is_scored_once_as_its_submission(scored, tmp_path, caps
     assert len(scored) == 2  # not three: the first was known
     told = capsys.readouterr().out
     assert "80 images, FID" in told and "160 images, FID" in told
-    assert Image.open(out / "curve.png").width > 3 * curve.WIDTH
+    assert Image.open(out / "curve.png").width > 4 * curve.WIDTH
     assert curve.main([str(out), "--images", "39"]) == 0  # of another count there are no scores
-    assert Image.open(out / "curve.png").width < 3 * curve.WIDTH
+    assert Image.open(out / "curve.png").width < 4 * curve.WIDTH
 
 
 def test_a_line_goes_through_its_points(tmp_path):
     log = [
-        {"images": 100 * k, "d_real": v, "d_fake": -4.0, "past_margin": 0.5}
+        {
+            "images": 100 * k,
+            "d_real": v,
+            "d_fake": -4.0,
+            "past_margin": 0.5,
+            "d_loss": 1,
+            "g_loss": 2,
+        }
         for k, v in enumerate([4.0] * 30 + [0.0] * 31)
     ]
     curve.draw_run(log, []).save(tmp_path / "c.png")
