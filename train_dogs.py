@@ -146,6 +146,8 @@ class Config:
         "weight of telling breeds apart, if conditioned on them", (0, 10))
     labelled: float = option(1.0, "loss",
         "share of the dogs whose breed D is told, with --condition classes", (0, 1))
+    contrast: float = option(1.0, "loss",
+        "weight of holding the fakes' contrast to the photos', to which D is blind", (0, 1000))
     history: float = option(0.0, "loss",
         "weight of historical averaging: squared distance of all weights to their mean", (0, 1000))
     r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals", (0, 1000))
@@ -222,6 +224,7 @@ PAPER_PRESETS = {
     "margin":             (1.0,      0.8,              1.0),  # rals has none
     "smoothing":          (0.0,      0.0,              0.25),
     "classify":           (0.0,      0.1,              1.0),
+    "contrast":           (1.0,      0.0,              1.0),  # the residual D sees it
     "batch_size":         (128,      64,               64),
     "g_lr":               (2e-4,     2e-4,             4e-4),
     "d_lr":               (2e-4,     8e-4,             4e-4),
@@ -487,10 +490,8 @@ class Discriminator(nn.Module):
         source = 3
         for k, (units, kernel) in enumerate(LAYERS[layers]["D"]):
             target = units * width
-            # Without a bias D is blind to the fakes' contrast, and G drifts into grey: leaky ReLU
-            # passes a factor on, and split batch norm divides it out.
             plain = k < LAYERS[layers]["plain"]
-            self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=plain))
+            self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=False))
             self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target, wide=wide))
             source = target
         # Of all of the map, not its mean: split batch norm makes those of reals and fakes alike.
@@ -591,6 +592,7 @@ class Seen(NamedTuple):
     real: Verdict
     fake: Verdict
     labels: Tensor  # int64 (batch,): breeds of the reals (or UNKNOWN) and, the same, of the fakes
+    contrast: Tensor  # float32 scalar: the plain fakes' root mean square over the photos'
     config: Config
     scale: Tensor | float  # of gradients, so that half precision does not round them to 0
 
@@ -669,6 +671,15 @@ def gradient_penalty(seen: Seen) -> Tensor:
     return penalty * seen.config.r1_every
 
 
+def g_contrast(seen: Seen) -> Tensor:
+    """The squared log of the fakes' contrast over the photos': the one thing to which D is blind.
+
+    Leaky ReLU passes a factor of all fakes on, and split batch norm divides it out. Left alone, G
+    drifts into grey; a bias before D's norms would show it the factor, and slows it at all else.
+    """
+    return seen.contrast.log().square()
+
+
 UNKNOWN = -1  # the breed of a dog that D is not told
 
 
@@ -726,6 +737,7 @@ D_TERMS = {
 }
 G_TERMS = {
     "classify": Term(classify_fakes, conditional=True),
+    "contrast": Term(g_contrast),
     "history": Term(HistoricalAverage),
 }
 
@@ -896,6 +908,8 @@ class TrainingStep:
         self.d_objective, self.g_objective = objectives(config, self.G, self.D)
         self.opt_g = make_adam(self.G, config.g_lr, config)
         self.opt_d = make_adam(self.D, config.d_lr, config)
+        some = self.crops.pixels[:: max(1, len(self.crops.pixels) // 1024)]
+        self.contrast = some.float().div(127.5).sub(1).square().mean().sqrt()
         self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
         self.augmenting = torch.ones((), dtype=torch.bool, device=device)  # from their start on
         self.precision = choose_precision(config.precision, device)
@@ -939,7 +953,8 @@ class TrainingStep:
         told = torch.cat([labels[: len(reals)], labels])
         real, fake = self.D(images, len(reals), told).split(len(reals))
         scale = 1.0 if self.scale is None else self.scale
-        return Seen(images, real, fake, labels, self.config, scale)
+        contrast = fakes.square().mean().sqrt() / self.contrast
+        return Seen(images, real, fake, labels, contrast, self.config, scale)
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
         """The context in which networks compute in this run's precision; else float32."""

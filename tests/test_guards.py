@@ -43,7 +43,7 @@ IMPROVED = {
 }  # fmt: skip
 EVERYTHING = {
     "condition": "breed", "classify": 0.5, "r1": 1.0, "noise": 0.1, "augment": ",".join(AUGMENTS),
-    "augment_start": 0.5,
+    "augment_start": 0.5, "contrast": 2.0,
 }  # fmt: skip
 RECIPES = {
     **PRESETS,

@@ -55,7 +55,7 @@ def small(**changes: object) -> Config:
 
 def seen(real: Verdict, fake: Verdict, labels: Tensor) -> Seen:
     """What a loss reads."""
-    return Seen(torch.empty(0), real, fake, labels, Config(), 1.0)
+    return Seen(torch.empty(0), real, fake, labels, torch.ones(()), Config(), 1.0)
 
 
 # ------------------------------------------------------------------------------- feature matching
@@ -189,7 +189,7 @@ def test_of_k_plus_1_classes_g_is_told_none_and_has_no_term(dogs):
     assert trainer.G.breeds == 0 and trainer.D.projection is None
     assert trainer.D.head.out_channels == len(dogs.breeds) + 1  # and "fake"
     assert list(trainer.d_objective.terms) == ["d_loss", "d_classify"]
-    assert list(trainer.g_objective.terms) == ["g_loss"]
+    assert list(trainer.g_objective.terms) == ["g_loss", "g_contrast"]
 
 
 def test_the_labelled_share_is_fixed_by_the_seed_and_grows_by_adding(dogs):

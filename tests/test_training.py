@@ -73,7 +73,11 @@ def double() -> Iterator[None]:
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
     "changes",
-    [{"margin": 0.55}, {"margin": 1.0, "smoothing": 0.1}, {"d_width": 3, "init_std": 0.02}],
+    [
+        {"margin": 0.55},
+        {"margin": 1.0, "smoothing": 0.1},
+        {"d_width": 3, "init_std": 0.02, "contrast": 4.0},
+    ],
 )
 def test_a_step_is_a_plain_dcgan_step_with_plain_adam(dogs, changes):
     """Four steps against: ordinary batch norms in forwards apart, BCE by hand, Adam by hand."""
@@ -81,6 +85,7 @@ def test_a_step_is_a_plain_dcgan_step_with_plain_adam(dogs, changes):
     trainer = Trainer(config, dogs, CPU)
     g_states = [{} for _ in trainer.G.parameters()]
     d_states = [{} for _ in trainer.D.parameters()]
+    photos = dogs.pixels.double() / 127.5 - 1
 
     def check(
         gradients: Sequence[torch.Tensor], before: list, after: list, states: list, lr: float
@@ -118,12 +123,15 @@ def test_a_step_is_a_plain_dcgan_step_with_plain_adam(dogs, changes):
         # G's step: -log D(G(z)) of the same fakes, by the D that has just been improved.
         D = PlainDiscriminator(trainer.D, config.d_width or 2)
         g_loss = -F.logsigmoid(D(fakes)).mean()
-        gradients = torch.autograd.grad(g_loss, list(G.parameters()))
+        contrast = ((fakes**2).mean() / (photos**2).mean()).sqrt().log() ** 2
+        gradients = torch.autograd.grad(g_loss + config.contrast * contrast, list(G.parameters()))
         check(gradients, before_g, list(trainer.G.parameters()), g_states, 3e-3)
 
         past = (p > config.margin).double().mean()
-        expected = (d_loss, g_loss, real.mean(), fake.mean(), past)
-        assert trainer.stats == ("d_loss", "g_loss", "d_real", "d_fake", "past_margin")
+        expected = (d_loss, g_loss, contrast, real.mean(), fake.mean(), past)
+        assert trainer.stats == (
+            "d_loss", "g_loss", "g_contrast", "d_real", "d_fake", "past_margin"
+        )  # fmt: skip
         assert list(trainer.read_stats().values()) == pytest.approx(
             [float(value.detach()) for value in expected], rel=1e-6, abs=1e-9
         )
