@@ -146,7 +146,7 @@ class Config:
         "weight of telling breeds apart, if conditioned on them", (0, 10))
     labelled: float = option(1.0, "loss",
         "share of the dogs whose breed D is told, with --condition classes", (0, 1))
-    contrast: float = option(1.0, "loss",
+    contrast: float = option(0.0, "loss",
         "weight of holding the fakes' contrast to the photos', to which D is blind", (0, 1000))
     history: float = option(0.0, "loss",
         "weight of historical averaging: squared distance of all weights to their mean", (0, 1000))
@@ -224,7 +224,6 @@ PAPER_PRESETS = {
     "margin":             (1.0,      0.8,              1.0),  # rals has none
     "smoothing":          (0.0,      0.0,              0.25),
     "classify":           (0.0,      0.1,              1.0),
-    "contrast":           (1.0,      0.0,              1.0),  # the residual D sees it
     "batch_size":         (128,      64,               64),
     "g_lr":               (2e-4,     2e-4,             4e-4),
     "d_lr":               (2e-4,     8e-4,             4e-4),
@@ -674,8 +673,8 @@ def gradient_penalty(seen: Seen) -> Tensor:
 def g_contrast(seen: Seen) -> Tensor:
     """The squared log of the fakes' contrast over the photos': the one thing to which D is blind.
 
-    Leaky ReLU passes a factor of all fakes on, and split batch norm divides it out. Left alone, G
-    drifts into grey; a bias before D's norms would show it the factor, and slows it at all else.
+    Leaky ReLU passes a factor of all fakes on, and split batch norm divides it out, so that G, left
+    alone, drifts into grey. A bias before D's norms would show it the factor, at the cost of FID.
     """
     return seen.contrast.log().square()
 

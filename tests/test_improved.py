@@ -189,7 +189,7 @@ def test_of_k_plus_1_classes_g_is_told_none_and_has_no_term(dogs):
     assert trainer.G.breeds == 0 and trainer.D.projection is None
     assert trainer.D.head.out_channels == len(dogs.breeds) + 1  # and "fake"
     assert list(trainer.d_objective.terms) == ["d_loss", "d_classify"]
-    assert list(trainer.g_objective.terms) == ["g_loss", "g_contrast"]
+    assert list(trainer.g_objective.terms) == ["g_loss"]
 
 
 def test_the_labelled_share_is_fixed_by_the_seed_and_grows_by_adding(dogs):

@@ -348,7 +348,7 @@ def test_logit_is_the_inverse_of_the_sigmoid(margin):
 def test_an_objective_weighs_its_terms_and_tells_each_by_name():
     said = Verdict(torch.tensor([0.3, -0.2]), torch.empty(0), torch.tensor([[1.0, 2], [0, 1]]))
     labels = torch.tensor([0, 1])
-    config = Config(condition="breed", classify=0.25, contrast=0.0)
+    config = Config(condition="breed", classify=0.25)
     networks = (nn.Identity(), nn.Identity())
     both = Seen(torch.empty(0), said, said, labels, torch.ones(()), config, 1.0)
     for objective, name, first in zip(objectives(config, *networks), "dg", (d_margin, g_logistic)):
@@ -359,7 +359,7 @@ def test_an_objective_weighs_its_terms_and_tells_each_by_name():
         torch.testing.assert_close(loss, first(both) + 0.25 * told_apart)
     assert [list(o.terms) for o in objectives(Config(r1=2.0), *networks)] == [
         ["d_loss", "d_r1"],
-        ["g_loss", "g_contrast"],
+        ["g_loss"],
     ]
     assert [o.reads_reals for o in objectives(Config(), *networks)] == [False, False]
     assert objectives(Config(loss="rals"), *networks)[1].reads_reals
