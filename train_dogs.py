@@ -591,7 +591,8 @@ class Seen(NamedTuple):
     real: Verdict
     fake: Verdict
     labels: Tensor  # int64 (batch,): breeds of the reals (or UNKNOWN) and, the same, of the fakes
-    contrast: Tensor  # float32 scalar: the plain fakes' root mean square over the photos'
+    fakes: Tensor  # (batch, 3, 64, 64) before augmentation
+    contrast: Tensor | None  # float32 scalar: the photos' root mean square; None if no term asks
     config: Config
     scale: Tensor | float  # of gradients, so that half precision does not round them to 0
 
@@ -676,7 +677,7 @@ def g_contrast(seen: Seen) -> Tensor:
     Leaky ReLU passes a factor of all fakes on, and split batch norm divides it out, so that G, left
     alone, drifts into grey. A bias before D's norms would show it the factor, at the cost of FID.
     """
-    return seen.contrast.log().square()
+    return (seen.fakes.square().mean().sqrt() / seen.contrast).log().square()
 
 
 UNKNOWN = -1  # the breed of a dog that D is not told
@@ -755,9 +756,9 @@ class Objective(NamedTuple):
     def __call__(self, seen: Seen, lazy: bool = True) -> tuple[Tensor, list[Tensor]]:
         """The weighed sum, and each term's value without its weight; of a lazy one 0 where this is
         no step for it."""
-        none = seen.images.new_zeros(())
         values = [
-            term.loss(seen) if lazy or not term.lazy else none for term in self.terms.values()
+            term.loss(seen) if lazy or not term.lazy else seen.images.new_zeros(())
+            for term in self.terms.values()
         ]
         return sum(weight * value for weight, value in zip(self.weights, values)), values
 
@@ -894,6 +895,12 @@ def draw_reals(
     return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
 
 
+def contrast_of(crops: CropSet) -> Tensor:
+    """The root mean square of a thousand or two of the views, in [-1, 1]; float32 scalar."""
+    some = crops.pixels[:: max(1, len(crops.pixels) // 1024)]
+    return some.float().div(127.5).sub(1).square().mean().sqrt()
+
+
 class TrainingStep:
     """G, D, their optimisers, and one update of both, on one device.
 
@@ -907,8 +914,7 @@ class TrainingStep:
         self.d_objective, self.g_objective = objectives(config, self.G, self.D)
         self.opt_g = make_adam(self.G, config.g_lr, config)
         self.opt_d = make_adam(self.D, config.d_lr, config)
-        some = self.crops.pixels[:: max(1, len(self.crops.pixels) // 1024)]
-        self.contrast = some.float().div(127.5).sub(1).square().mean().sqrt()
+        self.contrast = contrast_of(self.crops) if config.contrast else None
         self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
         self.augmenting = torch.ones((), dtype=torch.bool, device=device)  # from their start on
         self.precision = choose_precision(config.precision, device)
@@ -916,7 +922,7 @@ class TrainingStep:
         self.rng = torch.Generator(device if device.type == "cuda" else "cpu")
         self.rng.manual_seed(config.seed)
         self.batches = Batches(self.crops, config, self.rng)
-        self.kinds = (True, False) if config.r1_every > 1 else (True,)  # `one_step`'s arguments
+        self.kinds = (True, False) if config.r1_every > 1 else (True,)  # of step: lazy or not
         self.stats = (*self.d_objective.terms, *self.g_objective.terms, *D_OUTPUTS)
         self.sums = torch.zeros(len(self.stats), device=device)
 
@@ -952,8 +958,7 @@ class TrainingStep:
         told = torch.cat([labels[: len(reals)], labels])
         real, fake = self.D(images, len(reals), told).split(len(reals))
         scale = 1.0 if self.scale is None else self.scale
-        contrast = fakes.square().mean().sqrt() / self.contrast
-        return Seen(images, real, fake, labels, contrast, self.config, scale)
+        return Seen(images, real, fake, labels, fakes, self.contrast, self.config, scale)
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
         """The context in which networks compute in this run's precision; else float32."""
@@ -2135,7 +2140,9 @@ def capture(trainer: Trainer) -> str:
                 raise
             reason = f"the step cannot be captured as a CUDA graph ({first_line(error)})"
             return reason
-        reason = compare_steps(trainer, warm, replay)
+        warm["tensors"]["loss_scale"] *= 0.25  # a step that overflows is skipped, and shows nothing
+        reasons = (compare_steps(trainer, warm, replay, lazy) for lazy in trainer.kinds)
+        reason = next(filter(None, reasons), "")
         if not reason:
             trainer.update_both = replay
         return reason
@@ -2159,7 +2166,7 @@ def warm_up(trainer: Trainer) -> None:
 def captured(trainer: Trainer) -> Callable[[bool], None]:
     """The replay of `one_step` as CUDA graphs, one to each of its kinds. Raises what the step
     raised, not what followed."""
-    graphs = {kind: torch.cuda.CUDAGraph() for kind in trainer.kinds}
+    graphs = {lazy: torch.cuda.CUDAGraph() for lazy in trainer.kinds}
     stream, own = torch.cuda.Stream(trainer.device), trainer.rng
     trainer.use_generator(torch.cuda.default_generators[trainer.device.index])  # a graph knows it
     groups = [adam.param_groups[0] for adam in (trainer.opt_g, trainer.opt_d)]
@@ -2167,11 +2174,11 @@ def captured(trainer: Trainer) -> Callable[[bool], None]:
     try:
         for group in groups:  # only now: outside a capture torch warns of it
             group["capturable"] = True
-        for kind, graph in graphs.items():
+        for lazy, graph in graphs.items():
             # The outer `with` puts the current stream back where a failed capture does not.
             with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
                 try:
-                    trainer.one_step(kind)
+                    trainer.one_step(lazy)
                 except BaseException as error:
                     first.append(error)
                     raise
@@ -2184,8 +2191,8 @@ def captured(trainer: Trainer) -> Callable[[bool], None]:
         for group in groups:
             group["capturable"] = False
 
-    def replay(kind: bool = True) -> None:
-        graphs[kind].replay()
+    def replay(lazy: bool) -> None:
+        graphs[lazy].replay()
 
     return replay
 
@@ -2199,27 +2206,25 @@ def unfuse(trainer: Trainer) -> None:
 
 
 def compare_steps(
-    trainer: Trainer, start: dict[str, object], replay: Callable[[bool], None]
+    trainer: Trainer, start: dict[str, object], replay: Callable[[bool], None], lazy: bool
 ) -> str:
-    """How a replayed step from `start` ends elsewhere than an eager one; "" where none does."""
-    start["tensors"]["loss_scale"] *= 0.25  # a step that overflows is skipped, and shows nothing
+    """How a replayed step from `start` ends elsewhere than an eager one; "" where it does not."""
+    ends = []
+    for step in (trainer.one_step, replay):
+        trainer.load_state_dict(start)
+        step(lazy)
+        ends.append({k: v.clone() for k, v in trainer.tensors().items()})
     bound = largest_deviation(trainer.precision)
-    for kind in trainer.kinds:
-        ends = []
-        for step in (trainer.one_step, replay):
-            trainer.load_state_dict(start)
-            step(kind)
-            ends.append({k: v.clone() for k, v in trainer.tensors().items()})
-        for name, network in (("G", trainer.G), ("D", trainer.D)):
-            keys = [f"{name}.{k}" for k, _ in network.named_parameters()]
-            eager, replayed = ([end[k] for k in keys] for end in ends)
-            gone = distance(eager, [start["tensors"][k] for k in keys])
-            apart = distance(replayed, eager) / max(gone, 1e-30)
-            if not (gone > 0 and apart <= bound):
-                return (
-                    f"a replayed step ends {apart:.2g} of {name}'s way off an eager one, where"
-                    f" rounding explains {bound:.2g}"
-                )
+    for name, network in (("G", trainer.G), ("D", trainer.D)):
+        keys = [f"{name}.{k}" for k, _ in network.named_parameters()]
+        eager, replayed = ([end[k] for k in keys] for end in ends)
+        gone = distance(eager, [start["tensors"][k] for k in keys])
+        apart = distance(replayed, eager) / max(gone, 1e-30)
+        if not (gone > 0 and apart <= bound):
+            return (
+                f"a replayed step ends {apart:.2g} of {name}'s way off an eager one, where rounding"
+                f" explains {bound:.2g}"
+            )
     return ""
 
 
@@ -2414,9 +2419,9 @@ def flops_per_image(config: Config, breeds: int = 120) -> int:
         key="",
     )
     step, counts = TrainingStep(config, crops, meta), []
-    for kind in step.kinds:
+    for lazy in step.kinds:
         with FlopCounter() as counter:
-            step.one_step(kind)
+            step.one_step(lazy)
         counts.append(counter.total)
     period = config.r1_every  # steps, of which the first is of the first kind
     return (counts[0] + (period - 1) * counts[-1]) // (period * config.batch_size)

@@ -35,7 +35,7 @@ def real_loss(logit: float, margin: float) -> tuple[float, float]:
     nothing = torch.zeros(1, 0)
     verdicts = Verdict(real, nothing, nothing), Verdict(torch.tensor([-50.0]), nothing, nothing)
     config = Config(margin=margin)
-    seen = Seen(nothing, *verdicts, torch.zeros(1).long(), torch.ones(()), config, 1.0)
+    seen = Seen(nothing, *verdicts, torch.zeros(1).long(), nothing, None, config, 1.0)
     loss = train_dogs.ADVERSARIAL["margin"][0].loss(seen)
     (slope,) = torch.autograd.grad(loss, real)
     return loss.item(), slope.item()

@@ -55,7 +55,8 @@ def small(**changes: object) -> Config:
 
 def seen(real: Verdict, fake: Verdict, labels: Tensor) -> Seen:
     """What a loss reads."""
-    return Seen(torch.empty(0), real, fake, labels, torch.ones(()), Config(), 1.0)
+    none = torch.empty(0)
+    return Seen(none, real, fake, labels, none, None, Config(), 1.0)
 
 
 # ------------------------------------------------------------------------------- feature matching

@@ -215,7 +215,7 @@ def seen(reals: Tensor, fakes: Tensor, **config: object) -> Seen:
     """What a loss reads, of logits alone."""
     none = torch.empty(0)
     real, fake = (Verdict(logits, none, none) for logits in (reals, fakes))
-    return Seen(none, real, fake, none, torch.ones(()), Config(**config), 1.0)
+    return Seen(none, real, fake, none, none, None, Config(**config), 1.0)
 
 
 @pytest.mark.parametrize("layers", ["deep", "paper"])
@@ -348,9 +348,9 @@ def test_logit_is_the_inverse_of_the_sigmoid(margin):
 def test_an_objective_weighs_its_terms_and_tells_each_by_name():
     said = Verdict(torch.tensor([0.3, -0.2]), torch.empty(0), torch.tensor([[1.0, 2], [0, 1]]))
     labels = torch.tensor([0, 1])
-    config = Config(condition="breed", classify=0.25)
-    networks = (nn.Identity(), nn.Identity())
-    both = Seen(torch.empty(0), said, said, labels, torch.ones(()), config, 1.0)
+    config, networks = Config(condition="breed", classify=0.25), (nn.Identity(), nn.Identity())
+    none = torch.empty(0)
+    both = Seen(none, said, said, labels, none, None, config, 1.0)
     for objective, name, first in zip(objectives(config, *networks), "dg", (d_margin, g_logistic)):
         loss, values = objective(both)
         assert list(objective.terms) == [f"{name}_loss", f"{name}_classify"]

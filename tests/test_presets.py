@@ -214,8 +214,8 @@ def test_noise_is_laid_on_reals_alone(dogs, monkeypatch):
 def penalty_of(logits: Tensor, images: Tensor) -> float:
     """The R1 penalty, of logits of some first images."""
     verdict = train_dogs.Verdict(logits, logits, logits)
-    labels, same = torch.zeros(len(logits)), torch.ones(())
-    seen = Seen(images, verdict, verdict, labels, same, Config(), 1.0)
+    labels, none = torch.zeros(len(logits)), torch.empty(0)
+    seen = Seen(images, verdict, verdict, labels, none, None, Config(), 1.0)
     return float(gradient_penalty(seen).detach())
 
 
