@@ -1,20 +1,20 @@
 """Train a DCGAN on Stanford Dogs within a time budget and write `images.zip`: 10,000 new dogs.
 
-One file, from JPEGs and boxes to the zip that Kaggle's *Generative Dog Images* would accept. Split
-batch norm in the discriminator, a margin loss, and an averaged generator (SWA or EMA) whose batch
-norm statistics are re-estimated. Runs on a CUDA GPU from compute capability 6.0 on, or on a CPU; as
-a script, as a Kaggle kernel, or pasted into a notebook cell (there with options by
-`main(["--minutes", "30"])`).
-
     python train_dogs.py --data PATH/TO/stanford-dogs     # the recipe, or 8.5 hours of it
     python train_dogs.py --preset small --data THE/SAME   # on a CPU
 
-What it costs is counted: 8.49 P100-hours for the default recipe. What it scores after them has
-not been measured yet; `--preset small` reaches a FID of 81.1 in 114 minutes of a CPU core (n = 1).
+One file does what Kaggle's *Generative Dog Images* (2019) asked for: it crops the dogs to their
+boxes, trains a DCGAN with split batch norm, a margin loss and an averaged generator, and writes 64 x
+64 PNGs. It runs on a CUDA GPU of compute capability 6.0 or newer or on a CPU; as a script, as a
+Kaggle kernel, or pasted into one notebook cell (with options: `main(["--minutes", "30"])`).
 
-How the dogs are made comes first: configuration, networks, losses, one step, averages; a second
-pair of networks stands behind them. Then what a run needs around it: the data in the order in which
-it flows, the device, the trainer, the submission, the run.
+Measured: `--preset small` reaches a FID of 81.1 in 114 minutes of one CPU core (n = 1, 10,000 images
+against 18,163 photos, torch 2.14.1, bf16). The default recipe costs 8.49 P100-hours by counted
+FLOPs; its score has not been measured yet.
+
+Sections 1 to 5 are the whole idea: configuration, networks, losses, one training step, averages.
+Section 6 holds the parts of other recipes, each of which registers itself. Sections 7 to 12 are what
+a run needs: data, device, state, images, the run, the command line.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -83,19 +83,29 @@ class UserError(Exception):
     """What the user or the machine must change: one sentence with the remedy; exit code 2."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One choice of an option, in a registry. `--help` and the refusals are made of such rows."""
+
+    text: str  # for --help
+    without: tuple[str, ...] = ()  # fields it cannot be combined with, or "field=value"
+    needs: tuple[str, ...] = ()  # fields that must not be 0
+
+
 def option(
     default: object,
     group: str,
     text: str,
-    span: tuple[float, float] = (-math.inf, math.inf),
-    among: str = "",
+    range: tuple[float, float] = (-math.inf, math.inf),
+    choices: Callable[[], dict[str, Row] | tuple[str, ...]] = tuple,
     fixed: bool = True,
 ) -> object:
-    """A field of `Config`: a flag of the command line with all that is known of it.
+    """A field of `Config` and everything the command line says about it.
 
-    `span`: the least and the most; `among`: the choices; `fixed`: not to change on a resume.
+    `range`: smallest and largest value. `choices`: the allowed values, or a registry whose rows
+    explain them. `fixed`: a resumed run must keep the value.
     """
-    known = {"group": group, "help": text, "span": span, "among": among.split(), "fixed": fixed}
+    known = {"group": group, "help": text, "range": range, "choices": choices, "fixed": fixed}
     return field(default=default, metadata=known)
 
 
@@ -105,54 +115,43 @@ free = partial(option, fixed=False)
 # fmt: off
 @dataclass(frozen=True)
 class Config:
-    """The only source of options: each field is a flag and goes into the checkpoint and log."""
+    """The only source of options: each field is a flag, and is kept in checkpoint and log."""
 
     data: tuple[str, ...] = free((), "files", "folder, zip or tar of dogs; repeatable")
     out: str = free("", "files", "folder for results (/kaggle/working or output)")
 
-    crops: str = option("square", "data", "kinds of crop with weights, as in square:3,context:1")
+    crops: str = option("square", "data", "kinds of crop and their weights, as in square:3,context:1")
     dedupe: float = option(0.0, "data",
-        "leave out dogs whose thumbnail has a higher cosine than this with another; 0 = none",
+        "drop a dog whose thumbnail has a higher cosine than this with an earlier one; 0 = off",
         (0, 1))
-    mirror: float = option(0.5, "data", "share of the draws that are mirrored", (0, 1))
-    noise: float = option(0.0, "data", "reals get uniform noise from 0 to this", (0, 1))
+    mirror: float = option(0.5, "data", "probability of mirroring a photo", (0, 1))
+    noise: float = option(0.0, "data", "uniform noise from 0 to this is added to reals", (0, 1))
     augment: str = option("", "data",
-        "differentiable augmentation of reals and fakes: color,translation,cutout")
-    augment_start: float = option(0.0, "data",
-        "progress at which --augment begins, 0 to 1", (0, 1))
+        "differentiable augmentations of reals and fakes, as in color,translation,cutout")
 
-    layers: str = option("deep", "networks",
-        "deep, paper: the DCGAN of 2015, or residual: a small BigGAN", among="deep paper residual")
+    architecture: str = option("deep", "networks", "both networks", choices=lambda: ARCHITECTURES)
+    latents: str = option("normal", "networks", "distribution of a latent's numbers",
+        choices=lambda: ("normal", "uniform"))
     latent_dim: int = option(256, "networks", "numbers in a latent z", (1, 4096))
-    width: int = option(48, "networks", "channels per unit of G's table (and D's)", (1, 1024))
+    width: int = option(48, "networks", "channels per unit of the architecture's table", (1, 1024))
     d_width: int = option(0, "networks", "the same for D alone; 0 = width", (0, 1024))
-    init_std: float = option(0.0, "networks", "std of normal weights; 0 = PyTorch's own", (0, 1))
-    condition: str = option("none", "networks",
-        "what G and D are told of a dog: none or breed; classes: D learns breeds, G is told none",
-        among="none breed classes")
-    g_norm: str = option("batch", "networks",
-        "of G: batch, or virtual batch norm by a fixed reference batch", among="batch virtual")
+    init_std: float = option(0.0, "networks",
+        "standard deviation of normal initial weights; 0 = PyTorch's initialisation", (0, 1))
+    condition: str = option("none", "networks", "use of breed labels", choices=lambda: CONDITIONS)
+    g_norm: str = option("batch", "networks", "G's batch norm", choices=lambda: G_NORMS)
     minibatch_features: int = option(0, "networks",
-        "kernels of minibatch discrimination, by which D sees how alike a batch is", (0, 1024))
+        "kernels of minibatch discrimination in D; 0 = off", (0, 1024))
 
-    loss: str = option("margin", "loss",
-        "margin; rals: relativistic average least squares; matching: feature matching for G",
-        among="margin rals matching")
+    loss: str = option("margin", "loss", "adversarial loss", choices=lambda: LOSSES)
     margin: float = option(0.8, "loss",
-        "probability past which a real costs nothing; 1 = never", (0.01, 1))
+        "probability of being real above which a real has loss 0; 1 = never", (0.01, 1))
     smoothing: float = option(0.0, "loss",
-        "one-sided label smoothing: the reals' label is 1 - this", (0, 0.5))
-    classify: float = option(0.0, "loss",
-        "weight of telling breeds apart, if conditioned on them", (0, 10))
-    labelled: float = option(1.0, "loss",
-        "share of the dogs whose breed D is told, with --condition classes", (0, 1))
-    contrast: float = option(0.0, "loss",
-        "weight of holding the fakes' contrast to the photos', to which D is blind", (0, 1000))
+        "one-sided label smoothing: the label of reals is 1 - this", (0, 0.5))
+    classify: float = option(0.0, "loss", "weight of the breed classifier", (0, 10))
+    labelled: float = option(1.0, "loss", "share of the dogs whose breed D learns from", (0, 1))
     history: float = option(0.0, "loss",
-        "weight of historical averaging: squared distance of all weights to their mean", (0, 1000))
+        "weight of historical averaging: squared distance of the weights to their mean", (0, 1000))
     r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals", (0, 1000))
-    r1_every: int = option(1, "loss",
-        "steps from one such penalty to the next, each so many times as large", (1, 1000))
 
     batch_size: int = option(32, "optimisation", "reals (and fakes) per step", (2, 65536))
     g_lr: float = option(5e-4, "optimisation", "Adam's learning rate for G", (0, 1))
@@ -160,189 +159,173 @@ class Config:
     beta1: float = option(0.3, "optimisation", "Adam's beta1", (0, 0.9999))
     beta2: float = option(0.999, "optimisation", "Adam's beta2", (0, 0.999999))
     lr_decay_start: float = option(1.0, "optimisation",
-        "progress where lr begins to fall to 0", (0, 1))
+        "progress (0 to 1) from which learning rates fall linearly to 0", (0, 1))
 
-    average: str = free("swa", "averaging", "weights to submit: swa, ema or none",
-        among="swa ema none")
-    average_every: int = option(20, "averaging", "steps between updates of both", (1, 10**9))
-    swa_start: float = option(0.5, "averaging", "progress at which SWA begins, 0 to 1", (0, 1))
-    ema_beta: float = option(0.9995, "averaging", "EMA's decay per step", (0, 0.9999999))
+    average: str = free("swa", "averaging", "weights that make the submission",
+        choices=lambda: tuple(WEIGHTS))
+    average_every: int = option(20, "averaging", "steps between updates of the averages", (1, 10**9))
+    swa_start: float = option(0.5, "averaging", "progress (0 to 1) at which SWA begins", (0, 1))
+    ema_beta: float = option(0.9995, "averaging", "decay of the EMA per step", (0, 0.9999999))
     ema_schedule: str = option("constant", "averaging",
-        "of that decay; stepped: 0.9, 0.99, 0.999, 0.9999 instead", among="constant stepped")
+        "of that decay; stepped: 0.9, 0.99, 0.999, 0.9999 instead",
+        choices=lambda: ("constant", "stepped"))
     truncation: float = free(0.0, "averaging",
-        "latents beyond this are drawn anew; 0 = none", (0, 100))
+        "redraw numbers of a latent beyond this when sampling; 0 = off", (0, 100))
 
     steps: int = free(397_000, "length", "steps of the whole recipe", (1, 10**9))
     hours: float = free(8.5, "length",
-        "wall-clock budget of all parts, zip included; inf = none", (0, math.inf))
+        "wall-clock budget of all parts, zip included; inf = no limit", (0, math.inf))
     part_hours: float = free(math.inf, "length",
-        "end this part after so long, to be resumed", (0, math.inf))
+        "end this part after so many hours, to be resumed", (0, math.inf))
 
-    seed: int = option(0, "run", "seed of everything random", (0, 2**32 - 1))
+    seed: int = option(0, "run", "seed of all randomness", (0, 2**32 - 1))
     device: str = free("auto", "run", "auto, cpu, cuda or cuda:N")
-    precision: str = free("auto", "run", "of convolutions: auto, fp32, tf32, bf16 or fp16",
-        among="auto fp32 tf32 bf16 fp16")
+    precision: str = free("auto", "run", "of convolutions",
+        choices=lambda: ("auto", *PRECISIONS))
     images: int = free(10_000, "run", "images in the zip", (1, 99_999))
-    checkpoint_seconds: float = free(300.0, "run", "seconds between checkpoints", (0, 1e9))
-
-    @property
-    def conditional(self) -> bool:
-        """Whether the networks are told breeds."""
-        return self.condition == "breed"
 # fmt: on
 
 
-# dogs: ours. first-public: the notebook that says it was first in public, crops by nearest kinds,
-# without its quirks (a margin for G too, rotation that leaves black wedges, samples in training
-# mode).
-GPU_PRESETS = {  # field: its value in each preset; fields that are not here have their defaults
-    "preset":        ("dogs",     "first-public"),
-    "crops":         ("square",   "head:2,square:1,context:1"),
-    "smoothing":     (0.0,        0.05),
-    "average":       ("swa",      "ema"),
-    "average_every": (20,         1),
-    "ema_schedule":  ("constant", "stepped"),
-}  # fmt: skip
-# dcgan: the networks and settings of Radford et al. 2015 (arXiv 1511.06434). second-private: the
-# slides of the competition's second place, RaLS-BigGAN with an auxiliary classifier. improved: the
-# recipe of Salimans et al. 2016 (arXiv 1606.03498) for ImageNet: virtual batch norm, minibatch
-# discrimination, K + 1 classes, all labels. Smoothing, rates, batch and beta1 are those of their
-# `imagenet` code, which has no historical averaging. Ours differs: 64 x 64 instead of 128; dcgan's
-# layers and latents, twice as wide as theirs; no noise on D's input; split batch norm in D;
-# minibatch kernels as for CIFAR-10 (theirs: 300 of 50 numbers); G's target 1 instead of 0.375.
-PAPER_PRESETS = {
-    "preset":             ("dcgan",  "second-private", "improved"),
-    "layers":             ("paper",  "residual",       "paper"),
-    "latent_dim":         (100,      100,              100),
-    "width":              (128,      64,               128),
-    "init_std":           (0.02,     0.0,              0.02),
-    "condition":          ("none",   "breed",          "classes"),
-    "g_norm":             ("batch",  "batch",          "virtual"),
-    "minibatch_features": (0,        0,                100),
-    "noise":              (0.0,      1 / 128,          0.0),
-    "loss":               ("margin", "rals",           "margin"),
-    "margin":             (1.0,      0.8,              1.0),  # rals has none
-    "smoothing":          (0.0,      0.0,              0.25),
-    "classify":           (0.0,      0.1,              1.0),
-    "batch_size":         (128,      64,               64),
-    "g_lr":               (2e-4,     2e-4,             4e-4),
-    "d_lr":               (2e-4,     8e-4,             4e-4),
-    "beta1":              (0.5,      0.0,              0.5),
-    "average":            ("none",   "ema",            "none"),
-    "average_every":      (20,       1,                20),
-    "ema_beta":           (0.9995,   0.999,            0.9995),
-    "truncation":         (0.0,      2.0,              0.0),
-    "steps":              (197_000,  50_000,           309_000),
-}  # fmt: skip
-# small: real dogs in two hours of one CPU core (0.35 GFLOP an image). sample: the drawn dogs of
-# data/sample, in three minutes of two. mnist: pictures in MNIST's format on a CPU: few filters, and
-# for G four times D's rate.
-CPU_PRESETS = {
-    "preset":         ("small",       "sample",      "mnist"),
-    "layers":         ("paper",       "paper",       "paper"),
-    "latent_dim":     (64,            64,            64),
-    "width":          (24,            16,            4),
-    "d_width":        (0,             0,             8),
-    "mirror":         (0.5,           0.5,           0.0),
-    "augment":        ("translation", "translation", "translation"),
-    "batch_size":     (16,            16,            32),
-    "g_lr":           (3e-4,          5e-4,          1e-3),
-    "d_lr":           (3e-4,          5e-4,          2.5e-4),
-    "beta1":          (0.5,           0.5,           0.5),
-    "lr_decay_start": (0.3,           0.6,           0.6),
-    "average":        ("ema",         "ema",         "ema"),
-    "average_every":  (10,            10,            10),
-    "ema_beta":       (0.998,         0.998,         0.998),
-    "steps":          (160_000,       8_000,         40_000),
-    "images":         (10_000,        1_000,         10_000),
-}  # fmt: skip
-PRESETS = {
-    column[0]: dict(zip(list(table)[1:], column[1:]))
-    for table in (GPU_PRESETS, PAPER_PRESETS, CPU_PRESETS)
-    for column in zip(*table.values())
+PRESETS: dict[str, dict[str, object]] = {  # the fields that differ from the defaults
+    # Ours: the networks, loss and rates of the notebook below.
+    "dogs": {},
+    # The notebook "1st public, 16th private" (Morxrc/kaggle_generate-dogs). Left out on purpose: a
+    # margin for G too, rotation that leaves black corners, samples drawn in training mode, and D's
+    # norms over two halves of 16 fakes in G's step. Its crops are our nearest kinds.
+    "first-public": {
+        "crops": "head:2,square:1,context:1",
+        "smoothing": 0.05,
+        "average": "ema",
+        "average_every": 1,
+        "ema_schedule": "stepped",
+    },
+    # Radford et al. 2015 (arXiv 1511.06434). Twice as wide as theirs; no weight decay; split norm.
+    "dcgan": {
+        "architecture": "paper",
+        "latent_dim": 100,
+        "width": 128,
+        "init_std": 0.02,
+        "margin": 1.0,
+        "batch_size": 128,
+        "g_lr": 2e-4,
+        "d_lr": 2e-4,
+        "beta1": 0.5,
+        "average": "none",
+        "steps": 197_000,
+    },
+    # The competition's second place by its slides: RaLS-BigGAN with an auxiliary classifier.
+    "second-private": {
+        "architecture": "residual",
+        "latent_dim": 100,
+        "width": 64,
+        "condition": "breed",
+        "noise": 1 / 128,
+        "loss": "rals",
+        "classify": 0.1,
+        "batch_size": 64,
+        "g_lr": 2e-4,
+        "d_lr": 8e-4,
+        "beta1": 0.0,
+        "average": "ema",
+        "average_every": 1,
+        "ema_beta": 0.999,
+        "truncation": 2.0,
+        "steps": 50_000,
+    },
+    # Salimans et al. 2016 (arXiv 1606.03498) as their code trains on ImageNet. Differs: 64 x 64
+    # instead of 128; twice dcgan's width; no noise in D; split batch norm in D; minibatch kernels
+    # as for CIFAR-10 (theirs: 300 of 50 numbers); G's target is 1, theirs 0.375.
+    "improved": {
+        "architecture": "paper",
+        "latent_dim": 100,
+        "width": 128,
+        "init_std": 0.02,
+        "condition": "classes",
+        "g_norm": "virtual",
+        "minibatch_features": 100,
+        "margin": 1.0,
+        "smoothing": 0.25,
+        "classify": 1.0,
+        "batch_size": 64,
+        "g_lr": 4e-4,
+        "d_lr": 4e-4,
+        "beta1": 0.5,
+        "average": "none",
+        "steps": 309_000,
+    },
+    # Real dogs in two hours of one CPU core.
+    "small": {
+        "architecture": "paper",
+        "latent_dim": 64,
+        "width": 24,
+        "augment": "translation",
+        "batch_size": 16,
+        "g_lr": 3e-4,
+        "d_lr": 3e-4,
+        "beta1": 0.5,
+        "lr_decay_start": 0.3,
+        "average": "ema",
+        "average_every": 10,
+        "ema_beta": 0.998,
+        "steps": 160_000,
+    },
+}
+# The drawn dogs of data/sample in three minutes of two CPU cores.
+PRESETS["sample"] = PRESETS["small"] | {
+    "width": 16,
+    "g_lr": 5e-4,
+    "d_lr": 5e-4,
+    "lr_decay_start": 0.6,
+    "steps": 8_000,
+    "images": 1_000,
+}
+# Pictures in MNIST's format on a CPU: few filters, and G learns four times as fast as D.
+PRESETS["mnist"] = PRESETS["small"] | {
+    "width": 4,
+    "d_width": 8,
+    "mirror": 0.0,
+    "batch_size": 32,
+    "g_lr": 1e-3,
+    "d_lr": 2.5e-4,
+    "lr_decay_start": 0.6,
+    "steps": 40_000,
 }
 
 
-# -------------------------------------------------------------------------------------- 2. Networks
+# ------------------------------------------------------------------------------------ 2. The DCGAN
 
-# What every pair of networks keeps to: `G(z, labels)` and `D(images, num_real, labels)`, where
-# labels are int64 breeds, which an unconditional network ignores. A row of `NETWORKS` makes a pair.
+# The interface of every pair: `G(z, labels)` and `D(images, num_real, labels) -> Verdict`. `labels`
+# are int64 breeds, which unconditional networks ignore.
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm of an unconditional G: `(x, labels)` like the conditional one."""
+    """Batch norm with the interface of G's norms, `(x, labels)`; `labels` are ignored."""
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """`x`: (N, num_features, H, W); `labels` are ignored."""
+        """`x`: (N, num_features, H, W)."""
         return super().forward(x)
 
 
-class BreedBatchNorm2d(nn.Module):
-    """Batch norm with a gain and a bias for each breed (Dumoulin et al. 2017, arXiv 1610.07629)."""
-
-    def __init__(self, num_features: int, breeds: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(num_features, affine=False)
-        self.weight = nn.Parameter(torch.ones(breeds, num_features))
-        self.bias = nn.Parameter(torch.zeros(breeds, num_features))
-
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """`x`: (N, num_features, H, W), `labels`: int64 (N,)."""
-        weight, bias = (F.embedding(labels, p)[:, :, None, None] for p in (self.weight, self.bias))
-        return torch.addcmul(bias, self.norm(x), weight)
-
-
-class VirtualBatchNorm2d(nn.Module):
-    """Batch norm by a fixed reference batch and the image itself (Salimans et al. 2016, arXiv
-    1606.03498, section 3.5): no image depends on those drawn beside it, in training or after."""
-
-    def __init__(self, num_features: int, reference: int, eps: float = 1e-5) -> None:
-        """`reference`: how many images at the head of each batch are the reference."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_features))
-        self.bias = nn.Parameter(torch.zeros(num_features))
-        self.reference, self.eps = reference, eps
-
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """`x`: (reference + N, num_features, H, W); `labels` are ignored.
-
-        The reference is normed by its own mean and mean square, an image by those of the reference
-        and itself: (n * theirs + its own) / (n + 1). As variances, so that float32 loses nothing.
-        """
-        wide, n = widened(x), self.reference
-        var, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
-        ref_var, ref_mean = torch.var_mean(wide[:n], (0, 2, 3), correction=0, keepdim=True)
-        share, gap = 1 / (n + 1), mean[n:] - ref_mean
-        # The variance of two groups pooled: the mean of theirs, and that between their means.
-        pooled = ref_var.lerp(var[n:], share) + share * (1 - share) * gap.square()
-        var = torch.cat([ref_var.expand_as(var[:n]), pooled])
-        mean = torch.cat([ref_mean.expand_as(mean[:n]), ref_mean + share * gap])
-        gain = self.weight[:, None, None] * (var + self.eps).rsqrt()
-        shift = self.bias[:, None, None] - mean * gain
-        return torch.addcmul(shift, wide, gain).to(x.dtype)
-
-
 class SplitBatchNorm2d(nn.Module):
-    """Batch norm that gives reals and fakes in one batch their own statistics, but one affine pair.
+    """Batch norm that gives the reals and the fakes of one batch separate statistics, but one gain
+    and bias.
 
-    Equal to two separate forwards through an ordinary batch norm in training mode, in one forward
-    of everything around it. Keeps no running statistics: D is never evaluated. Statistics of their
-    own for a second distribution: Xie et al. 2020 (AdvProp, arXiv 1911.09665).
+    Equal to two forwards through an ordinary batch norm in training mode, in one forward of all
+    other layers. It has no running statistics, as D is never evaluated. Separate statistics for a
+    second distribution: Xie et al. 2020 (AdvProp, arXiv 1911.09665).
     """
 
-    def __init__(self, num_features: int, eps: float = 1e-5, wide: bool = False) -> None:
-        """`wide`: in float32 whatever comes in, for R1: the second derivative holds the inverse
-        deviation to the third power, which fp16 has no number for."""
+    def __init__(self, num_features: int, float32: bool = False, eps: float = 1e-5) -> None:
+        """`float32`: normalise in float32 in any precision. R1 needs it: its second derivative
+        holds the inverse deviation to the third power, which overflows fp16."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
-        self.eps, self.wide = eps, wide
+        self.float32, self.eps = float32, eps
 
     def forward(self, x: Tensor, num_real: int) -> Tensor:
         """`x`: (N, num_features, H, W), the `num_real` reals first; 0 or N make one group."""
-        if not 0 <= num_real <= len(x):
-            raise ValueError(f"num_real is {num_real}, but the batch holds {len(x)}")
-        x = widened(x) if self.wide else x
+        x = at_least_float32(x) if self.float32 else x
         groups = [g for g in x.split([num_real, len(x) - num_real]) if len(g)]
         normed = [
             F.batch_norm(g, None, None, self.weight, self.bias, training=True, eps=self.eps)
@@ -352,449 +335,649 @@ class SplitBatchNorm2d(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """Nothing in the place of a norm of D."""
+    """The identity, for D's layers without a norm."""
 
     def forward(self, x: Tensor, num_real: int) -> Tensor:
-        """`x` as it is."""
+        """Returns `x`."""
         return x
 
 
-# From the latent or to the logit: (channels per unit of width, kernel); a 4 doubles or halves the
-# side, a 3 keeps it. "rgb": the kernel of G's last layer. D norms all but its first "plain" layers.
+# Each layer: (channels per unit of width, kernel). "rgb": the kernel of G's last layer. D's first
+# "plain" layers have no norm. G's first layer makes 4 x 4 places of the latent.
 LAYERS = {
-    "deep": {  # made deeper and wider, as in the notebook of preset first-public
+    "deep": {  # deeper and wider, as in the notebook of preset first-public
         "G": ((32, 4), (16, 4), (8, 4), (8, 3), (4, 4), (4, 3), (2, 4)), "rgb": 3,
         "D": ((2, 4), (4, 4), (4, 3), (8, 4), (8, 3), (16, 4)), "plain": 2,
     },
-    "paper": {  # Radford et al. 2015 (arXiv 1511.06434)
+    "paper": {  # Radford et al. 2015, with kernels of 4, which leave no checkerboard
         "G": ((8, 4), (4, 4), (2, 4), (1, 4)), "rgb": 4,
         "D": ((1, 4), (2, 4), (4, 4), (8, 4)), "plain": 1,
     },
+    "paper5": {  # the same with the paper's kernels of 5
+        "G": ((8, 4), (4, 5), (2, 5), (1, 5)), "rgb": 5,
+        "D": ((1, 5), (2, 5), (4, 5), (8, 5)), "plain": 1,
+    },
 }  # fmt: skip
+GEOMETRY = {  # by kernel: 3 keeps the side; 4 and 5 double it in G and halve it in D
+    3: {"stride": 1, "padding": 1},
+    4: {"stride": 2, "padding": 1},
+    5: {"stride": 2, "padding": 2},
+}
 
 
 class Generator(nn.Module):
     """DCGAN: transposed convolutions, batch norm, ReLU, and tanh at the end."""
 
+    breeds = 0  # how many it is conditioned on
+
     def __init__(
         self,
         latent_dim: int = 256,
         width: int = 48,
-        layers: str = "deep",
-        breeds: int = 0,
-        reference: int = 0,
+        architecture: str = "deep",
+        norm: Callable[[int], nn.Module] = BatchNorm2d,
     ) -> None:
-        """`breeds`: how many it is conditioned on; 0 = it draws a dog of any. `reference`: how many
-        latents make the reference batch of virtual batch norm; 0 = ordinary batch norm."""
+        """`norm` makes the norm of a number of channels."""
         super().__init__()
-        self.shape = {
-            "latent_dim": latent_dim, "width": width, "layers": layers, "breeds": breeds,
-            "reference": reference,
+        # What `make_generator` needs to make a G like this one.
+        self.constructor = {
+            "kind": "dcgan", "latent_dim": latent_dim, "width": width, "architecture": architecture,
         }  # fmt: skip
-        self.register_buffer("reference", torch.randn(reference, latent_dim))
-        self.latent_dim, self.breeds = latent_dim, breeds
-        # The share of each breed in the data, so that dogs can be drawn as often as they occur.
-        self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
+        self.latent_dim = latent_dim
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        source, stride, padding = latent_dim, 1, 0
-        for units, kernel in LAYERS[layers]["G"]:
-            target = units * width
+        channels, geometry = latent_dim, {}  # the first: 1 x 1 to 4 x 4
+        for units, kernel in LAYERS[architecture]["G"]:
             if self.convs:
-                stride, padding = kernel - 2, 1
-            self.convs.append(
-                nn.ConvTranspose2d(source, target, kernel, stride, padding, bias=False)
-            )
-            if reference:
-                self.norms.append(VirtualBatchNorm2d(target, reference))
-            else:
-                norm = BreedBatchNorm2d(target, breeds) if breeds else BatchNorm2d(target)
-                self.norms.append(norm)
-            source = target
-        last = LAYERS[layers]["rgb"]
-        self.to_rgb = nn.ConvTranspose2d(source, 3, last, last - 2, 1)
+                geometry = GEOMETRY[kernel] | {"output_padding": int(kernel == 5)}
+            conv = nn.ConvTranspose2d(channels, units * width, kernel, bias=False, **geometry)
+            channels = units * width
+            self.convs.append(conv)
+            self.norms.append(norm(channels))
+        last = LAYERS[architecture]["rgb"]
+        geometry = GEOMETRY[last] | {"output_padding": int(last == 5)}
+        self.to_rgb = nn.ConvTranspose2d(channels, 3, last, **geometry)
+
+    @classmethod
+    def of(cls, config: Config, breeds: int) -> Generator:
+        """The one that `config` asks for, for a data set of `breeds` breeds."""
+        return cls(config.latent_dim, config.width, config.architecture)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(N, latent_dim) standard normal latents to float32 (N, 3, 64, 64) images in [-1, 1].
-
-        `labels`: int64 (N,) breeds, needed only by a G that is conditioned on them.
-        """
-        if labels is None and self.breeds:
-            raise ValueError(f"a generator of {self.breeds} breeds needs labels")
-        x = torch.cat([self.reference, z])[:, :, None, None]  # the reference may be none
+        """(N, latent_dim) latents and int64 (N,) breeds, which only norms that are conditioned on
+        them read, to float32 (N, 3, 64, 64) images in [-1, 1]."""
+        x = z[:, :, None, None]
         for conv, norm in zip(self.convs, self.norms):
             x = F.relu(norm(conv(x), labels), inplace=True)
-        x = x[len(self.reference) :]
-        return widened(self.to_rgb(x)).tanh()  # bf16 has no number between 0.996 and 1
+        return at_least_float32(self.to_rgb(x)).tanh()  # bf16 has no number from 0.996 to 1
 
 
 class Verdict(NamedTuple):
-    """What D says of n images."""
+    """D's outputs for n images."""
 
-    logits: Tensor  # float32 (n,): of being real
-    features: Tensor  # (n, channels, 4, 4): of the last convolution, before any split norm
-    classes: Tensor  # float32 (n, K): logits of the breeds; K = 0 without such a head
+    logits: Tensor  # float32 (n,): above 0 means real
+    features: Tensor  # (n, channels, 4, 4): of the last convolution, before its norm
+    classes: Tensor  # float32 (n, K): logits of the breeds; K = 0 without a classifier
 
     def split(self, count: int) -> tuple[Verdict, Verdict]:
-        """The verdict on the first `count` images and that on the others."""
+        """The first `count` images and the others."""
         return Verdict(*(t[:count] for t in self)), Verdict(*(t[count:] for t in self))
 
 
-class MinibatchDiscrimination(nn.Module):
-    """How near each image's features lie to the others' of its batch, by which D sees a collapse.
-
-    o(x_i)_b = sum over j of exp(-|M_i,b - M_j,b|_1), M = T f(x), i itself among the j; reals and
-    fakes apart, as if they had come in two batches (Salimans et al. 2016, arXiv 1606.03498, section
-    3.2). Five numbers to each b, and f pooled, as in the authors' network for CIFAR-10.
-    """
-
-    def __init__(self, num_features: int, kernels: int, numbers: int = 5) -> None:
-        super().__init__()
-        self.kernels = kernels
-        self.project = nn.Linear(num_features, kernels * numbers, bias=False)
-
-    def forward(self, f: Tensor, num_real: int) -> Tensor:
-        """(N, num_features), the `num_real` reals first; there may be none. float32 (N, kernels)
-        of 1 to the number of reals or of fakes."""
-        m = widened(self.project(f)).unflatten(1, (self.kernels, -1))
-        groups = m.split([num_real, len(m) - num_real])
-        # leaky_relu(x, -1) is |x|. For R1: `cdist` has no second derivative, and that of `abs` is a
-        # tensor without memory, which torch adds up on another device.
-        near = [(-F.leaky_relu(g[:, None] - g, -1.0).sum(3)).exp().sum(1) for g in groups]
-        return torch.cat(near)
-
-
 class Discriminator(nn.Module):
-    """Convolutions, split batch norm, leaky ReLU; of breeds, a projection besides.
-
-    Projection: Miyato and Koyama 2018 (arXiv 1802.05637); the classifier: Odena et al. 2017
-    (AC-GAN, arXiv 1610.09585); K breeds and "fake" as K + 1 classes: Salimans et al. 2016 (arXiv
-    1606.03498, section 5).
-    """
+    """DCGAN: convolutions, split batch norm, leaky ReLU, and a linear layer; then its heads."""
 
     def __init__(
         self,
         width: int = 48,
-        layers: str = "deep",
-        breeds: int = 0,
-        classify: bool = False,
-        wide: bool = False,
-        classes: int = 0,
-        minibatch_features: int = 0,
+        architecture: str = "deep",
+        outputs: int = 1,
+        heads: Sequence[Callable[[int, int], nn.Module]] = (),
+        float32_norms: bool = False,
     ) -> None:
-        """`classify`: with a head for the breeds; `wide`: norms in float32; `classes`: so many
-        beside "fake" in the place of real and fake; `minibatch_features`: kernels of minibatch
-        discrimination."""
+        """`outputs` of the linear layer: the logit, then any classes. `heads` (section 6) make of
+        (channels, outputs) modules that map (verdict, x, num_real, labels) to a new verdict."""
         super().__init__()
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        source = 3
-        for k, (units, kernel) in enumerate(LAYERS[layers]["D"]):
-            target = units * width
-            plain = k < LAYERS[layers]["plain"]
-            self.convs.append(nn.Conv2d(source, target, kernel, kernel - 2, 1, bias=False))
-            self.norms.append(NoNorm() if plain else SplitBatchNorm2d(target, wide=wide))
-            source = target
-        # Of all of the map, not its mean: split batch norm makes those of reals and fakes alike.
-        outputs, self.classes = classes + 1, classes
-        self.head = nn.Conv2d(source, outputs, 4)
-        if classes:
-            nn.init.constant_(self.head.bias[-1:], math.log(classes))  # undecided, not K to 1
-        # From 0: D begins as if it were told nothing.
-        self.projection = nn.Parameter(torch.zeros(breeds, source)) if breeds else None
-        self.classifier = nn.Linear(source, breeds) if classify else None
-        self.minibatch = self.likeness = None
-        if minibatch_features:
-            self.minibatch = MinibatchDiscrimination(source, minibatch_features)
-            self.likeness = nn.Parameter(torch.zeros(outputs, minibatch_features))
+        channels = 3
+        for k, (units, kernel) in enumerate(LAYERS[architecture]["D"]):
+            conv = nn.Conv2d(channels, units * width, kernel, bias=False, **GEOMETRY[kernel])
+            channels = units * width
+            plain = k < LAYERS[architecture]["plain"]
+            self.convs.append(conv)
+            self.norms.append(NoNorm() if plain else SplitBatchNorm2d(channels, float32_norms))
+        # It reads the whole 4 x 4 map: split norm makes the maps' means of reals and fakes equal.
+        self.linear = nn.Conv2d(channels, outputs, 4)
+        self.heads = nn.ModuleList(make(channels, outputs) for make in heads)
 
     def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
-        """(N, 3, 64, 64) images in [-1, 1], the `num_real` reals first, and their int64 breeds."""
+        """(N, 3, 64, 64) images in [-1, 1], the `num_real` reals first, and int64 (N,) breeds."""
         x = images
         for conv, norm in zip(self.convs, self.norms):
             features = conv(x)
             x = F.leaky_relu(norm(features, num_real), 0.2, inplace=True)
-        said, mean = widened(self.head(x).flatten(1)), x.mean((2, 3))
-        if self.minibatch is not None:  # a linear layer on what stands beside the features
-            said = said + (self.minibatch(mean, num_real)[:, None] * self.likeness).sum(2)
-        if self.classes:  # "fake", the last, is made 0: the logit's sigmoid is the others' share
-            classes = said[:, :-1] - said[:, -1:]
-            return Verdict(classes.logsumexp(1), features, classes)
-        logits = said.flatten()
-        if self.projection is not None:
-            logits = logits + (F.embedding(labels, self.projection) * mean).sum(1)
-        classes = mean[:, :0] if self.classifier is None else self.classifier(mean)
-        return Verdict(logits, features, widened(classes))
+        outputs = at_least_float32(self.linear(x).flatten(1))
+        verdict = Verdict(outputs[:, 0], features, outputs[:, 1:])
+        for head in self.heads:
+            verdict = head(verdict, x, num_real, labels)
+        return verdict
 
 
-def dcgan(config: Config, breeds: int) -> tuple[Generator, Discriminator]:
-    """G and D of `config`'s layers, for `breeds` breeds."""
-    D_width = config.d_width or config.width
-    reference = config.batch_size if config.g_norm == "virtual" else 0  # as large as in the paper
-    told = breeds if config.conditional else 0
-    G = Generator(config.latent_dim, config.width, config.layers, told, reference)
+class Head(NamedTuple):
+    """A row of `HEADS`: an addition to D's output."""
+
+    wanted: Callable[[Config], bool]
+    make: Callable[[Config, int], Callable[[int, int], nn.Module]]  # of the config and the breeds
+    outputs: Callable[[int], int] = lambda breeds: 0  # more outputs of D's linear layer
+
+
+HEADS: dict[str, Head] = {}  # section 6 fills these two
+GENERATORS: dict[str, type[nn.Module]] = {"dcgan": Generator}  # by the kind in G's `constructor`
+
+
+def dcgan(config: Config, breeds: int) -> tuple[nn.Module, nn.Module]:
+    """G and D of the tables in `LAYERS`."""
+    kind = CONDITIONS[config.condition].generator or G_NORMS[config.g_norm].generator
+    G = GENERATORS[kind].of(config, breeds)
+    heads = [head for head in HEADS.values() if head.wanted(config)]
     D = Discriminator(
-        D_width,
-        config.layers,
-        told,
-        classify=config.classify > 0 and config.conditional,
-        wide=config.r1 > 0,
-        classes=breeds if config.condition == "classes" else 0,
-        minibatch_features=config.minibatch_features,
+        config.d_width or config.width,
+        config.architecture,
+        outputs=1 + sum(head.outputs(breeds) for head in heads),
+        heads=[head.make(config, breeds) for head in heads],
+        float32_norms=config.r1 > 0,
     )
     return G, D
 
 
-NETWORKS: dict[str, Callable[[Config, int], tuple[nn.Module, nn.Module]]] = {
-    "deep": dcgan,
-    "paper": dcgan,
-}  # and "residual", section 6
-NORMS = (nn.BatchNorm2d, SplitBatchNorm2d, BreedBatchNorm2d, VirtualBatchNorm2d)
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Row):
+    """A row of `ARCHITECTURES`: it makes G and D of a configuration and a number of breeds.
+
+    D has the interface above. G has besides: `latent_dim`; `breeds`, 0 if unconditional, else with a
+    buffer `frequency` of their shares in the data; `constructor`, a dict of plain values from which
+    `make_generator` makes it again; and, if its weights need it, `settle()` (see `estimate_norms`).
+    """
+
+    build: Callable[[Config, int], tuple[nn.Module, nn.Module]]
+
+
+ARCHITECTURES = {
+    "deep": Architecture(text="a deeper and wider DCGAN", build=dcgan),
+    "paper": Architecture(text="the DCGAN of 2015 with kernels of 4", build=dcgan),
+    "paper5": Architecture(text="the same with its own kernels of 5", build=dcgan),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(Row):
+    """A row of `CONDITIONS` or `G_NORMS`: the kind of generator that a DCGAN then has."""
+
+    generator: str = ""
+
+
+CONDITIONS = {
+    "none": Variant(text="unconditional", without=("classify", "labelled")),
+}
+G_NORMS = {
+    "batch": Variant(text="by the statistics of the batch", generator="dcgan"),
+}
 
 
 def build_networks(
     config: Config, device: torch.device, breeds: int = 0
 ) -> tuple[nn.Module, nn.Module]:
-    """G and D, of `breeds` breeds if told of them, their weights from `config.seed` anywhere."""
+    """G and D on `device`; their initial weights depend on `config.seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        G, D = NETWORKS[config.layers](config, 0 if config.condition == "none" else breeds)
-        if config.init_std:  # DCGAN's own: weights N(0, std), norms N(1, std)
+        G, D = ARCHITECTURES[config.architecture].build(config, breeds)
+        if config.init_std:  # DCGAN's own: weights N(0, std), gains N(1, std)
             for module in (*G.modules(), *D.modules()):
-                if parametrize.is_parametrized(module):
-                    continue  # spectral-normed: begun orthogonal
                 if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                     nn.init.normal_(module.weight, 0.0, config.init_std)
-                elif isinstance(module, NORMS) and module.weight is not None:
+                elif "Norm2d" in type(module).__name__ and module.weight is not None:
                     nn.init.normal_(module.weight, 1.0, config.init_std)
     layout = memory_layout(device)
     return G.to(device, memory_format=layout), D.to(device, memory_format=layout)
 
 
-def make_generator(shape: dict[str, object]) -> nn.Module:
-    """A new G of the kind whose `shape` this is, as in `generator.pt`, with weights of its own."""
-    if shape["layers"] == "residual":
-        return ResidualGenerator(**{k: v for k, v in shape.items() if k != "layers"})
-    return Generator(**shape)
+def make_generator(constructor: dict[str, object]) -> nn.Module:
+    """A new G from the `constructor` of another, as in `generator.pt`; its weights are random."""
+    arguments = dict(constructor)
+    return GENERATORS[arguments.pop("kind")](**arguments)
 
 
-def widened(x: Tensor) -> Tensor:
-    """Half-precision numbers as float32; others as they are."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------- 3. Losses
+# --------------------------------------------------------------------------------------- 3. Losses
 
 
 class Seen(NamedTuple):
-    """All that a loss may read: D's verdicts on the images of one step."""
+    """Everything that a loss may read of one update."""
 
-    images: Tensor  # (N, 3, 64, 64) as D saw them, the reals first
+    images: Tensor  # (N, 3, 64, 64): D's input, augmented, the reals first
+    reals: Tensor  # (n, 3, 64, 64) before augmentation; n = 0 in G's update if no term reads them
+    fakes: Tensor  # (batch, 3, 64, 64) before augmentation
     real: Verdict
     fake: Verdict
-    labels: Tensor  # int64 (batch,): breeds of the reals (or UNKNOWN) and, the same, of the fakes
-    fakes: Tensor  # (batch, 3, 64, 64) before augmentation
-    contrast: Tensor | None  # float32 scalar: the photos' root mean square; None if no term asks
+    labels: Tensor  # int64 (batch,): breeds of the reals and, the same, of the fakes; UNKNOWN = -1
     config: Config
-    scale: Tensor | float  # of gradients, so that half precision does not round them to 0
-
-
-class Term(NamedTuple):
-    """A part of a loss, weighed by the field of `Config` that is called like it."""
-
-    loss: Callable[[Seen], Tensor]  # to a float32 scalar; a class is made of the network first
-    reads_reals: bool = False  # in G's step: then D is shown the reals there too
-    conditional: bool = False  # only where G is told breeds
-    lazy: bool = False  # on each `r1_every`-th step alone
+    scale: Tensor | float  # of the loss in fp16, for terms that take gradients themselves
 
 
 def d_margin(seen: Seen) -> Tensor:
-    """Logistic loss whose real side is exactly 0, with gradient 0, once sigmoid(logit) > margin.
+    """Logistic loss whose real part is exactly 0, with gradient 0, once sigmoid(logit) > margin.
 
     real: (1 - s) * max(0, softplus(-l) - softplus(-l_m)) + s * softplus(l), l_m = logit(margin)
     fake: softplus(l)
 
-    The constant makes the floor 0; below the margin the gradient is the logistic loss's own. The
-    margin keeps D from over-fitting reals it already knows. With smoothing s > 0 a real past the
-    margin is still pushed down by the second term, so that the two work against each other.
+    The margin keeps D from over-fitting reals that it already knows. Below it the gradient is that
+    of the logistic loss; the constant only makes the minimum 0. With smoothing s > 0 the second
+    term still pushes reals past the margin down, so the two work against each other.
     """
     smoothing = seen.config.smoothing
-    floor = -math.log(seen.config.margin)  # softplus(-logit(m)) = -log m
-    real = (F.softplus(-seen.real.logits) - floor).relu().mean()
+    at_margin = -math.log(seen.config.margin)  # softplus(-logit(m)) = -log m
+    real = (F.softplus(-seen.real.logits) - at_margin).relu().mean()
     if smoothing:
         real = (1 - smoothing) * real + smoothing * F.softplus(seen.real.logits).mean()
     return real + F.softplus(seen.fake.logits).mean()
 
 
 def g_logistic(seen: Seen) -> Tensor:
-    """The non-saturating loss softplus(-l), Goodfellow et al. 2014; its gradient is never 0."""
+    """The non-saturating loss softplus(-l) (Goodfellow et al. 2014); its gradient is never 0."""
     return F.softplus(-seen.fake.logits).mean()
 
 
-def d_rals(seen: Seen) -> Tensor:
-    """Relativistic average least squares (Jolicoeur-Martineau 2018, arXiv 1807.00734).
-
-    (mean (r - mean f - 1)^2 + mean (f - mean r + 1)^2) / 2; 0 only where all reals lie 1 above the
-    fakes' mean and all fakes 1 below the reals'.
-    """
-    real, fake = seen.real.logits, seen.fake.logits
-    return ((real - fake.mean() - 1).square().mean() + (fake - real.mean() + 1).square().mean()) / 2
+def past_margin(seen: Seen) -> Tensor:
+    """bool (n,): reals that D is certain of. Without a margin (1) those above probability 0.8."""
+    margin = seen.config.margin if seen.config.margin < 1 else 0.8
+    return seen.real.logits > math.log(margin / (1 - margin))
 
 
-def g_rals(seen: Seen) -> Tensor:
-    """`d_rals` with reals and fakes in each other's place; the gradient reaches G by the fakes."""
-    return d_rals(seen._replace(real=seen.fake, fake=seen.real))
+@dataclass(frozen=True, kw_only=True)
+class Loss(Row):
+    """A row of `LOSSES`: the adversarial losses of D and G, both of weight 1."""
+
+    d: Callable[[Seen], Tensor]  # to a float32 scalar
+    g: Callable[[Seen], Tensor]
+    certain: Callable[[Seen], Tensor] = past_margin  # bool (n,): reals that D is certain of
+    g_reads_reals: bool = False  # then D is shown the reals in G's update too
 
 
-def g_matching(seen: Seen) -> Tensor:
-    """Feature matching, |mean f(real) - mean f(fake)|^2, in the place of an adversarial loss of G
-    (Salimans et al. 2016, arXiv 1606.03498, section 3.1).
-
-    f is what D's last convolution gives (the residual D's: activated), each channel at each of
-    4 x 4 places, before split norm, which would make the channels' means equal. The gradient is 0
-    where both means are equal, whatever the single images are.
-    """
-    real, fake = (widened(v.features).mean(0) for v in (seen.real, seen.fake))
-    return (real - fake).square().sum()
-
-
-def gradient_penalty(seen: Seen) -> Tensor:
-    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406), where D
-    is the sum of the batch's logits, as split norm makes each depend on the others.
-
-    The images' slope is taken of scaled logits, as large as the loss's own: else fp16 makes it 0.
-    Where only each n-th step has the penalty it is n times as large there, and in the mean over
-    steps the same: lazy regularisation (Karras et al. 2020, arXiv 1912.04958, appendix B).
-    """
-    total = seen.real.logits.mean() * seen.scale
-    (slope,) = torch.autograd.grad(total, seen.images, create_graph=True)
-    count = len(seen.real.logits)
-    penalty = (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
-    return penalty * seen.config.r1_every
-
-
-def g_contrast(seen: Seen) -> Tensor:
-    """The squared log of the fakes' contrast over the photos': the one thing to which D is blind.
-
-    Leaky ReLU passes a factor of all fakes on, and split batch norm divides it out, so that G, left
-    alone, drifts into grey. A bias before D's norms would show it the factor, at the cost of FID.
-    """
-    return (seen.fakes.square().mean().sqrt() / seen.contrast).log().square()
-
-
-UNKNOWN = -1  # the breed of a dog that D is not told
-
-
-def classify_reals(seen: Seen) -> Tensor:
-    """Cross-entropy of the breeds, of reals alone: fakes of no clear breed teach nothing.
-
-    The mean over those whose breed is known, and 0 where it is of none.
-    """
-    known = (seen.labels != UNKNOWN).sum().clamp(min=1)
-    classes = seen.real.classes
-    return F.cross_entropy(classes, seen.labels, ignore_index=UNKNOWN, reduction="sum") / known
-
-
-def classify_fakes(seen: Seen) -> Tensor:
-    """Cross-entropy of the breeds that the fakes were drawn as."""
-    return F.cross_entropy(seen.fake.classes, seen.labels)
-
-
-class HistoricalAverage(nn.Module):
-    """|theta - mean of theta[1] ... theta[t]|^2 over all weights of a network, t being now.
-
-    A pull back to where the weights have been, so that two players do not circle each other
-    (Salimans et al. 2016, arXiv 1606.03498, section 3.3). The mean is no part of the gradient.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.weights = list(network.parameters())  # in a list: they stay the network's own
-        count = torch.zeros((), dtype=torch.int64, device=self.weights[0].device)
-        self.register_buffer("count", count)
-        for k, weight in enumerate(self.weights):
-            self.register_buffer(f"mean_{k}", weight.detach().clone())
-
-    def forward(self, seen: Seen) -> Tensor:
-        """Takes the weights of now in, then tells; nothing is read of `seen`."""
-        means = [self.get_buffer(f"mean_{k}") for k in range(len(self.weights))]
-        with torch.no_grad():
-            self.count += 1
-            share = 1 / self.count
-            for mean, weight in zip(means, self.weights):
-                mean.lerp_(weight, share)
-        gaps = [(weight - mean).square().sum() for weight, mean in zip(self.weights, means)]
-        return torch.stack(gaps).sum()
-
-
-ADVERSARIAL = {  # `--loss`: the term of D and that of G, of weight 1
-    "margin": (Term(d_margin), Term(g_logistic)),
-    "rals": (Term(d_rals), Term(g_rals, reads_reals=True)),
-    "matching": (Term(d_margin), Term(g_matching, reads_reals=True)),
-}
-D_TERMS = {
-    "r1": Term(gradient_penalty, lazy=True),
-    "classify": Term(classify_reals),
-    "history": Term(HistoricalAverage),
-}
-G_TERMS = {
-    "classify": Term(classify_fakes, conditional=True),
-    "contrast": Term(g_contrast),
-    "history": Term(HistoricalAverage),
+LOSSES = {
+    "margin": Loss(text="logistic, but 0 for reals past --margin", d=d_margin, g=g_logistic),
 }
 
 
-class Objective(NamedTuple):
-    """The weighed terms of one network's loss, the adversarial one first."""
+class Term(NamedTuple):
+    """A further part of a loss. Its weight is the field of `Config` with the name of its row."""
 
-    terms: dict[str, Term]
-    weights: list[float]
+    loss: Callable[[Seen], Tensor]  # or a class with this interface, made of the network
+    reads_reals: bool = False  # for G: then D is shown the reals in G's update too
+    wanted: Callable[[Config], bool] = lambda config: True  # besides a weight above 0
 
-    @property
-    def reads_reals(self) -> bool:
-        """Whether any term does."""
-        return any(term.reads_reals for term in self.terms.values())
 
-    def __call__(self, seen: Seen, lazy: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """The weighed sum, and each term's value without its weight; of a lazy one 0 where this is
-        no step for it."""
-        values = [
-            term.loss(seen) if lazy or not term.lazy else seen.images.new_zeros(())
-            for term in self.terms.values()
-        ]
+D_TERMS: dict[str, Term] = {}  # section 6 fills both
+G_TERMS: dict[str, Term] = {}
+
+
+class Objective:
+    """What one network minimises: the adversarial loss and its weighted terms."""
+
+    def __init__(self, config: Config, network: nn.Module, letter: str) -> None:
+        """`letter`: d or g."""
+        row = LOSSES[config.loss]
+        first, rows = {"d": (row.d, D_TERMS), "g": (row.g, G_TERMS)}[letter]
+        chosen = {n: t for n, t in rows.items() if getattr(config, n) and t.wanted(config)}
+        self.reads_reals = row.g_reads_reals or any(t.reads_reals for t in chosen.values())
+        self.terms: dict[str, Callable[[Seen], Tensor]] = {f"{letter}_loss": first}
+        self.weights = [1.0]
+        for name, term in chosen.items():
+            has_state = isinstance(term.loss, type)
+            self.terms[f"{letter}_{name}"] = term.loss(network) if has_state else term.loss
+            self.weights.append(getattr(config, name))
+
+    def __call__(self, seen: Seen) -> tuple[Tensor, list[Tensor]]:
+        """The weighted sum, and the value of each term without its weight."""
+        values = [term(seen) for term in self.terms.values()]
         return sum(weight * value for weight, value in zip(self.weights, values)), values
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What its terms remember from step to step, by name."""
-        kept = {k: term.loss for k, term in self.terms.items() if isinstance(term.loss, nn.Module)}
-        return {f"{k}.{name}": t for k, m in kept.items() for name, t in m.state_dict().items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of its terms, by name."""
+        kept = {name: term for name, term in self.terms.items() if isinstance(term, nn.Module)}
+        return {
+            f"{name}.{k}": t for name, term in kept.items() for k, t in term.state_dict().items()
+        }
 
 
-def objectives(config: Config, G: nn.Module, D: nn.Module) -> tuple[Objective, Objective]:
-    """What D and what G minimise under `config`."""
-    chosen = []
-    for letter, network, first, more in zip(
-        "dg", (D, G), ADVERSARIAL[config.loss], (D_TERMS, G_TERMS)
-    ):
-        terms, weights = {f"{letter}_loss": first}, [1.0]
-        for name, term in more.items():
-            if getattr(config, name) and (config.conditional or not term.conditional):
-                if isinstance(term.loss, type):  # a term with state
-                    term = term._replace(loss=term.loss(network))
-                terms[f"{letter}_{name}"] = term
-                weights.append(getattr(config, name))
-        chosen.append(Objective(terms, weights))
-    return chosen[0], chosen[1]
+# --------------------------------------------------------------------------- 4. One training step
+
+AUGMENTS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {}  # section 6 fills it
 
 
-def logit(probability: float) -> float:
-    """log(p / (1 - p)); inf for 1."""
-    return math.inf if probability >= 1 else math.log(probability / (1 - probability))
+class Batches:
+    """Draws reals, their breeds and latents on the device; each dog once an epoch."""
+
+    def __init__(self, crops: CropSet, config: Config, rng: torch.Generator | None) -> None:
+        """`crops` and `rng` are on one device."""
+        self.crops, self.config, self.rng = crops, config, rng
+        self.breed = hide_labels(crops.breed, config)
+        device = crops.pixels.device
+        self.order = torch.arange(len(crops.first), device=device)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps_per_epoch = max(1, len(crops.first) // config.batch_size)
+
+    def shuffle(self) -> None:
+        """Begin an epoch."""
+        device = self.order.device
+        self.order.copy_(torch.randperm(len(self.order), generator=self.rng, device=device))
+        self.cursor.zero_()
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 (B, 3, 64, 64) reals in [-1, 1], int64 (B,) breeds, float32 (B, latent_dim) z."""
+        config, device = self.config, self.order.device
+        places = self.cursor + torch.arange(config.batch_size, device=device)
+        rows = self.order[places % len(self.order)]
+        self.cursor += config.batch_size
+        reals = draw_reals(self.crops, rows, self.rng, config.mirror)
+        random = partial(torch.rand, generator=self.rng, device=device)
+        if config.noise:  # Soenderby et al. 2017 (arXiv 1610.04490)
+            reals = reals + config.noise * random(reals.shape)
+        shape = (config.batch_size, config.latent_dim)
+        if config.latents == "uniform":
+            return reals, self.breed[rows], 2 * random(shape) - 1
+        z = torch.randn(shape, generator=self.rng, device=device)
+        return reals, self.breed[rows], z
 
 
-# -------------------------------------------------------------------------------------- 4. One step
+def draw_reals(
+    crops: CropSet, rows: Tensor, generator: torch.Generator | None, mirror: float = 0.5
+) -> Tensor:
+    """One view of each dog in `rows`, of a random kind of crop, mirrored with probability `mirror`.
 
-# The augmentations are differentiable, for reals and fakes alike, in D's step and in G's, drawn
-# anew for every image: Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32
-# (N, 3, 64, 64) to the same.
+    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], channels last in memory.
+    """
+    random = torch.rand((3, len(rows)), generator=generator, device=rows.device)
+    kind = torch.bucketize(random[0], crops.weights.cumsum(0)[:-1], right=True)
+    view = (random[1] * crops.count[rows, kind]).long() + crops.first[rows, kind]
+    pixels = crops.pixels[view].permute(0, 3, 1, 2)
+    mirrored = (random[2] < mirror)[:, None, None, None]
+    return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
+
+
+class Optimizer:
+    """Fused Adam (Kingma and Ba 2015, arXiv 1412.6980) of one network, with its own loss scale.
+
+    One scale for both networks would let a strong R1, which overflows in D alone, take G's scale
+    down with it.
+    """
+
+    def __init__(self, network: nn.Module, lr: float, config: Config, scaled: bool) -> None:
+        """`lr`: the full learning rate. `scaled`: with a loss scale, which only fp16 needs."""
+        self.parameters, self.full_lr, self.scaled = list(network.parameters()), lr, scaled
+        device = self.parameters[0].device
+        # A tensor, which a captured step reads from memory; CUDA's kernel wants float32.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self.lr = torch.tensor(lr, dtype=dtype, device=device)
+        self.loss_scale = torch.full((), 65536.0, device=device)
+        on_meta = device.type == "meta"  # has no fused Adam, and nothing to update
+        betas = (config.beta1, config.beta2)
+        self.adam = torch.optim.Adam(self.parameters, betas=betas, fused=not on_meta)
+        self.adam.param_groups[0]["lr"] = self.lr
+        for p in self.parameters:  # as Adam's first step would make it: a capture needs it before
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adam.state[p] = {"step": torch.zeros((), device=device), **moments}
+
+    @property
+    def scale(self) -> Tensor | float:
+        """The factor of the loss that keeps half-precision gradients above 0."""
+        return self.loss_scale if self.scaled else 1.0
+
+    def set_rate(self, share: float) -> None:
+        """Use this share of the full learning rate from now on."""
+        self.lr.fill_(self.full_lr * share)
+
+    def minimise(self, loss: Tensor) -> None:
+        """One step on `loss`; `autograd.grad` leaves the other network's weights alone.
+
+        Fused Adam divides the scale out of the gradients. If they overflow, the step is skipped and
+        the scale halved; else the scale grows, twofold in 2,000 calls.
+        """
+        gradients = torch.autograd.grad(
+            loss * self.scale if self.scaled else loss,
+            self.parameters,
+            allow_unused=True,  # a head that no term reads
+            materialize_grads=True,
+        )
+        for parameter, gradient in zip(self.parameters, gradients):
+            parameter.grad = laid_out_like(gradient, parameter)
+        if self.scaled:
+            finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+            self.adam.grad_scale, self.adam.found_inf = self.loss_scale, (~finite).float()
+        if not self.lr.is_meta:
+            self.adam.step()
+        if self.scaled:  # no `where`: it would copy from the host
+            self.loss_scale.mul_(0.5 + finite * (2 ** (1 / 2000) - 0.5))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `minimise` changes besides the parameters, by name."""
+        states = enumerate(self.adam.state.values())
+        found = {f"{i}.{k}": v for i, state in states for k, v in state.items()}
+        return found | {"loss_scale": self.loss_scale}
+
+
+def laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """`gradient` with the strides of `parameter`.
+
+    Adam's fused kernels walk raw memory: CUDA's refuse other strides, the CPU's mix up the elements
+    without an error. `autograd.grad` returns any strides: NCHW for channels-last weights after a
+    double backward (R1), and from cuDNN for a 1 x 1 input (G's first layer).
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
+class Trainer:
+    """G, D, their optimisers and averages, and one training step, on one device.
+
+    `one_step` runs eagerly or captured as a CUDA graph (`capture`): nothing in it waits for the
+    device, and everything that it changes is a tensor that keeps its address.
+    """
+
+    def __init__(self, config: Config, crops: CropSet, device: torch.device) -> None:
+        """Raises `UserError` where `config` needs several breeds and `crops` has one."""
+        if config.condition != "none" and len(crops.breeds) < 2:
+            raise UserError(
+                f"--condition {config.condition} needs several breeds, and these dogs have one:"
+                " give --data with annotations or labels, or leave --condition out."
+            )
+        self.config, self.device, self.crops = config, device, crops.to(device)
+        self.layout, self.precision = (
+            memory_layout(device),
+            choose_precision(config.precision, device),
+        )
+        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        self.G, self.D = build_networks(config, device, len(crops.breeds))
+        if self.G.breeds:
+            breeds = torch.arange(self.G.breeds, device=device)
+            self.G.frequency.copy_((self.crops.breed[:, None] == breeds).float().mean(0))
+        self.d_objective = Objective(config, self.D, "d")
+        self.g_objective = Objective(config, self.G, "g")
+        fp16 = self.precision == "fp16"
+        self.opt_d = Optimizer(self.D, config.d_lr, config, fp16)
+        self.opt_g = Optimizer(self.G, config.g_lr, config, fp16)
+        self.averages = Averages(self.G)
+        self.rng = torch.Generator(device if device.type == "cuda" else "cpu")
+        self.rng.manual_seed(config.seed)
+        self.batches = Batches(self.crops, config, self.rng)
+        self.augments = [AUGMENTS[name] for name in parse_augment(config.augment)]
+        self.stats = (*self.d_objective.terms, *self.g_objective.terms, *D_OUTPUTS)
+        self.sums = torch.zeros(len(self.stats), device=device)
+        self.steps_done = self.rollbacks = self.summed = 0
+        self._means = dict.fromkeys(self.stats, 0.0)
+        self.update_networks: Callable[[], None] = self.one_step  # or a replay of it
+        self._in_flight: deque[torch.cuda.Event] = deque()
+
+    def step(self, progress: float) -> None:
+        """One training step at `progress` (0 to 1) of the run; at most 4 steps are in flight."""
+        if self.steps_done % self.batches.steps_per_epoch == 0:
+            self.batches.shuffle()
+        start = self.config.lr_decay_start
+        for optimizer in (self.opt_d, self.opt_g):
+            optimizer.set_rate(min(1.0, (1 - progress) / (1 - start)) if start < 1 else 1.0)
+        self.update_networks()
+        self.steps_done += 1
+        self.summed += 1
+        if self.steps_done % self.config.average_every == 0:
+            self.averages.update(self.G, progress, self.config)
+        if self.device.type == "cuda":
+            self._in_flight.append(torch.cuda.Event())
+            self._in_flight[-1].record()
+            if len(self._in_flight) > 4:
+                self._in_flight.popleft().synchronize()
+
+    def one_step(self) -> None:
+        """One update of D, then one of G. The registries decide what is trained, not this."""
+        reals, labels, z = self.batches.draw()
+        with self.autocast():
+            fakes = self.G(z, labels)  # one forward serves both updates
+            seen = self.judge(reals, fakes.detach(), labels, self.opt_d)
+            d_loss, d_values = self.d_objective(seen)
+        self.opt_d.minimise(d_loss)
+        with self.autocast():  # a new context: the old one has cached D's weights
+            shown = reals if self.g_objective.reads_reals else reals[:0]
+            g_loss, g_values = self.g_objective(self.judge(shown, fakes, labels, self.opt_g))
+        self.opt_g.minimise(g_loss)
+        certain = LOSSES[self.config.loss].certain(seen).float().mean()
+        outputs = [seen.real.logits.mean(), seen.fake.logits.mean(), certain]
+        self.sums += torch.stack([*d_values, *g_values, *outputs]).detach()
+
+    def judge(self, reals: Tensor, fakes: Tensor, labels: Tensor, optimizer: Optimizer) -> Seen:
+        """Augment both and let D judge them in one forward; there may be no reals."""
+        images = torch.cat([reals, fakes])
+        with self.autocast(False):  # a shift by pixels is exact in float32 only
+            for augment in self.augments:
+                images = augment(images, self.rng)
+        images = images.contiguous(memory_format=self.layout).requires_grad_()
+        verdict = self.D(images, len(reals), torch.cat([labels[: len(reals)], labels]))
+        real, fake = verdict.split(len(reals))
+        return Seen(images, reals, fakes, real, fake, labels, self.config, optimizer.scale)
+
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        """The context in which the networks compute in this run's precision; else float32."""
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(
+            "cuda" if self.device.type == "cuda" else "cpu",
+            dtype, enabled=enabled and dtype is not None,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def is_healthy(self) -> bool:
+        """Whether all weights are finite and no loss scale fell below 1; waits for the device.
+
+        A loss that is not finite makes weights so at once, except in fp16, which skips the update
+        and halves the scale.
+        """
+        norms = torch._foreach_norm([*self.G.parameters(), *self.D.parameters()])
+        scales = torch.stack([self.opt_g.loss_scale, self.opt_d.loss_scale])
+        return bool(torch.stack(norms).isfinite().all() & (scales >= 1).all())
+
+    def read_stats(self) -> dict[str, float]:
+        """The means of `stats` over the steps since the last call; waits for the device."""
+        if self.summed:
+            self._means = dict(zip(self.stats, (self.sums / self.summed).tolist()))
+            self.sums.zero_()
+            self.summed = 0
+        return self._means
+
+
+D_OUTPUTS = ("d_real", "d_fake", "past_margin")  # D's mean logits; the share of certain reals
+
+
+# -------------------------------------------------------------------------------------- 5. Averages
+
+
+class Averages:
+    """The EMA and, from `swa_start` on, the equal-weight SWA of G's parameters.
+
+    SWA: Izmailov et al. 2018 (arXiv 1803.05407). For the G of a GAN: Yazici et al. 2019 (arXiv
+    1806.04498).
+    """
+
+    def __init__(self, G: nn.Module) -> None:
+        self.ema = [p.detach().clone() for p in G.parameters()]
+        self.swa = [p.detach().clone() for p in G.parameters()]
+        self.ema_updates = self.swa_updates = 0
+
+    @torch.no_grad()
+    def update(self, G: nn.Module, progress: float, config: Config) -> None:
+        """Add G's weights, `average_every` steps after the last time."""
+        weights = list(G.parameters())
+        self.ema_updates += 1
+        # Early on the mean of about the last tenth of the updates: no trace of the initial weights.
+        warm = (1 + self.ema_updates) / (10 + self.ema_updates)
+        beta = stepped_beta(progress) if config.ema_schedule == "stepped" else config.ema_beta
+        torch._foreach_lerp_(self.ema, weights, 1 - min(beta**config.average_every, warm))
+        if progress >= config.swa_start:
+            self.swa_updates += 1
+            torch._foreach_lerp_(self.swa, weights, 1 / self.swa_updates)
+
+    def choose(self, average: str) -> str:
+        """Which weights make the submission: `average`, but the EMA while SWA has fewer than ten
+        snapshots, and the raw weights while the EMA has none."""
+        if average == "swa" and self.swa_updates < 10:
+            average = "ema"
+        return "none" if average == "ema" and self.ema_updates == 0 else average
+
+    @torch.no_grad()
+    def generator(self, like: nn.Module, choice: str, batches: int, config: Config) -> nn.Module:
+        """A copy of G with the weights of `choice`, its norms estimated over `batches`, in eval."""
+        G = copy.deepcopy(like)
+        weights = {"swa": self.swa, "ema": self.ema, "none": list(like.parameters())}[choice]
+        for target, source in zip(G.parameters(), weights, strict=True):
+            target.copy_(source)
+        return estimate_norms(G, batches, config)
+
+
+WEIGHTS = {"swa": "SWA generator", "ema": "EMA generator", "none": "raw generator"}
+
+
+def stepped_beta(progress: float) -> float:
+    """An EMA's decay that rises at epochs 200, 300 and 400 of 620, as in preset first-public."""
+    return 1 - 0.1 ** (1 + sum(progress >= epoch / 620 for epoch in (200, 300, 400)))
+
+
+def estimate_norms(G: nn.Module, batches: int, config: Config) -> nn.Module:
+    """Estimate G's batch-norm statistics over `batches` x 128 latents; returns it in eval mode.
+
+    Averaged weights have no statistics of their own, and those of any single G are wrong for them
+    (Izmailov et al. 2018, section 3.2). Cumulative means, as in PreciseBN (arXiv 2105.07576).
+    """
+    device = next(G.parameters()).device
+    norms = [module for module in G.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+    G.train()
+    if hasattr(G, "settle"):
+        G.settle()
+    if norms:
+        latents = draw_latents(batches * SAMPLE_BATCH, config, "norms")
+        labels = draw_labels(G, len(latents), config.seed)
+        with full_precision(), torch.no_grad():
+            for z, label in in_batches(latents, labels):
+                G(z.to(device), label.to(device))
+    return G.eval()
+
+
+# ------------------------------------------------------------ 6. Recipes: parts that register themselves
+
+# Augmentation, the same for reals and fakes, differentiable, in both updates, drawn anew for each
+# image: Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32 (N, 3, 64, 64) to the
+# same shape.
 
 
 def augment_color(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -809,15 +992,15 @@ def augment_color(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def augment_translation(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A shift by up to 8 pixels each way, mirrored at the border: no black wedges to learn.
+    """A shift by up to 8 pixels along each axis, reflected at the border: no black wedges to learn.
 
-    Two products with shift matrices: exact, and with a gradient that is the same in every run,
-    where that of an indexed copy is summed in any order.
+    Two products with shift matrices: exact, and with a reproducible gradient, where that of an
+    indexed copy is summed in any order.
     """
     side = x.shape[-1]
     reach = side // 8
-    chance = torch.rand((2, len(x), 1), generator=generator, device=x.device)
-    shift = (chance * (2 * reach + 1)).long() - reach
+    random = torch.rand((2, len(x), 1), generator=generator, device=x.device)
+    shift = (random * (2 * reach + 1)).long() - reach
     pixel = torch.arange(side, device=x.device)
     source = (pixel + shift).abs()
     source = side - 1 - (side - 1 - source).abs()
@@ -826,276 +1009,371 @@ def augment_translation(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def augment_cutout(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A grey square of half the side, its centre anywhere."""
+    """A grey square of half the side, centred anywhere."""
     side = x.shape[-1]
-    chance = torch.rand((2, len(x), 1), generator=generator, device=x.device)
-    centre = (chance * (side + 1)).floor()
+    random = torch.rand((2, len(x), 1), generator=generator, device=x.device)
+    centre = (random * (side + 1)).floor()
     pixel = torch.arange(side, device=x.device)
     rows, columns = (pixel >= centre - side // 4) & (pixel < centre + side // 4)
-    hole = rows[:, None, :, None] & columns[:, None, None, :]
-    return x.masked_fill(hole, 0.0)
+    return x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
 
 
-AUGMENTS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {
+AUGMENTS |= {
     "color": augment_color,
     "translation": augment_translation,
     "cutout": augment_cutout,
 }
 
 
-class Batches:
-    """Reals, their breeds and latents, drawn on the device; each dog once an epoch."""
-
-    def __init__(self, crops: CropSet, config: Config, rng: torch.Generator | None) -> None:
-        """`crops` on the device of the networks, as is `rng`."""
-        self.crops, self.config, self.rng = crops, config, rng
-        device, dogs = crops.pixels.device, len(crops.first)
-        self.order = torch.arange(dogs, device=device)
-        self.cursor = torch.zeros((), dtype=torch.int64, device=device)
-        # The same dogs in every part of a run, and all that a smaller share holds in a larger one.
-        chance = torch.Generator().manual_seed(seed_for(config.seed, "labelled"))
-        known = torch.rand(dogs, generator=chance) < config.labelled
-        self.breed = torch.where(known.to(device), crops.breed, UNKNOWN)
-        self.steps_per_epoch = max(1, dogs // config.batch_size)
-
-    def shuffle(self) -> None:
-        """Begin an epoch."""
-        device = self.order.device
-        self.order.copy_(torch.randperm(len(self.order), generator=self.rng, device=device))
-        self.cursor.zero_()
-
-    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 (B, 3, 64, 64) reals in [-1, 1], int64 (B,) breeds or `UNKNOWN`, float32
-        (B, latent_dim) z."""
-        config, device = self.config, self.order.device
-        places = self.cursor + torch.arange(config.batch_size, device=device)
-        rows = self.order[places % len(self.order)]
-        self.cursor += config.batch_size
-        reals = draw_reals(self.crops, rows, self.rng, config.mirror)
-        if config.noise:  # (Soenderby et al. 2017, arXiv 1610.04490)
-            reals = reals + config.noise * torch.rand(
-                reals.shape, generator=self.rng, device=device
-            )
-        z = torch.randn(config.batch_size, config.latent_dim, generator=self.rng, device=device)
-        return reals, self.breed[rows], z
+def parse_augment(text: str) -> tuple[str, ...]:
+    """`"color,cutout"` to `("color", "cutout")`, `""` to `()`. Raises `UserError`."""
+    names = tuple(name.strip() for name in text.split(",") if text)
+    if not set(names) <= set(AUGMENTS) or len(set(names)) < len(names):
+        raise UserError(f"--augment {text}: give some of {', '.join(AUGMENTS)}, once each.")
+    return names
 
 
-def draw_reals(
-    crops: CropSet, rows: Tensor, generator: torch.Generator | None, mirror: float = 0.5
-) -> Tensor:
-    """One view of each dog in `rows`, its kind drawn anew, a share of `mirror` mirrored.
+# Conditioning on breeds. In G: class-conditional batch norm. In D: a projection (Miyato and Koyama
+# 2018, arXiv 1802.05637) and a classifier (AC-GAN, Odena et al. 2017, arXiv 1610.09585).
 
-    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], channels last in memory.
+
+class BreedBatchNorm2d(nn.Module):
+    """Batch norm with a gain and a bias per breed (Dumoulin et al. 2017, arXiv 1610.07629)."""
+
+    def __init__(self, num_features: int, breeds: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_features, affine=False)
+        self.weight = nn.Parameter(torch.ones(breeds, num_features))
+        self.bias = nn.Parameter(torch.zeros(breeds, num_features))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """`x`: (N, num_features, H, W), `labels`: int64 (N,)."""
+        weight, bias = (F.embedding(labels, p)[:, :, None, None] for p in (self.weight, self.bias))
+        return torch.addcmul(bias, self.norm(x), weight).to(x.dtype)
+
+
+class BreedGenerator(Generator):
+    """A DCGAN's G that draws a dog of a given breed."""
+
+    def __init__(self, latent_dim: int, width: int, architecture: str, breeds: int) -> None:
+        super().__init__(latent_dim, width, architecture, partial(BreedBatchNorm2d, breeds=breeds))
+        self.constructor |= {"kind": "breed", "breeds": breeds}
+        self.breeds = breeds
+        self.register_buffer("frequency", torch.full((breeds,), 1 / breeds))
+
+    @classmethod
+    def of(cls, config: Config, breeds: int) -> BreedGenerator:
+        """The one that `config` asks for."""
+        return cls(config.latent_dim, config.width, config.architecture, breeds)
+
+
+class Projection(nn.Module):
+    """Adds to the logit the product of an embedding of the breed and the mean features."""
+
+    def __init__(self, channels: int, breeds: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(breeds, channels))  # 0: D begins unconditional
+
+    def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
+        """`x`: (N, channels, 4, 4), D's last activations."""
+        added = (F.embedding(labels, self.embedding) * x.mean((2, 3))).sum(1)
+        return verdict._replace(logits=verdict.logits + added)
+
+
+class Classifier(nn.Module):
+    """Logits of the breeds from the mean features."""
+
+    def __init__(self, channels: int, breeds: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, breeds)
+
+    def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
+        """`x`: (N, channels, 4, 4), D's last activations."""
+        return verdict._replace(classes=at_least_float32(self.linear(x.mean((2, 3)))))
+
+
+UNKNOWN = -1  # the label of a dog whose breed D does not learn from
+
+
+def hide_labels(breed: Tensor, config: Config) -> Tensor:
+    """int64 (dogs,): `breed`, with `UNKNOWN` outside a share of `config.labelled`.
+
+    The same dogs in every part of a run; a larger share contains a smaller one.
     """
-    chance = torch.rand((3, len(rows)), generator=generator, device=rows.device)
-    kind = torch.bucketize(chance[0], crops.weights.cumsum(0)[:-1], right=True)
-    view = (chance[1] * crops.count[rows, kind]).long() + crops.first[rows, kind]
-    pixels = crops.pixels[view].permute(0, 3, 1, 2)
-    mirrored = (chance[2] < mirror)[:, None, None, None]
-    return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
+    generator = torch.Generator().manual_seed(seed_for(config.seed, "labelled"))
+    known = torch.rand(len(breed), generator=generator) < config.labelled
+    return torch.where(known.to(breed.device), breed, UNKNOWN)
 
 
-def contrast_of(crops: CropSet) -> Tensor:
-    """The root mean square of a thousand or two of the views, in [-1, 1]; float32 scalar."""
-    some = crops.pixels[:: max(1, len(crops.pixels) // 1024)]
-    return some.float().div(127.5).sub(1).square().mean().sqrt()
+def classify_reals(seen: Seen) -> Tensor:
+    """Cross-entropy of the breeds over the reals whose breed is known; 0 if there are none.
+
+    D learns from reals only: a fake without a clear breed teaches nothing.
+    """
+    known = (seen.labels != UNKNOWN).sum().clamp(min=1)
+    classes = seen.real.classes
+    return F.cross_entropy(classes, seen.labels, ignore_index=UNKNOWN, reduction="sum") / known
 
 
-class TrainingStep:
-    """G, D, their optimisers, and one update of both, on one device.
+def classify_fakes(seen: Seen) -> Tensor:
+    """Cross-entropy of the breeds that the fakes were generated from."""
+    return F.cross_entropy(seen.fake.classes, seen.labels)
 
-    The same code runs eagerly or captured as a CUDA graph (`capture`): nothing in it waits for the
-    device, and everything that it changes is a tensor that stays where it is.
+
+def is_conditional(config: Config) -> bool:
+    """Whether G and D get breeds as input."""
+    return config.condition == "breed"
+
+
+GENERATORS["breed"] = BreedGenerator
+CONDITIONS["breed"] = Variant(
+    text="G and D get the label", generator="breed", without=("labelled", "g_norm=virtual")
+)
+D_TERMS["classify"] = Term(classify_reals)
+G_TERMS["classify"] = Term(classify_fakes, wanted=is_conditional)
+
+
+# K breeds and "fake" as K + 1 classes, with G unconditional: Salimans et al. 2016 (Improved
+# Techniques for Training GANs, arXiv 1606.03498), section 5; the other parts of that paper follow.
+
+
+class FakeClass(nn.Module):
+    """Turns K + 1 outputs, "fake" first, into the logits of the breeds and of being real.
+
+    Of the K + 1 outputs only the differences count, so "fake" is subtracted from the breeds; the
+    logit whose sigmoid is the breeds' share is then their log-sum-exp.
     """
 
-    def __init__(self, config: Config, crops: CropSet, device: torch.device) -> None:
-        self.config, self.device, self.crops = config, device, crops.to(device)
-        self.G, self.D = build_networks(config, device, len(crops.breeds))
-        self.d_objective, self.g_objective = objectives(config, self.G, self.D)
-        self.opt_g = make_adam(self.G, config.g_lr, config)
-        self.opt_d = make_adam(self.D, config.d_lr, config)
-        self.contrast = contrast_of(self.crops) if config.contrast else None
-        self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
-        self.augmenting = torch.ones((), dtype=torch.bool, device=device)  # from their start on
-        self.precision = choose_precision(config.precision, device)
-        self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
-        self.rng = torch.Generator(device if device.type == "cuda" else "cpu")
-        self.rng.manual_seed(config.seed)
-        self.batches = Batches(self.crops, config, self.rng)
-        self.kinds = (True, False) if config.r1_every > 1 else (True,)  # of step: lazy or not
-        self.stats = (*self.d_objective.terms, *self.g_objective.terms, *D_OUTPUTS)
-        self.sums = torch.zeros(len(self.stats), device=device)
+    def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
+        """Needs a verdict whose `logits` are of "fake"."""
+        classes = verdict.classes - verdict.logits[:, None]
+        return verdict._replace(logits=classes.logsumexp(1), classes=classes)
 
-    def one_step(self, lazy: bool = True) -> None:
-        """One update of D and one of G; `lazy`: with the terms that not every step has.
 
-        What is trained stands in the registries, not here.
+class MinibatchDiscrimination(nn.Module):
+    """Lets D see how similar each image's features are to those of its batch (section 3.2).
+
+    o(x_i)_b = sum over j of exp(-|M_i,b - M_j,b|_1), M = T f(x), with i among the j; reals and
+    fakes separately, like split batch norm. Five numbers per kernel b, and f averaged over the map,
+    as in the authors' network for CIFAR-10.
+    """
+
+    def __init__(self, channels: int, outputs: int, kernels: int, numbers: int = 5) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.project = nn.Linear(channels, kernels * numbers, bias=False)
+        self.weight = nn.Parameter(torch.zeros(outputs, kernels))  # of o, in D's linear layer
+
+    def similarity(self, f: Tensor, num_real: int) -> Tensor:
+        """(N, channels), the `num_real` reals first, to float32 (N, kernels): each from 1 to the
+        number of reals or of fakes."""
+        m = at_least_float32(self.project(f)).unflatten(1, (self.kernels, -1))
+        groups = m.split([num_real, len(m) - num_real])
+        # leaky_relu(x, -1) is |x|. `cdist` has no second derivative, which R1 needs, and that of
+        # `abs` is a tensor without memory, which torch adds up on another device.
+        near = [(-F.leaky_relu(g[:, None] - g, -1.0).sum(3)).exp().sum(1) for g in groups]
+        return torch.cat(near)
+
+    def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
+        """`x`: (N, channels, 4, 4), D's last activations."""
+        o = self.similarity(x.mean((2, 3)), num_real)
+        added = (o[:, None] * self.weight).sum(2)
+        logits, classes = verdict.logits + added[:, 0], verdict.classes + added[:, 1:]
+        return verdict._replace(logits=logits, classes=classes)
+
+
+class VirtualBatchNorm2d(nn.Module):
+    """Batch norm by a fixed reference batch and the image itself (section 3.5): no image depends on
+    the others of its batch, in training or after."""
+
+    def __init__(self, num_features: int, reference: int, eps: float = 1e-5) -> None:
+        """`reference`: how many images at the head of each batch are the reference."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.reference, self.eps = reference, eps
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """`x`: (reference + N, num_features, H, W); `labels` are ignored.
+
+        The reference is normalised by its own mean and variance, an image by those of the reference
+        and itself, pooled with weights n and 1 over n + 1.
         """
-        reals, labels, z = self.batches.draw()
-        with self.autocast():
-            fakes = self.G(z, labels)  # one forward serves both steps
-            seen = self.show(reals, fakes.detach(), labels)
-            d_loss, d_values = self.d_objective(seen, lazy)
-        update(self.opt_d, d_loss, self.scale)
-        with self.autocast():  # anew: autocast remembers the weights from before the update
-            again = reals if self.g_objective.reads_reals else reals[:0]
-            g_loss, g_values = self.g_objective(self.show(again, fakes, labels))
-        update(self.opt_g, g_loss, self.scale)
-        sure = self.config.margin if self.config.margin < 1 else 0.8  # without one: that of dogs
-        past = (seen.real.logits > logit(sure)).float().mean()
-        outputs = [seen.real.logits.mean(), seen.fake.logits.mean(), past]
-        self.sums += torch.stack([*d_values, *g_values, *outputs]).detach()
-
-    def show(self, reals: Tensor, fakes: Tensor, labels: Tensor) -> Seen:
-        """D's verdicts on both, augmented; there may be no reals."""
-        images = plain = torch.cat([reals, fakes])
-        with self.autocast(False):  # a shift is exact in float32 alone
-            for name in self.augments:
-                images = AUGMENTS[name](images, self.rng)
-        if self.config.augment_start:  # a captured step cannot leave them out
-            images = torch.where(self.augmenting, images, plain)
-        images = images.contiguous(memory_format=self.layout).requires_grad_()
-        told = torch.cat([labels[: len(reals)], labels])
-        real, fake = self.D(images, len(reals), told).split(len(reals))
-        scale = 1.0 if self.scale is None else self.scale
-        return Seen(images, real, fake, labels, fakes, self.contrast, self.config, scale)
-
-    def autocast(self, wanted: bool = True) -> torch.autocast:
-        """The context in which networks compute in this run's precision; else float32."""
-        dtype = PRECISIONS[self.precision]
-        kind = "cuda" if self.device.type == "cuda" else "cpu"
-        return torch.autocast(kind, dtype, enabled=wanted and dtype is not None)
-
-    @property
-    def scale(self) -> Tensor | None:
-        """The factor of a loss that keeps half-precision gradients off 0; only fp16 needs one."""
-        return self.loss_scale if self.precision == "fp16" else None
+        wide, n = at_least_float32(x), self.reference
+        var, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
+        ref_var, ref_mean = torch.var_mean(wide[:n], (0, 2, 3), correction=0, keepdim=True)
+        share, gap = 1 / (n + 1), mean[n:] - ref_mean
+        pooled = ref_var.lerp(var[n:], share) + share * (1 - share) * gap.square()
+        var = torch.cat([ref_var.expand_as(var[:n]), pooled])
+        mean = torch.cat([ref_mean.expand_as(mean[:n]), ref_mean + share * gap])
+        gain = self.weight[:, None, None] * (var + self.eps).rsqrt()
+        shift = self.bias[:, None, None] - mean * gain
+        return torch.addcmul(shift, wide, gain).to(x.dtype)
 
 
-D_OUTPUTS = ("d_real", "d_fake", "past_margin")  # D's mean logits; the share of reals past it
+class VirtualGenerator(Generator):
+    """A DCGAN's G with virtual batch norm, whose reference latents are part of it."""
+
+    def __init__(self, latent_dim: int, width: int, architecture: str, reference: int) -> None:
+        """`reference`: how many latents."""
+        norm = partial(VirtualBatchNorm2d, reference=reference)
+        super().__init__(latent_dim, width, architecture, norm)
+        self.constructor |= {"kind": "virtual", "reference": reference}
+        self.register_buffer("reference", torch.randn(reference, latent_dim))
+
+    @classmethod
+    def of(cls, config: Config, breeds: int) -> VirtualGenerator:
+        """The one that `config` asks for; the reference is as large as a batch, as in the paper."""
+        return cls(config.latent_dim, config.width, config.architecture, config.batch_size)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As `Generator`."""
+        return super().forward(torch.cat([self.reference, z]))[len(self.reference) :]
 
 
-def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) -> None:
-    """One Adam step on `loss`; `autograd.grad` leaves the other network's weights alone.
+def g_matching(seen: Seen) -> Tensor:
+    """Feature matching, |mean f(real) - mean f(fake)|^2, as G's adversarial loss (section 3.1).
 
-    `scale`: a factor of the loss that fused Adam divides out of the gradients. Where they overflow
-    the step is skipped and the scale halved; else it grows, twofold in 2,000 calls.
+    f is the output of D's last convolution (of the residual D: activated), each channel at each of
+    4 x 4 places, before split norm, which would make the means equal. The gradient is 0 where both
+    means are equal, whatever the single images are.
     """
-    group = adam.param_groups[0]
-    parameters = group["params"]
-    gradients = torch.autograd.grad(
-        loss if scale is None else loss * scale,
-        parameters,
-        allow_unused=True,  # a head that no term reads
-        materialize_grads=True,
-    )
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = laid_out_like(gradient, parameter)
-    if scale is None:
-        adam.step()
-        return
-    finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-    if group["fused"]:
-        adam.grad_scale, adam.found_inf = scale, (~finite).float()
-        adam.step()
-    elif finite:  # waits for the device; only where fused Adam does not work
-        torch._foreach_div_([p.grad for p in parameters], scale)
-        adam.step()
-    scale.mul_(0.5 + finite * (2 ** (1 / 2000) - 0.5))  # no `where`: it would copy from the host
+    real, fake = (at_least_float32(v.features).mean(0) for v in (seen.real, seen.fake))
+    return (real - fake).square().sum()
 
 
-# -------------------------------------------------------------------------------------- 5. Averages
+class HistoricalAverage(nn.Module):
+    """|theta - mean of theta[1] ... theta[t]|^2 over all weights of a network (section 3.3).
 
-
-class Averages:
-    """The EMA and, late, the equal-weight SWA of G's parameters; norms are estimated afterwards.
-
-    SWA: Izmailov et al. 2018 (arXiv 1803.05407); of a GAN's G: Yazici et al. 2019 (arXiv
-    1806.04498).
+    Pulls the weights back to where they were, so that the two players do not circle each other.
+    The mean is not part of the gradient.
     """
 
-    def __init__(self, G: nn.Module) -> None:
-        self.ema = [p.detach().clone() for p in G.parameters()]
-        self.swa = [p.detach().clone() for p in G.parameters()]
-        self.ema_updates = self.swa_updates = 0
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.weights = list(network.parameters())  # in a list, so they are not registered here
+        count = torch.zeros((), dtype=torch.int64, device=self.weights[0].device)
+        self.register_buffer("count", count)
+        for k, weight in enumerate(self.weights):
+            self.register_buffer(f"mean_{k}", weight.detach().clone())
 
-    @torch.no_grad()
-    def update(self, G: nn.Module, progress: float, config: Config) -> None:
-        """Take in G as it is now, `average_every` steps after the last time."""
-        weights = list(G.parameters())
-        self.ema_updates += 1
-        # Early on an average over the last tenth of the updates: no trace of the initial weights.
-        warm = (1 + self.ema_updates) / (10 + self.ema_updates)
-        beta = stepped_beta(progress) if config.ema_schedule == "stepped" else config.ema_beta
-        torch._foreach_lerp_(self.ema, weights, 1 - min(beta**config.average_every, warm))
-        if progress >= config.swa_start:
-            self.swa_updates += 1
-            torch._foreach_lerp_(self.swa, weights, 1 / self.swa_updates)
-
-    def choose(self, average: str) -> str:
-        """Which weights are submitted, by a rule that needs no look at the images.
-
-        `average` says it; but SWA only from 10 snapshots on (until then the EMA stands in), and the
-        EMA only from its first update on (until then the raw weights do).
-        """
-        if average == "swa" and self.swa_updates < 10:
-            average = "ema"
-        return "none" if average == "ema" and self.ema_updates == 0 else average
-
-    @torch.no_grad()
-    def generator(self, like: nn.Module, choice: str, batches: int, config: Config) -> nn.Module:
-        """A copy of G with the weights of `choice`, its norms estimated over `batches`, in eval."""
-        G = copy.deepcopy(like)
-        weights = {"swa": self.swa, "ema": self.ema, "none": list(like.parameters())}[choice]
-        for target, source in zip(G.parameters(), weights, strict=True):
-            target.copy_(source)
-        return estimate_norms(G, batches, config.seed, config.truncation)
+    def forward(self, seen: Seen) -> Tensor:
+        """Adds the current weights to the mean, then measures; reads nothing of `seen`."""
+        means = [self.get_buffer(f"mean_{k}") for k in range(len(self.weights))]
+        with torch.no_grad():
+            self.count += 1
+            share = 1 / self.count
+            for mean, weight in zip(means, self.weights):
+                mean.lerp_(weight, share)
+        gaps = [(weight - mean).square().sum() for weight, mean in zip(self.weights, means)]
+        return torch.stack(gaps).sum()
 
 
-WEIGHTS = {"swa": "SWA generator", "ema": "EMA generator", "none": "raw generator"}
+GENERATORS["virtual"] = VirtualGenerator
+G_NORMS["virtual"] = Variant(text="by a fixed reference batch", generator="virtual")
+CONDITIONS["classes"] = Variant(
+    text="D classifies K breeds + fake, G is unconditional", needs=("classify",)
+)
+HEADS |= {  # in the order in which D applies them
+    "minibatch": Head(
+        wanted=lambda config: config.minibatch_features > 0,
+        make=lambda config, breeds: partial(
+            MinibatchDiscrimination, kernels=config.minibatch_features
+        ),
+    ),
+    "fake class": Head(
+        wanted=lambda config: config.condition == "classes",
+        make=lambda config, breeds: lambda channels, outputs: FakeClass(),
+        outputs=lambda breeds: breeds,
+    ),
+    "projection": Head(
+        wanted=is_conditional,
+        make=lambda config, breeds: lambda channels, outputs: Projection(channels, breeds),
+    ),
+    "classifier": Head(
+        wanted=lambda config: is_conditional(config) and config.classify > 0,
+        make=lambda config, breeds: lambda channels, outputs: Classifier(channels, breeds),
+    ),
+}
+LOSSES["matching"] = Loss(
+    text="feature matching for G", d=d_margin, g=g_matching, g_reads_reals=True
+)
+D_TERMS["history"] = G_TERMS["history"] = Term(HistoricalAverage)
 
 
-def stepped_beta(progress: float) -> float:
-    """An EMA's decay that rises at epochs 200, 300 and 400 of 620, as first-public's did."""
-    return 1 - 0.1 ** (1 + sum(progress >= epoch / 620 for epoch in (200, 300, 400)))
+# Other adversarial losses, and the gradient penalty.
 
 
-def estimate_norms(G: nn.Module, batches: int, seed: int, truncation: float = 0.0) -> nn.Module:
-    """Re-estimate G's batch-norm statistics over `batches` x 128 latents; returns it in eval mode.
+def d_hinge(seen: Seen) -> Tensor:
+    """max(0, 1 - l) on reals and max(0, 1 + l) on fakes: gradient 0 past 1 (arXiv 1705.02894)."""
+    return (1 - seen.real.logits).relu().mean() + (1 + seen.fake.logits).relu().mean()
 
-    Averaged weights have no statistics of their own: those of any single G are wrong for them
-    (Izmailov et al. 2018, section 3.2). Cumulative means, as PreciseBN (arXiv 2105.07576).
+
+def g_hinge(seen: Seen) -> Tensor:
+    """-l, whose gradient is the same everywhere."""
+    return -seen.fake.logits.mean()
+
+
+LOSSES["hinge"] = Loss(
+    text="hinge", d=d_hinge, g=g_hinge, certain=lambda seen: seen.real.logits > 1,
+    without=("margin", "smoothing"),
+)  # fmt: skip
+
+
+def relativistic_squares(first: Tensor, second: Tensor, target: float) -> Tensor:
+    """(mean (a - mean b - target)^2 + mean (b - mean a + 1)^2) / 2 for logits a and b."""
+    above = (first - second.mean() - target).square().mean()
+    return (above + (second - first.mean() + 1).square().mean()) / 2
+
+
+def d_rals(seen: Seen) -> Tensor:
+    """Relativistic average least squares (Jolicoeur-Martineau 2018, arXiv 1807.00734).
+
+    0 only where all reals are 1 above the fakes' mean and all fakes 1 below the reals'. Smoothing s
+    makes the reals' target 1 - 2 s: the mean of +1 and -1 with probabilities 1 - s and s.
     """
-    device = next(G.parameters()).device
-    norms = [module for module in G.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    settle(G)
-    if not norms:  # virtual batch norm keeps no statistics
-        return G.eval()
-    latents = draw_latents(
-        batches * SAMPLE_BATCH, G.latent_dim, seed_for(seed, "norms"), truncation
-    )
-    labels = draw_labels(G, len(latents), seed)
-    with full_precision(), torch.no_grad():
-        for z, label in in_batches(latents, labels):
-            G(z.to(device), label.to(device))
-    return G.eval()
+    target = 1 - 2 * seen.config.smoothing
+    return relativistic_squares(seen.real.logits, seen.fake.logits, target)
 
 
-# ------------------------------------------------------------------------- 6. The residual networks
+def g_rals(seen: Seen) -> Tensor:
+    """The same with reals and fakes exchanged; the gradient reaches G through the fakes."""
+    return relativistic_squares(seen.fake.logits, seen.real.logits, 1.0)
 
-# The residual pair: a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's
-# second place made it: no convolution and no linear layer has a bias, and their weights, as those
-# of D's embedding, are spectral-normed.
+
+LOSSES["rals"] = Loss(
+    text="relativistic average least squares", d=d_rals, g=g_rals, g_reads_reals=True,
+    certain=lambda seen: seen.real.logits - seen.fake.logits.mean() > 1, without=("margin",),
+)  # fmt: skip
+
+
+def gradient_penalty(seen: Seen) -> Tensor:
+    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406), where D
+    is the sum of the batch's logits, as split norm makes each depend on the others.
+
+    The inner gradient is taken of scaled logits, or fp16 would round it to 0, and without autocast,
+    which would cast the backward pass's float32 products down.
+    """
+    total = seen.real.logits.mean() * seen.scale
+    with torch.autocast("cuda" if total.is_cuda else "cpu", enabled=False):
+        (slope,) = torch.autograd.grad(total, seen.images, create_graph=True)
+    count = len(seen.real.logits)
+    return (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
+
+
+D_TERMS["r1"] = Term(gradient_penalty)
+
+
+# The residual pair, a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's
+# second place built it: no convolution or linear layer has a bias, and their weights and D's
+# embedding are spectrally normalised.
 
 
 def spectral(layer: nn.Module) -> nn.Module:
-    """`layer`, its weight begun orthogonal and from now on divided by its largest singular value.
+    """`layer` with an orthogonal initial weight, always divided by its largest singular value.
 
-    Spectral norm: Miyato et al. 2018 (arXiv 1802.05957). One power iteration in each forward in
-    training mode, whose vectors are buffers that change in place.
+    Miyato et al. 2018 (arXiv 1802.05957). One power iteration per forward in training mode; its
+    vectors are buffers that change in place.
     """
     nn.init.orthogonal_(layer.weight)
     return spectral_norm(layer)
@@ -1103,38 +1381,23 @@ def spectral(layer: nn.Module) -> nn.Module:
 
 @contextmanager
 def spectral_weights(network: nn.Module) -> Iterator[None]:
-    """Compute each spectral-normed weight once, for the forward inside, and in float32.
+    """Compute each spectrally normalised weight once for the forward inside, in float32.
 
-    Autocast would take the power iteration's products in half precision, whose rounding (0.4 % in
-    bf16) would stand in every weight, and in which torch's spectral norm fails on a GPU.
+    Under autocast the power iteration's products would be in half precision: an error of 0.4 % in
+    every weight in bf16, and on a GPU torch's spectral norm fails on them.
     """
     kind = "cuda" if next(network.parameters()).is_cuda else "cpu"
     with parametrize.cached():
         with torch.autocast(kind, enabled=False):
             for module in network.modules():
                 if parametrize.is_parametrized(module):
-                    module.weight  # noqa: B018 (read, and so cached)
+                    module.weight  # noqa: B018 (computes and caches it)
         yield
 
 
-def settle(network: nn.Module, rounds: int = 200) -> None:
-    """Find the spectral norms of weights that were just put there, then keep them as they are.
-
-    The power iteration's vectors are those of the weights that were trained; those of an average
-    are others. Leaves `network` in training mode, but for them.
-    """
-    network.train()
-    with torch.no_grad():
-        for _ in range(rounds):
-            with spectral_weights(network):
-                pass
-    for module in network.modules():
-        if parametrize.is_parametrized(module):
-            module.parametrizations.eval()
-
-
 class LatentBatchNorm2d(nn.Module):
-    """Batch norm whose gain and bias are a linear map of a code: a piece of z, and the breed's."""
+    """Batch norm whose gain and bias are a linear function of a code: a piece of z and the breed's
+    embedding."""
 
     def __init__(self, num_features: int, code_dim: int) -> None:
         super().__init__()
@@ -1142,17 +1405,17 @@ class LatentBatchNorm2d(nn.Module):
         self.affine = spectral(nn.Linear(code_dim, 2 * num_features, bias=False))
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        """`x`: (N, num_features, H, W), `code`: (N, code_dim); the gain is 1 + what is mapped."""
+        """`x`: (N, num_features, H, W), `code`: (N, code_dim); the gain is 1 + a linear map."""
         gain, bias = self.affine(code)[:, :, None, None].chunk(2, 1)
         return torch.addcmul(bias, self.norm(x), 1 + gain)
 
 
 class NonLocalBlock(nn.Module):
-    """Each place of an image looks at all others (Zhang et al. 2019, SAGAN, arXiv 1805.08318).
+    """Self-attention over an image's places (Zhang et al. 2019, SAGAN, arXiv 1805.08318).
 
-    Of each 2 x 2 places it sees the largest key and value, as in BigGAN. The gain begins at 0, and
-    with it the block as the identity. Two products, not torch's fused attention: its kernels on a
-    GPU have no second derivative, which R1 needs.
+    Keys and values are max-pooled over 2 x 2 places, as in BigGAN. The gain begins at 0, and with
+    it the block as the identity. Two products, not torch's fused attention, whose CUDA kernels have
+    no second derivative, which R1 needs.
     """
 
     def __init__(self, channels: int) -> None:
@@ -1165,17 +1428,17 @@ class NonLocalBlock(nn.Module):
         self.gain = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to the same, of even H and W."""
+        """(N, channels, H, W) to the same, H and W even."""
         query = self.query(x).flatten(2)  # (N, keys, HW)
         key, value = (F.max_pool2d(conv(x), 2).flatten(2) for conv in (self.key, self.value))
         attention = (query.mT @ key).softmax(2)  # (N, HW, HW / 4)
-        seen = (attention @ value.mT).mT.unflatten(2, x.shape[2:])  # channels last in memory
-        seen = seen.contiguous() if x.is_contiguous() else seen
-        return x + self.gain * self.out(seen)
+        mixed = (attention @ value.mT).mT.unflatten(2, x.shape[2:])  # channels last in memory
+        mixed = mixed.contiguous() if x.is_contiguous() else mixed
+        return x + self.gain * self.out(mixed)
 
 
 class UpBlock(nn.Module):
-    """A residual block that doubles the side, by repeating each place."""
+    """A residual block that doubles the side by nearest-neighbour upsampling."""
 
     def __init__(self, source: int, target: int, code_dim: int) -> None:
         super().__init__()
@@ -1189,15 +1452,15 @@ class UpBlock(nn.Module):
         """(N, source, H, W) to (N, target, 2 H, 2 W)."""
         h = F.interpolate(F.relu(self.norm1(x, code), inplace=True), scale_factor=2.0)
         h = self.conv2(F.relu(self.norm2(self.conv1(h), code), inplace=True))
-        # A 1 x 1 convolution before the doubling is that after it, for a quarter of the work.
+        # A 1 x 1 convolution before upsampling equals that after it, at a quarter of the work.
         return h + F.interpolate(self.shortcut(x), scale_factor=2.0)
 
 
 class DownBlock(nn.Module):
-    """A residual block that halves the side, by means of 2 x 2 places."""
+    """A residual block that halves the side by average pooling."""
 
     def __init__(self, source: int, target: int, first: bool = False) -> None:
-        """`first`: of an image, which no ReLU may cut."""
+        """`first`: its input is an image, to which no ReLU is applied."""
         super().__init__()
         self.conv1 = spectral(nn.Conv2d(source, target, 3, padding=1, bias=False))
         self.conv2 = spectral(nn.Conv2d(target, target, 3, padding=1, bias=False))
@@ -1211,41 +1474,37 @@ class DownBlock(nn.Module):
 
 
 class ResidualGenerator(nn.Module):
-    """G of the second place: blocks up to 512, 256, 128 and 64 channels at width 64.
+    """G of the second place: blocks with 512, 256, 128 and 64 channels at width 64.
 
-    z is split into five pieces. The first is mapped to 4 x 4 places; each other one, beside an
-    embedding of the breed, is the code of a block's norms. The slides' "Embedding 32 * 4" is one
-    embedding of 32 numbers, given to all four blocks, as BigGAN shares it and as the author's
-    notebook does.
+    z is split into five pieces. The first makes 4 x 4 places; each other one, with an embedding of
+    the breed, is the code of a block's norms. The slides' "Embedding 32 * 4" is one embedding of 32
+    numbers that all four blocks share, as in BigGAN and in the author's notebook.
     """
 
     EMBEDDING = 32
 
     def __init__(self, latent_dim: int = 100, width: int = 64, breeds: int = 0) -> None:
-        """`latent_dim`: 5 at least. `breeds`: how many it is conditioned on; 0 = none."""
+        """`latent_dim`: at least 5. `breeds`: how many it is conditioned on; 0 = unconditional."""
         super().__init__()
-        self.shape = {
-            "latent_dim": latent_dim, "width": width, "layers": "residual", "breeds": breeds,
+        self.constructor = {
+            "kind": "residual", "latent_dim": latent_dim, "width": width, "breeds": breeds,
         }  # fmt: skip
-        self.latent_dim, self.breeds = latent_dim, breeds
-        self.register_buffer("frequency", torch.full((breeds,), 1 / max(1, breeds)))
-        self.embedding = nn.Embedding(breeds, self.EMBEDDING) if breeds else None
+        self.latent_dim, self.breeds, code_dim = latent_dim, breeds, 0
         if breeds:
+            self.register_buffer("frequency", torch.full((breeds,), 1 / breeds))
+            self.embedding, code_dim = nn.Embedding(breeds, self.EMBEDDING), self.EMBEDDING
             nn.init.orthogonal_(self.embedding.weight)
         first, *pieces = (len(piece) for piece in torch.empty(latent_dim).tensor_split(5))
         self.linear = spectral(nn.Linear(first, 8 * width * 16, bias=False))
         self.blocks = nn.ModuleList()
         for source, target, piece in zip((8, 8, 4, 2), (8, 4, 2, 1), pieces):
-            code_dim = piece + self.EMBEDDING * bool(breeds)
-            self.blocks.append(UpBlock(source * width, target * width, code_dim))
+            self.blocks.append(UpBlock(source * width, target * width, piece + code_dim))
         self.non_local = NonLocalBlock(2 * width)
         self.norm = nn.BatchNorm2d(width)
         self.to_rgb = spectral(nn.Conv2d(width, 3, 3, padding=1, bias=False))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """As `Generator`: (N, latent_dim) to float32 (N, 3, 64, 64) images in [-1, 1]."""
-        if labels is None and self.breeds:
-            raise ValueError(f"a generator of {self.breeds} breeds needs labels")
+        """As `Generator`."""
         first, *codes = z.tensor_split(5, dim=1)
         if self.breeds:
             breed = self.embedding(labels)
@@ -1256,30 +1515,40 @@ class ResidualGenerator(nn.Module):
                 x = block(x, code)
                 if x.shape[-1] == 32:
                     x = self.non_local(x)
-            return widened(self.to_rgb(F.relu(self.norm(x), inplace=True))).tanh()
+            return at_least_float32(self.to_rgb(F.relu(self.norm(x), inplace=True))).tanh()
+
+    @torch.no_grad()
+    def settle(self, rounds: int = 200) -> None:
+        """Run the power iteration to convergence for newly loaded weights, then freeze its vectors:
+        those of averaged weights differ from those of the weights in training."""
+        for _ in range(rounds):
+            with spectral_weights(self):
+                pass
+        for module in self.modules():
+            if parametrize.is_parametrized(module):
+                module.parametrizations.eval()
 
 
 class ResidualDiscriminator(nn.Module):
     """D of the second place: four halving blocks of 64, 128, 256 and 512 channels, sum pooling.
 
-    Real or not is a linear head and the projection of the breed (Miyato and Koyama 2018, arXiv
-    1802.05637). The projection's embedding is normed too, as in the author's notebook and BigGAN:
-    the slides leave out G's alone.
+    The projection's embedding is normalised too, as in the author's notebook and in BigGAN: the
+    slides exempt only G's.
     """
 
     def __init__(self, width: int = 64, breeds: int = 0, classify: bool = False) -> None:
-        """`classify`: with a head for the breeds."""
+        """`classify`: with a classifier of the breeds."""
         super().__init__()
         self.blocks = nn.ModuleList()
         for source, target in ((0, 1), (1, 2), (2, 4), (4, 8)):
             self.blocks.append(DownBlock(source * width or 3, target * width, first=not source))
         self.non_local = NonLocalBlock(width)
-        self.head = spectral(nn.Linear(8 * width, 1, bias=False))
+        self.linear = spectral(nn.Linear(8 * width, 1, bias=False))
         self.projection = spectral(nn.Embedding(breeds, 8 * width)) if breeds else None
         self.classifier = spectral(nn.Linear(8 * width, breeds, bias=False)) if classify else None
 
     def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
-        """(N, 3, 64, 64) images and their int64 breeds; which are real is nothing to it."""
+        """As `Discriminator`; `num_real` is ignored."""
         with spectral_weights(self):
             x = images
             for block in self.blocks:
@@ -1287,23 +1556,32 @@ class ResidualDiscriminator(nn.Module):
                 if x.shape[-1] == 32:
                     x = self.non_local(x)
             x = F.relu(x)
-            pooled = widened(x).sum((2, 3))
-            # Logits of sums over 16 places, told apart by 1: half precision is too coarse.
+            pooled = at_least_float32(x).sum((2, 3))
+            # Differences of 1 between sums over 16 places: too fine for half precision.
             with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-                logits = self.head(pooled).flatten()
+                logits = self.linear(pooled).flatten()
                 if self.projection is not None:
                     logits = logits + (self.projection(labels) * pooled).sum(1)
                 classes = pooled[:, :0] if self.classifier is None else self.classifier(pooled)
             return Verdict(logits, x, classes)
 
 
-def residual(config: Config, breeds: int) -> tuple[ResidualGenerator, ResidualDiscriminator]:
-    """The residual G and D, for `breeds` breeds; 0 = told of none."""
+def residual(config: Config, breeds: int) -> tuple[nn.Module, nn.Module]:
+    """The residual G and D. Raises `UserError` for latents of fewer than five numbers."""
+    if config.latent_dim < 5:
+        raise UserError(
+            "--architecture residual splits a latent into 5: give --latent-dim 5 or more."
+        )
+    breeds = breeds if is_conditional(config) else 0
     G = ResidualGenerator(config.latent_dim, config.width, breeds)
     return G, ResidualDiscriminator(config.d_width or config.width, breeds, config.classify > 0)
 
 
-NETWORKS["residual"] = residual
+GENERATORS["residual"] = ResidualGenerator
+ARCHITECTURES["residual"] = Architecture(
+    text="a small BigGAN", build=residual,
+    without=("g_norm", "minibatch_features", "init_std", "condition=classes"),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- 7. Data: finding dogs
@@ -1313,7 +1591,6 @@ class BadItem(Exception):
     """A picture, annotation or box that is left out; the text is the reason it is counted under."""
 
 
-LARGEST_FILE = 64 << 20  # bytes; an archive member that holds more is a mistake or an attack
 DAMAGE = (  # what zipfile, tarfile, Pillow and torch raise for damaged files
     OSError, RuntimeError, ValueError, SyntaxError, TypeError, EOFError, LookupError,
     AttributeError, ArithmeticError, struct.error, zlib.error, lzma.LZMAError,
@@ -1321,38 +1598,50 @@ DAMAGE = (  # what zipfile, tarfile, Pillow and torch raise for damaged files
 )  # fmt: skip
 
 
+@contextmanager
+def counted_as(reason: str) -> Iterator[None]:
+    """Every file from outside is read inside this: damage becomes one `BadItem`."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise BadItem("picture with too many pixels") from error
+    except DAMAGE as error:
+        raise BadItem(reason) from error
+
+
+LARGEST_FILE = 64 << 20  # bytes; a larger picture is a mistake or an attack
+
+
 class Entry(NamedTuple):
     """A file in a folder or an archive."""
 
-    path: str  # below its root, with forward slashes
-    size: int  # bytes, as its folder or archive says
-    stamp: int  # modification time in ns, or the archive's
+    path: str  # with forward slashes; its first part is the name of the folder or archive
+    size: int  # bytes, as the folder or archive claims
+    stamp: int  # modification time in ns, of the file or of its archive
     load: Callable[[], bytes]
-    label: str = ""  # its class, where it stands in a file beside
+    label: str = ""  # its class, if the set has a file of labels
 
     def read(self) -> bytes:
-        """Its bytes. Raises `BadItem` where it is too large or damaged."""
+        """The file's bytes. Raises `BadItem` if it is too large or damaged."""
         if self.size > LARGEST_FILE:
             raise BadItem("file larger than 64 MB")
-        try:
+        with counted_as("unreadable file"):
             return self.load()
-        except DAMAGE as error:
-            raise BadItem("unreadable file") from error
 
 
 @dataclass(frozen=True)
 class Photo:
     """One picture and its annotation, not yet read."""
 
-    name: str  # unique in its set, as in n02085620-Chihuahua/n02085620_10074.jpg
+    name: str  # as in n02085620-Chihuahua/n02085620_10074.jpg
     breed: str
     picture: Entry
-    annotation: Entry | None  # None in a set without any
+    annotation: Entry | None  # None in a set without annotations
 
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """The photos found, in a fixed order, and what was left out already."""
+    """The photos found, in a fixed order, and what was left out."""
 
     where: str
     photos: list[Photo]
@@ -1361,83 +1650,51 @@ class PhotoSet:
 
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-PICTURE_PLACES = (  # where a set keeps its pictures: the official layout, and Kaggle's since 2019
-    "Images", "images/Images", "all-dogs/all-dogs", "all-dogs", "all-dogs.zip", "images.tar",
-)  # fmt: skip
-ANNOTATION_PLACES = (
-    "Annotation", "annotation/Annotation", "annotations/Annotation", "Annotation.zip",
-    "annotation.zip", "annotation.tar",
-)  # fmt: skip
+PICTURE_PLACES = ("images", "all-dogs")  # names of a set's halves: folder, .zip or .tar
+ANNOTATION_PLACES = ("annotation", "annotations")
 
 
-def list_files(place: Path) -> list[Entry]:
-    """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked."""
-    try:
-        if place.is_dir():
-            entries = list(folder_entries(place))
-        elif place.exists() and not place.is_file():
-            raise ValueError("neither file nor folder")  # a pipe, which would be waited for
-        elif is_idx(place):
-            entries = list(idx_entries(place))
-        else:
-            entries = list(zip_entries(place) if zipfile.is_zipfile(place) else tar_entries(place))
-    except DAMAGE as error:
-        raise UserError(
-            f"{place} cannot be read as a folder, zip, uncompressed tar or IDX file ({error}): give"
-            " another."
-        ) from error
-    return sorted((e for e in entries if is_shown(e.path)), key=lambda e: e.path)
-
-
-def is_shown(path: str) -> bool:
-    """Whether a file is the user's own, not the system's: no dot-file, no `__MACOSX`."""
-    return not any(part.startswith((".", "__MACOSX")) for part in path.split("/")[1:])
+def is_litter(name: str) -> bool:
+    """Whether a file or folder was made by the system, not by the user."""
+    return name.startswith((".", "__MACOSX"))
 
 
 def folder_entries(place: Path) -> Iterator[Entry]:
-    """The files of a folder and of those below."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    for folder, inner, names in os.walk(place, onerror=stop, followlinks=True):
-        real = Path(folder).resolve()
-        below_it = [name for name in inner if not real.is_relative_to(Path(folder, name).resolve())]
-        inner[:] = below_it  # no link back to where it lies
-        if "config.json" in names and {"checkpoint.pt", "log.jsonl"} & {*names}:  # our results
-            inner[:] = [name for name in inner if name != "samples"]
-            names = [name for name in names if name != "progress.webp"]
-        below = Path(place.name or place.absolute().name, Path(folder).relative_to(place))
-        for file in (Path(folder, name) for name in names):
-            if file.is_file():
-                status = file.stat()
-                path = (below / file.name).as_posix()
+    """The files of a folder and of those below. Links are followed, to each folder once."""
+    top, seen = os.path.basename(os.path.abspath(place)), set()
+    for folder, inner, names in os.walk(place, followlinks=True):
+        results = {"samples", "progress.webp"} if "log.jsonl" in names else set()  # of a run here
+        if (real := os.path.realpath(folder)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = sorted(set(inner) - results)
+        for file in (Path(folder, name) for name in set(names) - results):
+            if file.is_file():  # no dead link
+                path, status = Path(top, file.relative_to(place)).as_posix(), file.stat()
                 yield Entry(path, status.st_size, status.st_mtime_ns, file.read_bytes)
 
 
 def zip_entries(place: Path) -> Iterator[Entry]:
-    """The members of a zip; each is unpacked no further than `LARGEST_FILE`, whatever it claims."""
+    """The members of a zip."""
     archive, stamp = zipfile.ZipFile(place), place.stat().st_mtime_ns
 
-    def read(info: zipfile.ZipInfo) -> bytes:
+    def load(info: zipfile.ZipInfo) -> bytes:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BadItem("zip member neither stored nor deflated")  # zipfile does not bound those
+            raise ValueError("zipfile unpacks this method without a limit")
         with archive.open(info) as member:
-            data = member.read(info.file_size)
-            if len(data) != info.file_size:
-                raise BadItem("file of another size than its archive says")
-            return data
+            return member.read(info.file_size)  # a member that holds more fails its checksum
 
     for info in archive.infolist():
         if not info.is_dir():
             path = f"{place.stem}/{info.filename.removeprefix('./')}"
-            yield Entry(path, info.file_size, stamp, partial(read, info))
+            yield Entry(path, info.file_size, stamp, partial(load, info))
 
 
 def tar_entries(place: Path) -> Iterator[Entry]:
     """The members of an uncompressed tar."""
 
-    def read(info: tarfile.TarInfo) -> bytes:
+    def load(info: tarfile.TarInfo) -> bytes:
         with place.open("rb") as file:  # a file of its own: threads do not share a position
             file.seek(info.offset_data)
             return file.read(info.size)
@@ -1449,33 +1706,24 @@ def tar_entries(place: Path) -> Iterator[Entry]:
                 raise tarfile.ReadError("a member of negative size")  # older Pythons loop on it
             if info.isreg():
                 path = f"{place.stem}/{info.name.removeprefix('./')}"
-                yield Entry(path, info.size, stamp, partial(read, info))
+                yield Entry(path, info.size, stamp, partial(load, info))
 
 
-MOST_IDX_BYTES = 1 << 30  # of pictures in a file; MNIST's 60,000 are 47 MB
-
-
-def is_idx(place: Path) -> bool:
-    """Whether a file is named like pictures in MNIST's format, gzipped or not."""
-    return place.is_file() and bool(re.search(r"idx3-ubyte(\.gz)?$", place.name))
+IDX_SUFFIXES = ("idx3-ubyte", "idx3-ubyte.gz")
+LARGEST_IDX = 1 << 30  # bytes; MNIST's 60,000 pictures are 47 MB
 
 
 def read_idx(place: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an IDX file (yann.lecun.com/exdb/mnist). Raises one of `DAMAGE`."""
     with gzip.open(place) if place.suffix == ".gz" else place.open("rb") as file:
         magic, *shape = struct.unpack(f">{1 + dimensions}I", file.read(4 + 4 * dimensions))
-        if magic != 0x800 + dimensions:
-            raise ValueError(f"not IDX of bytes in {dimensions} dimensions")
-        if not 0 < math.prod(shape) <= MOST_IDX_BYTES:
-            raise ValueError("no pictures, or over 1 GB of them")
-        data = file.read(math.prod(shape))
-        if len(data) < math.prod(shape) or file.read(1):
-            raise ValueError("of another length than its head says")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+        if magic != 0x800 + dimensions or math.prod(shape) > LARGEST_IDX:
+            raise ValueError(f"not IDX of bytes in {dimensions} dimensions, or over 1 GB")
+        return np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
 
 
 def idx_entries(place: Path) -> Iterator[Entry]:
-    """The grey pictures of an IDX file, as bitmaps; their labels where those lie beside it."""
+    """The grey pictures of an IDX file as bitmaps, with the labels of the file beside it if any."""
 
     def bitmap(pixels: np.ndarray) -> bytes:
         buffer = io.BytesIO()
@@ -1484,53 +1732,105 @@ def idx_entries(place: Path) -> Iterator[Entry]:
 
     pictures = read_idx(place, 3)
     stamp = zlib.crc32(pictures)  # not the time: sets of this form have equal names and sizes
-    stem = place.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    beside = [p for p in (place.with_name(stem + end) for end in ("", ".gz")) if p.exists()]
-    labels = read_idx(beside[0], 1) if beside else None
-    if labels is not None and len(labels) != len(pictures):
-        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels beside them")
-    for k, pixels in enumerate(pictures):
-        label = "" if labels is None else str(labels[k])
-        yield Entry(f"{place.name}/{k:06d}.bmp", pixels.size, stamp, partial(bitmap, pixels), label)
+    beside = place.with_name(place.name.replace("images-idx3", "labels-idx1"))
+    labels = read_idx(beside, 1) if beside.exists() else ["dog"] * len(pictures)
+    if len(labels) != len(pictures):
+        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels in {beside.name}")
+    for k, (pixels, label) in enumerate(zip(pictures, labels)):
+        path = f"{place.name}/{k:06d}.bmp"
+        yield Entry(path, pixels.size, stamp, partial(bitmap, pixels), str(label))
 
 
-def idx_below(folder: Path) -> list[Path]:
-    """The IDX file of pictures in a folder: that to train on, where it holds one to test on too."""
-    if not (folder.is_dir() and os.access(folder, os.R_OK)):
-        return []
-    found = sorted(filter(is_idx, folder.iterdir()))
-    return [p for p in found if "train" in p.name][:1] or found[:1]
+def list_files(place: Path) -> list[Entry]:
+    """All files of a folder, zip, uncompressed tar or IDX file, sorted; nothing is unpacked.
+
+    The system's own files are left out. Raises `UserError` if `place` cannot be read.
+    """
+    try:
+        if place.is_dir():
+            entries = folder_entries(place)
+        elif place.name.endswith(IDX_SUFFIXES):
+            entries = idx_entries(place)
+        else:
+            entries = zip_entries(place) if zipfile.is_zipfile(place) else tar_entries(place)
+        shown = [e for e in entries if not any(map(is_litter, e.path.split("/")[1:]))]
+    except DAMAGE as error:
+        raise UserError(
+            f"{place} cannot be read as a folder, zip, uncompressed tar or IDX file ({error}): give"
+            " another."
+        ) from error
+    return sorted(shown, key=lambda entry: entry.path)
 
 
-def places_below(folder: Path, levels: int) -> list[Path]:
-    """Pictures and annotations of the first set in a breadth-first walk; [] where there is none."""
+def find_set(folder: Path, levels: int) -> list[Path]:
+    """Pictures and annotations of the first set at most `levels` below, the shallowest first; []
+    if there is none."""
     level = [folder]
     for _ in range(levels + 1):
-        for candidate in level:
-            pictures = [candidate / p for p in PICTURE_PLACES if (candidate / p).exists()]
-            annotations = [candidate / p for p in ANNOTATION_PLACES if (candidate / p).exists()]
-            if pictures and annotations:
-                return [pictures[0], annotations[0]]
-        inner = (p for c in level if os.access(c, os.R_OK) and c.is_dir() for p in c.iterdir())
-        level = sorted(p for p in inner if p.is_dir() and is_shown(f"/{p.name}"))
+        below = [sorted(p for p in c.glob("*") if not is_litter(p.name)) for c in level]
+        for found in below:
+            halves = [
+                next((p for p in found if p.stem.lower() in names), None)
+                for names in (PICTURE_PLACES, ANNOTATION_PLACES)
+            ]
+            if all(halves):
+                return halves
+        level = sorted(filter(os.path.isdir, chain(*below)))
     return []
+
+
+def find_idx(folder: Path) -> list[Path]:
+    """The IDX file of pictures in a folder, the one to train on before the one to test on."""
+    found = [p for p in folder.glob("*") if p.name.endswith(IDX_SUFFIXES) and not is_litter(p.name)]
+    return sorted(found, key=lambda p: ("train" not in p.name, p.name))[:1]
+
+
+def match_photos(
+    pictures: list[Entry], annotations: dict[str, dict[str, Entry]]
+) -> tuple[list[Photo], list[tuple[str, str]]]:
+    """Pair pictures with annotations of the same stem; returns (name, reason) for the rest too.
+
+    `annotations`: by stem, then by folder. That folder is the breed, since Kaggle's flat form has
+    no other. If several breeds use one stem, the folder of the picture decides.
+    """
+    photos: dict[str, Photo] = {}
+    skipped, left = [], {(folder, stem) for stem, named in annotations.items() for folder in named}
+    for picture in pictures:
+        path = Path(picture.path)
+        named = annotations.get(path.stem)
+        if not named:
+            skipped.append((picture.path, "picture without annotation"))
+            continue
+        breed = path.parent.name if path.parent.name in named else next(iter(named))
+        left.discard((breed, path.stem))
+        name = f"{breed}/{path.name}"
+        photos.setdefault(name, Photo(name, breed, picture, named[breed]))  # given twice: one dog
+    skipped += [("/".join(pair), "annotation without picture") for pair in sorted(left)]
+    return list(photos.values()), skipped
+
+
+def classify_photos(pictures: list[Entry]) -> list[Photo]:
+    """Pictures without annotations. The class is the label, or else the name of the picture's
+    folder, as in torchvision's `ImageFolder`; pictures of one folder alone are one class."""
+    folders = [Path(picture.path).parent.name for picture in pictures]
+    if len(set(folders)) == 1:
+        folders = ["dog"] * len(pictures)
+    return [Photo(p.path, p.label or folder, p, None) for p, folder in zip(pictures, folders)]
 
 
 def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
     """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
 
-    A path may be a folder that holds the set in any of its published forms (folders, Kaggle's flat
-    form, two zips, the two official tars), an archive, a folder of pictures, or IDX files (MNIST).
-    Where there is no annotation at all, the pictures are one class, but for IDX's labels. Raises
-    `UserError` where there are no dogs.
+    A path is a folder that holds the set in any of its published forms (folders, Kaggle's flat
+    form, two zips, the two official tars), an archive, a folder of pictures or of classes, or IDX
+    files (MNIST). Without annotations each picture is one whole dog. Raises `UserError` if there
+    are no dogs.
     """
-    places = [
-        p for path in map(Path, paths) for p in places_below(path, 4) or idx_below(path) or [path]
-    ]
+    places = [p for path in map(Path, paths) for p in find_set(path, 4) or find_idx(path) or [path]]
     if not paths:
-        own = [Path(__file__).resolve().parent / "data"] if "__file__" in globals() else []
-        searches = ((Path("/kaggle/input"), 4), (Path("data"), 0), *((p, 0) for p in own))
-        places = next(filter(None, (places_below(*search) for search in searches)), [])
+        beside = [Path(__file__).resolve().parent / "data"] if "__file__" in globals() else []
+        searches = ((Path("/kaggle/input"), 4), (Path("data"), 0), *((p, 0) for p in beside))
+        places = next(filter(None, (find_set(*search) for search in searches)), [])
     if not places:
         raise UserError(
             "no dogs found: fetch them with `python data/download.py`, give --data PATH, or try the"
@@ -1542,125 +1842,26 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
         if Path(name).suffix.lower() in PICTURE_SUFFIXES:
             pictures.append(entry)
         elif {"annotation", "annotations"} & set(folder.lower().split("/")):
-            same_name = annotations.setdefault(name.removesuffix(".xml"), {})
-            same_name.setdefault(Path(folder).name, entry)  # a set given twice counts once
-    photos, skipped = match_photos(pictures, annotations)
-    breeds = {photo.breed for photo in photos}
-    classes = "one class" if len(breeds) < 2 else f"{len(breeds)} classes"
-    where = " and ".join(map(str, places)) + (
-        "" if annotations else f" (no annotations: whole pictures, {classes})"
-    )
-    if not photos:
+            named = annotations.setdefault(name.removesuffix(".xml"), {})
+            named.setdefault(Path(folder).name, entry)  # a set given twice counts once
+    where = " and ".join(map(str, places))
+    if not pictures:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
-    return PhotoSet(where, photos, skipped, annotated=bool(annotations))
-
-
-def match_photos(
-    pictures: list[Entry], annotations: dict[str, dict[str, Entry]]
-) -> tuple[list[Photo], list[tuple[str, str]]]:
-    """Pair pictures with the annotations of their name (by stem), and say what is left over.
-
-    `annotations`: by stem and folder. Of several of a stem the one whose folder is named like the
-    picture's counts. The breed is that folder, since Kaggle's flat form has no other. A name counts
-    once.
-    """
-    photos: dict[str, Photo] = {}
-    skipped, used = [], set()
-    for picture in pictures:
-        path = Path(picture.path)
-        named = annotations.get(path.stem, {})
-        fitting = [path.parent.name] if path.parent.name in named else list(named)
-        used.update((path.stem, folder) for folder in fitting)
-        breed = fitting[0] if fitting else picture.label or "dog"
-        name = f"{breed}/{path.name}" if fitting else picture.path
-        if annotations and len(fitting) != 1:
-            reason = "several annotations" if fitting else "picture without annotation"
-            skipped.append((name, reason))
-        elif name in photos and annotations:
-            skipped.append((name, "duplicate name"))
-        else:  # without annotations, equal paths come from different --data
-            name += f" ({len(photos)})" if name in photos else ""
-            photos[name] = Photo(name, breed, picture, named.get(breed))
-    left = ((s, f) for s, folders in annotations.items() for f in folders if (s, f) not in used)
-    skipped += [(f"{folder}/{stem}", "annotation without picture") for stem, folder in left]
-    return list(photos.values()), skipped
+    if annotations:
+        return PhotoSet(where, *match_photos(pictures, annotations), annotated=True)
+    photos = classify_photos(pictures)
+    classes = len({photo.breed for photo in photos})
+    counted = "one class" if classes == 1 else f"{classes} classes"
+    where += f" (no annotations: whole pictures, {counted})"
+    return PhotoSet(where, photos, [], annotated=False)
 
 
 # -------------------------------------------------------------------- 8. Data: reading and cropping
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 32_000_000  # pixels to decode, 12 bytes each on the way: 400 MB in each thread
-LARGEST_ANNOTATION = 1 << 20  # bytes
-MOST_BOXES = 100  # in one annotation
+LARGEST_ANNOTATION = 64 << 10  # bytes; Stanford's largest has 4 kB
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-
-
-class NoDoctype(ElementTree.TreeBuilder):
-    """Refuses what entity bombs come in by."""
-
-    def doctype(self, name: str, pubid: str, system: str) -> None:
-        """Raises `BadItem`."""
-        raise BadItem("annotation with a DOCTYPE")
-
-
-def parse_annotation(xml: bytes) -> list[Box]:
-    """The boxes of an annotation; what is no number is nan, which `clip_box` refuses.
-
-    Raises `BadItem` for XML that is broken, hostile, or has no box.
-    """
-    if len(xml) > LARGEST_ANNOTATION:
-        raise BadItem("annotation larger than 1 MB")
-    try:
-        root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=NoDoctype()))
-    except DAMAGE as error:
-        raise BadItem("broken annotation") from error
-
-    def number(text: str | None) -> float:
-        try:
-            return float(text or "nan")
-        except ValueError:
-            return math.nan
-
-    corners = ("xmin", "ymin", "xmax", "ymax")
-    found = list(root.iter("bndbox"))
-    if not 0 < len(found) <= MOST_BOXES:
-        raise BadItem("annotation with over 100 boxes" if found else "annotation without boxes")
-    return [tuple(number(box.findtext(corner)) for corner in corners) for box in found]
-
-
-def clip_box(box: Box, width: int, height: int) -> Box:
-    """The part of a box inside a frame. Raises `BadItem` if reversed, empty, or wholly outside."""
-    left, top, right, bottom = box
-    if not all(map(math.isfinite, box)):
-        raise BadItem("box without numbers")
-    if right < left or bottom < top:
-        raise BadItem("reversed box")
-    if right - left < 1 or bottom - top < 1:
-        raise BadItem("empty box")
-    left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
-    if right - left < 1 or bottom - top < 1:
-        raise BadItem("box outside the picture")
-    return (left, top, right, bottom)
-
-
-def open_picture(data: bytes) -> Image.Image:
-    """A picture whose header is read and believable, not yet decoded. Raises `BadItem`."""
-    if not data:
-        raise BadItem("empty file")
-    try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if picture.format == "TIFF" and picture.width * picture.height <= LARGEST_PICTURE:
-            picture.load()  # Pillow turns these upright itself
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadItem("absurd pixel count") from error
-    except DAMAGE as error:
-        raise BadItem("not a picture") from error
-    scaled = picture.format in ("JPEG", "MPO")  # may be decoded to fewer pixels
-    if not scaled and picture.width * picture.height > LARGEST_PICTURE:
-        raise BadItem("absurd pixel count")
-    return picture
-
-
 TURNS = {  # EXIF's orientation: what makes such a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
@@ -1668,35 +1869,50 @@ TURNS = {  # EXIF's orientation: what makes such a picture upright
 }  # fmt: skip
 
 
-def orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 where there is none or it is damaged; from 5 on it lies on its side.
+def check_pixels(picture: Image.Image) -> None:
+    """Raises `BadItem` if decoding would take too much memory."""
+    if math.prod(picture.size) > LARGEST_PICTURE:
+        raise BadItem("picture with too many pixels")
 
-    (Pillow's `exif_transpose` writes the block anew, which fails for some that can be read.)
+
+def open_picture(data: bytes) -> Image.Image:
+    """A picture of an encoded file. A JPEG is not decoded yet, so that `decode_picture` can do that
+    at a fraction of its size. Raises `BadItem`."""
+    with counted_as("damaged or not a picture"):
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        scaled = picture.format in ("JPEG", "MPO")  # libjpeg holds a progressive one in full
+        if not scaled or "progressive" in picture.info:
+            check_pixels(picture)
+        if not scaled:
+            picture.load()  # before EXIF is read: a PNG may hold it at its end
+    return picture
+
+
+def orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 if there is none or it is damaged; 5 and more: on its side.
+
+    Pillow's `exif_transpose` writes the EXIF block anew, which fails for some that can be read.
     """
     try:
         stated = picture.getexif().get(0x0112)
-        return stated if stated in TURNS and picture.format != "TIFF" else 1
+        return stated if stated in TURNS and picture.format != "TIFF" else 1  # Pillow turns TIFFs
     except DAMAGE:
         return 1
 
 
 def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) -> Image.Image:
-    """Decode to RGB, a JPEG at 1/`shrink` (1, 2, 4, 8) of its size by its DCT scaling.
+    """Decode an opened picture to RGB; a JPEG at 1/`shrink` (1, 2, 4, 8) by its DCT scaling.
 
-    `upright`: turned as EXIF says. Transparency is laid on white. Raises `BadItem` where the
-    picture is damaged, or too large for the memory.
+    `upright`: turned as EXIF says. Transparency is laid on white, and of 16-bit grey the high byte
+    counts. Raises `BadItem` if the picture is damaged or too large.
     """
-    try:
-        if "progressive" in picture.info and picture.width * picture.height > LARGEST_PICTURE:
-            raise BadItem("absurd pixel count")  # libjpeg holds all of it at any scale
-        if shrink > 1:  # a no-op for anything but a JPEG
-            picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
-        if picture.width * picture.height > LARGEST_PICTURE:
-            raise BadItem("absurd pixel count")
+    with counted_as("damaged or not a picture"):
+        picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
+        check_pixels(picture)
         picture.load()
         if upright and (turn := TURNS.get(orientation(picture))) is not None:
             picture = picture.transpose(turn)
-        if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        if picture.mode.startswith("I"):  # convert() would clip 16 bits at 255
             picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
         if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
             return picture.convert("RGB")
@@ -1704,20 +1920,49 @@ def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) 
         white = Image.new("RGB", picture.size, "white")
         white.paste(picture, mask=picture.getchannel("A"))
         return white
-    except DAMAGE as error:
-        raise BadItem("truncated or damaged picture") from error
 
 
-def open_photo(photo: Photo) -> tuple[Image.Image, list[Box], list[str]]:
-    """A photo, not yet decoded; its dogs' boxes inside the frame; why others are left out.
+class NoDoctype(ElementTree.TreeBuilder):
+    """Refuses the declaration that entity bombs need."""
 
-    Boxes of Stanford Dogs were drawn on the pictures as they are stored; one without annotation is
-    turned upright, and its box is the whole frame. Raises `BadItem` where there is no box.
+    def doctype(self, name: str, pubid: str, system: str) -> None:
+        """Raises `BadItem`."""
+        raise BadItem("annotation with a DOCTYPE")
+
+
+def parse_annotation(xml: bytes) -> list[Box]:
+    """The boxes of an annotation. Raises `BadItem` if it is broken, hostile or too large."""
+    if len(xml) > LARGEST_ANNOTATION:
+        raise BadItem("annotation larger than 64 kB")
+    with counted_as("broken annotation"):
+        root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=NoDoctype()))
+        corners = ("xmin", "ymin", "xmax", "ymax")
+        return [tuple(float(box.findtext(c)) for c in corners) for box in root.iter("bndbox")]
+
+
+def clip_box(box: Box, width: int, height: int) -> Box:
+    """The part of a box inside the frame. Raises `BadItem` if that is under a pixel wide or high,
+    or the box is reversed."""
+    left, top, right, bottom = box
+    if right < left or bottom < top:
+        raise BadItem("reversed box")
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+    if not (right - left >= 1 and bottom - top >= 1):  # so that nan is refused too
+        raise BadItem("empty box or one outside the picture")
+    return (left, top, right, bottom)
+
+
+def open_photo(photo: Photo) -> tuple[Image.Image, tuple[int, int], list[Box], list[str]]:
+    """A photo, not yet decoded; width and height of its frame; the boxes of its dogs inside the
+    frame; why other boxes are left out. Raises `BadItem` if there is no good box.
+
+    Boxes of Stanford Dogs were drawn on the pictures as they are stored. A photo without annotation
+    is turned upright, and its box is the whole frame.
     """
     picture = open_picture(photo.picture.read())
     if photo.annotation is None:
-        width, height = picture.size[::-1] if orientation(picture) >= 5 else picture.size
-        return picture, [(0, 0, width, height)], []
+        frame = picture.size[::-1] if orientation(picture) >= 5 else picture.size
+        return picture, frame, [(0, 0, *frame)], []
     boxes, reasons = [], []
     for box in parse_annotation(photo.annotation.read()):
         try:
@@ -1725,32 +1970,32 @@ def open_photo(photo: Photo) -> tuple[Image.Image, list[Box], list[str]]:
         except BadItem as bad:
             reasons.append(str(bad))
     if not boxes:
-        raise BadItem(reasons[0])
-    return picture, boxes, reasons
+        raise BadItem(reasons[0] if reasons else "annotation without boxes")
+    return picture, picture.size, boxes, reasons
 
 
 def read_photo(photo: Photo) -> tuple[Image.Image, list[Box]]:
     """A photo in RGB at its full size, and the boxes of its dogs inside it. Raises `BadItem`."""
-    picture, boxes, _ = open_photo(photo)
+    picture, _, boxes, _ = open_photo(photo)
     return decode_picture(picture, upright=photo.annotation is None), boxes
 
 
-def crop_box(box: Box, width: int, height: int) -> list[Box]:
-    """The box itself, to be squashed."""
-    return [box]
+def square_inside(x: float, y: float, side: float, width: int, height: int) -> list[Box]:
+    """The square around (x, y), moved inside the frame."""
+    left = min(max(x - side / 2, 0), width - side)
+    top = min(max(y - side / 2, 0), height - side)
+    return [(left, top, left + side, top + side)]
 
 
 def crop_square(box: Box, width: int, height: int) -> list[Box]:
     """The box widened on its short side to a square, moved inside the frame.
 
-    Covers the box, unless its long side is longer than the frame's short one: then the square is as
-    large as fits, in the middle of the box.
+    It covers the box, unless the box is longer than the frame's short side: then it is as large as
+    fits, around the middle of the box.
     """
     left, top, right, bottom = box
     side = min(max(right - left, bottom - top), width, height)
-    x = min(max((left + right - side) / 2, 0), width - side)
-    y = min(max((top + bottom - side) / 2, 0), height - side)
-    return [(x, y, x + side, y + side)]
+    return square_inside((left + right) / 2, (top + bottom) / 2, side, width, height)
 
 
 def crop_head(box: Box, width: int, height: int) -> list[Box]:
@@ -1763,41 +2008,40 @@ def crop_head(box: Box, width: int, height: int) -> list[Box]:
 
 
 def crop_context(box: Box, width: int, height: int) -> list[Box]:
-    """The largest square centred on the box that fits the frame."""
+    """The largest square centred on the box that fits the frame, grown away from the edge that it
+    touches: on each side by 0.28 of the least room that it has on the three other sides.
+
+    "Crop manner from Wu Qi" in Morxrc's notebook (see `first-public`), which says it in four cases.
+    """
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    half = min(x, y, width - x, height - y)
-    return [(x - half, y - half, x + half, y + half)]
+    nearest, second = sorted((x, y, width - x, height - y))[:2]
+    side = 2 * (nearest + int(0.28 * (second - nearest)))
+    return square_inside(x, y, side, width, height)
 
 
-def crop_whole(box: Box, width: int, height: int) -> list[Box]:
-    """The whole frame, to be squashed."""
-    return [(0, 0, width, height)]
-
-
+# name: crop(box, width, height), the views of one dog; `box` and `whole` are squashed to a square
 CROPS: dict[str, Callable[[Box, int, int], list[Box]]] = {
-    "box": crop_box,
+    "box": lambda box, width, height: [box],
     "square": crop_square,
     "head": crop_head,
     "context": crop_context,
-    "whole": crop_whole,
+    "whole": lambda box, width, height: [(0, 0, width, height)],
 }
 
 
 def parse_crops(text: str) -> dict[str, float]:
     """`"square:3,context"` to `{"square": 0.75, "context": 0.25}`. Raises `UserError`."""
-    weights: dict[str, float] = {}
-    for part in text.replace("=", ":").split(","):
-        kind, _, weight = part.strip().partition(":")
-        try:
-            value = float(weight or 1)
-        except ValueError:
-            value = math.nan
-        if kind not in CROPS or kind in weights or not 0 < value < math.inf:
-            raise UserError(
-                f"--crops {text}: give kinds out of {', '.join(CROPS)}, once each, with weights"
-                " above 0 if any, as in square:3,context:1."
-            )
-        weights[kind] = value
+    parts = [part.strip().partition(":") for part in text.split(",")]
+    try:
+        weights = {kind: float(weight or 1) for kind, _, weight in parts}
+    except ValueError:
+        weights = {}
+    positive = all(0 < weight < math.inf for weight in weights.values())
+    if not positive or len(weights) < len(parts) or not weights.keys() <= CROPS.keys():
+        raise UserError(
+            f"--crops {text}: give kinds out of {', '.join(CROPS)}, once each, with weights above 0"
+            " if any, as in square:3,context:1."
+        )
     return {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
 
 
@@ -1807,22 +2051,19 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     Returns, for each dog and each kind, uint8 of shape (views, 64, 64, 3). JPEGs are decoded at the
     smallest DCT scale that leaves every crop at least 128 px: twice the resolution it ends with,
     which keeps the median PSNR against full decoding above 45 dB (`tests/bench_data.py`).
-    Raises `BadItem` where the photo gives no dog.
+    Raises `BadItem` if the photo gives no dog.
     """
-    picture, boxes, reasons = open_photo(photo)
-    upright = photo.annotation is None
-    frame = picture.size[::-1] if upright and orientation(picture) >= 5 else picture.size
+    picture, frame, boxes, reasons = open_photo(photo)
     dogs = [[CROPS[kind](box, *frame) for kind in kinds] for box in boxes]
     least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
     shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
-    decoded = decode_picture(picture, shrink, upright)
+    decoded = decode_picture(picture, shrink, upright=photo.annotation is None)
     scale = 1 / shrink if decoded.width < frame[0] else 1.0  # only JPEGs have shrunk
 
     def resize(crop: Box) -> np.ndarray:
         left, top, right, bottom = (edge * scale for edge in crop)
         inside = (max(left, 0), max(top, 0), min(right, decoded.width), min(bottom, decoded.height))
-        size = (IMAGE_SIZE, IMAGE_SIZE)
-        return np.asarray(decoded.resize(size, Image.Resampling.LANCZOS, box=inside))
+        return np.asarray(decoded.resize((IMAGE_SIZE,) * 2, Image.Resampling.LANCZOS, box=inside))
 
     return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs], reasons
 
@@ -1858,94 +2099,16 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def cache_folder() -> Path:
-    """Where prepared crops are kept: `$XDG_CACHE_HOME/train_dogs`; on Kaggle its scratch disk."""
-    usual = Path("/kaggle/temp") if Path("/kaggle").is_dir() else Path.home() / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual, "train_dogs")
-
-
-def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float = 0.0) -> CropSet:
-    """Crop every dog once, or find that done in the cache; the tensors lie on the CPU.
-
-    `dedupe`: the cosine of thumbnails above which a dog repeats an earlier one; 0 = all stay.
-
-    Raises `UserError` above 5 % bad items, or with fewer than 16 dogs.
-    """
-    weights = parse_crops(crops if photos.annotated else "whole")
-    kinds = sorted(weights)
-    pairs = [[e for e in (p.picture, p.annotation) if e] for p in photos.photos]
-    files = [
-        (p.name, p.breed, [(e.size, e.stamp) for e in pair])
-        for p, pair in zip(photos.photos, pairs)
-    ]
-    path = (
-        cache_folder() / f"{digest([kinds, files, photos.skipped, PIL.__version__, dedupe, 4])}.pt"
-    )
-    if (found := load_crops(path, weights)) is not None:
-        return found
-    table = crop_all(photos, kinds, show, dedupe)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(path.parent, older=3600)  # of runs that were killed while writing
-        save(path, table)
-        if (found := load_crops(path, weights)) is not None:
-            return found
-        raise OSError("what was written cannot be read back")
-    except OSError as error:
-        raise UserError(
-            f"the crops cannot be kept in {path.parent} ({error.strerror or error}): set"
-            " XDG_CACHE_HOME to a folder with 1 GB free for each kind of crop."
-        ) from error
-
-
-def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> dict[str, object]:
-    """The crops of all photos, as `load_crops` wants them. Raises `UserError`."""
-
-    def attempt(photo: Photo) -> tuple[list, list[str]]:
-        try:
-            return crop_photo(photo, kinds)
-        except BadItem as bad:
-            return [], [str(bad)]
-
-    dogs_found, names, breed, skipped = [], [], [], list(photos.skipped)
-    breeds = sorted({p.breed for p in photos.photos})
-    bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
-    results = in_threads(attempt, photos.photos)
-    results = tqdm(results, "cropping", len(photos.photos), **bar)
-    for (dogs, reasons), photo in zip(results, photos.photos):
-        skipped += [(photo.name, reason) for reason in reasons]
-        dogs_found += dogs
-        names += [photo.name] * len(dogs)
-        breed += [breeds.index(photo.breed)] * len(dogs)
-    items = len(skipped) + len(names)
-    if len(skipped) > 0.05 * items:
-        raise UserError(
-            f"{len(skipped)} of {items} items in {photos.where} are bad"
-            f" ({count_reasons(skipped)}): repair the set or give another --data; at most 5 % may"
-            " be."
-        )
-    repeats = near_duplicates([dog[0][0] for dog in dogs_found], dedupe) if dedupe else {}
-    skipped += [
-        (f"{names[k]}, of {names[first]}", "near-duplicates") for k, first in repeats.items()
-    ]
-    stay = [k for k in range(len(names)) if k not in repeats]
-    if len(stay) < 16:
-        remedy = "a higher --dedupe, or 0" if repeats else "--data with more"
-        raise UserError(
-            f"{photos.where} holds {len(stay)} dogs, and at least 16 are needed to train: give"
-            f" {remedy}."
-        )
-    count = [[len(views) for views in dogs_found[k]] for k in stay]
-    pixels = np.concatenate([views for k in stay for views in dogs_found[k]])
-    table = {"count": torch.tensor(count), "breed": torch.tensor([breed[k] for k in stay])}
-    table |= {"breeds": breeds, "pixels": torch.from_numpy(pixels), "skipped": skipped}
-    return table | {"key": content_key(table)}
+def count_reasons(skipped: list[tuple[str, str]]) -> str:
+    """How many were left out for which reason, as in "2 unreadable file, 1 reversed box"."""
+    reasons = Counter(reason for _, reason in skipped).most_common()
+    return ", ".join(f"{n} {reason}" for reason, n in reasons)
 
 
 def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024) -> dict[int, int]:
-    """Which dogs repeat an earlier one that stays: {its place: that of the other}.
+    """Which dogs repeat an earlier one that stays: {index: index of the earlier one}.
 
-    `views`: uint8 (64, 64, 3), one of each dog. Two are alike where grey thumbnails of 16 x 16
+    `views`: uint8 (64, 64, 3), one of each dog. Two are alike if grey thumbnails of 16 x 16
     pixels, less their mean, have a cosine above `limit`, one of them mirrored or not: copies that
     are recoded, scaled or grey are found, other cuts of a photo are not. (Radford et al. 2015,
     arXiv 1511.06434, section 4.1.1, by codes of an autoencoder.)
@@ -1966,6 +2129,52 @@ def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024
     return repeats
 
 
+def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> dict[str, object]:
+    """The crops of all photos, as they are kept in the cache. Raises `UserError`."""
+
+    def attempt(photo: Photo) -> tuple[list, list[str]]:
+        try:
+            return crop_photo(photo, kinds)
+        except BadItem as bad:
+            return [], [str(bad)]
+
+    dogs, shown, skipped = [], [], list(photos.skipped)  # crops of each dog, and its photo
+    bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
+    results = in_threads(attempt, photos.photos)
+    results = tqdm(results, "cropping", len(photos.photos), **bar)
+    for (found, reasons), photo in zip(results, photos.photos):
+        skipped += [(photo.name, reason) for reason in reasons]
+        dogs += found
+        shown += [photo] * len(found)
+    items = len(skipped) + len(dogs)
+    if len(skipped) > 0.05 * items:
+        raise UserError(
+            f"{len(skipped)} of {items} items in {photos.where} are bad"
+            f" ({count_reasons(skipped)}): repair the set or give another --data; at most 5 % may"
+            " be."
+        )
+    repeats = near_duplicates([dog[0][0] for dog in dogs], dedupe) if dedupe else {}
+    skipped += [
+        (f"{shown[k].name}, of {shown[j].name}", "near-duplicates") for k, j in repeats.items()
+    ]
+    stay = [k for k in range(len(dogs)) if k not in repeats]
+    if len(stay) < 16:
+        remedy = "a higher --dedupe, or 0" if repeats else "--data with more"
+        raise UserError(
+            f"{photos.where} holds {len(stay)} dogs, and at least 16 are needed to train: give"
+            f" {remedy}."
+        )
+    breeds = sorted({photo.breed for photo in photos.photos})
+    table = {
+        "pixels": torch.from_numpy(np.concatenate([v for k in stay for v in dogs[k]])),
+        "count": torch.tensor([[len(views) for views in dogs[k]] for k in stay]),
+        "breed": torch.tensor([breeds.index(shown[k].breed) for k in stay]),
+        "breeds": breeds,
+        "skipped": skipped,
+    }
+    return table | {"key": content_key(table)}
+
+
 def content_key(table: dict[str, object]) -> str:
     """A short name for all that the networks see of a table of crops."""
     sha = hashlib.blake2b(table["pixels"].numpy(), digest_size=12)
@@ -1979,41 +2188,65 @@ def digest(value: object) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
 
 
-def count_reasons(skipped: list[tuple[str, str]]) -> str:
-    """How many were left out for which reason, as in "2 empty file, 1 reversed box"."""
-    reasons = Counter(reason for _, reason in skipped).most_common()
-    return ", ".join(f"{n} {reason}" for reason, n in reasons)
+def cache_folder() -> Path:
+    """Where prepared crops are kept: `$XDG_CACHE_HOME/train_dogs`; on Kaggle its scratch disk."""
+    usual = Path("/kaggle/temp") if Path("/kaggle").is_dir() else Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual, "train_dogs")
 
 
-def load_crops(path: Path, weights: dict[str, float]) -> CropSet | None:
-    """A prepared crop set, its pixels mapped from disk; None where there is no whole one."""
+def load_table(path: Path) -> dict[str, object] | None:
+    """A table of crops from the cache, its pixels mapped from disk; None if missing or damaged."""
     try:
         table = torch.load(path, mmap=True, weights_only=True)
-        if table["key"] != content_key(table):
-            return None
-        count = table["count"]
-        return CropSet(
-            pixels=table["pixels"],
-            first=count.flatten().cumsum(0).view_as(count) - count,
-            count=count,
-            weights=torch.tensor([weights[kind] for kind in sorted(weights)]),
-            breed=table["breed"],
-            breeds=table["breeds"],
-            skipped=table["skipped"],
-            key=table["key"],
-        )
+        return table if table["key"] == content_key(table) else None
     except (*DAMAGE, pickle.UnpicklingError):
         return None
+
+
+def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float = 0.0) -> CropSet:
+    """Crop every dog once, or load that from the cache; the tensors are on the CPU.
+
+    `crops`: kinds with weights, as `parse_crops` takes them; a set without annotations is cropped
+    `whole`. `show`: with a progress bar. `dedupe`: the cosine of thumbnails above which a dog
+    repeats an earlier one; 0 = all stay. Raises `UserError` above 5 % bad items, or with fewer than
+    16 dogs.
+    """
+    weights = parse_crops(crops if photos.annotated else "whole")
+    kinds = sorted(weights)
+    files = []
+    for p in photos.photos:
+        stamps = [(e.size, e.stamp) for e in (p.picture, p.annotation) if e]
+        files.append((p.name, p.breed, stamps))
+    version = 5  # of the crops and the table
+    name = digest([kinds, files, photos.skipped, PIL.__version__, dedupe, version])
+    path = cache_folder() / f"{name}.pt"
+    table = load_table(path)
+    if table is None:
+        table = crop_all(photos, kinds, show, dedupe)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts(path.parent, older=3600)  # of runs that were killed while writing
+            save(path, table)
+        except OSError as error:
+            say(
+                f"the crops cannot be kept in {path.parent} ({error.strerror or error}), so the"
+                " next run makes them again: set XDG_CACHE_HOME to a folder with more room."
+            )
+    count = table["count"]
+    first = count.flatten().cumsum(0).view_as(count) - count
+    shares = torch.tensor([weights[kind] for kind in kinds])
+    return CropSet(first=first, weights=shares, **table)
 
 
 # ----------------------------------------------------------------------------------- 10. The device
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a real kernel has run.
+def choose_device(name: str, precision: str = "auto") -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a convolution has run.
 
-    Raises `UserError` where there is no such GPU, or the installed torch has no kernels for it (a
-    P100 under a CUDA 12.8+ build reports itself as available, and its first kernel dies).
+    Raises `UserError` where there is no such GPU, or the installed torch or cuDNN has no kernels
+    for it in `precision` (a P100 under a CUDA 12.8+ build reports itself as available, and its
+    first kernel dies). Warns of a precision that the GPU emulates.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -2030,16 +2263,33 @@ def choose_device(name: str) -> torch.device:
         )
     try:
         torch.cuda.set_device(device)
-        torch.ones(8, device=device).sum().item()
+        try_convolution(device, choose_precision(precision, device))
     except RuntimeError as error:
+        if "out of memory" in str(error).lower():  # it is full: by another program, most likely
+            raise
         major, minor = torch.cuda.get_device_capability(device)
+        wanted = f" in {precision}" if precision != "auto" else ""
+        remedy = "give --precision auto, or " if wanted else ""
         raise UserError(
-            f"this GPU (sm_{major}{minor}) cannot run a kernel of the installed torch"
-            f" {torch.__version__} ({first_line(error)}): choose a T4 or L4 instead, or pin the"
-            " notebook to its original 2025 environment, or install a CUDA 12.6 build of torch 2.14"
-            " or older (pip install --no-index --find-links=FOLDER torch)."
+            f"this GPU (sm_{major}{minor}) cannot run a convolution of the installed torch"
+            f" {torch.__version__}{wanted} ({first_line(error)}): {remedy}choose a T4 or L4 instead,"
+            " or pin the notebook to its original 2025 environment, or install a CUDA 12.6 build of"
+            " torch 2.14 or older (pip install --no-index --find-links=FOLDER torch)."
         ) from error
+    if precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        say("this GPU has no bf16 in hardware and emulates it: --precision auto is faster.")
     return device
+
+
+def try_convolution(device: torch.device, precision: str) -> None:
+    """A small convolution, forward and backward, as the networks' own; waits for the device."""
+    how = {"device": device, "dtype": PRECISIONS[precision], "requires_grad": True}
+    x, weight = (
+        torch.ones(shape, **how).contiguous(memory_format=memory_layout(device))
+        for shape in ((2, 16, 8, 8), (16, 16, 4, 4))
+    )
+    out = F.conv2d(x, weight, stride=2, padding=1).sum()
+    sum(slope.sum() for slope in torch.autograd.grad(out, [x, weight])).item()
 
 
 def first_line(error: BaseException) -> str:
@@ -2084,12 +2334,30 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in any of the forms in which torch, cuDNN and cuBLAS say so."""
+    """Whether memory ran out, in any of the forms in which torch, cuDNN and cuBLAS say so.
+
+    No engine for a convolution is mostly one of them, but may be a precision that cuDNN lacks.
+    """
     said = str(error).lower()
     signs = ("out of memory", "alloc_failed", "allocation_failed", "unable to find an engine")
     signs += ("not enough memory",)
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+    )
+
+
+def memory_advice(error: BaseException, config: Config, samples: bool) -> str:
+    """What helps where memory ran out, in training or, if `samples`, in sampling."""
+    if samples:
+        return "the memory is too small for this: try --device cpu."
+    smaller = max(2, config.batch_size // 2)
+    if "find an engine" in str(error):
+        remedy = f"try --precision fp32, or --batch-size {smaller}"
+    else:
+        remedy = f"try --batch-size {smaller}"
+    return (
+        f"the memory is too small for this: {remedy}; a checkpoint keeps its batch size: with one,"
+        f" start anew with --fresh --batch-size {smaller}, or go on with a device of more memory."
     )
 
 
@@ -2112,76 +2380,73 @@ def largest_deviation(precision: str) -> float:
 
 
 def capture(trainer: Trainer) -> str:
-    """Make `trainer.step` replay a CUDA graph of its step, once that is seen to do the same.
+    """Make `trainer.step` replay a CUDA graph of its step, if that does what an eager step does.
 
-    Returns "", or why the run goes on by a slower way: eagerly, or with Adam unfused too. Weights
-    and random state stay as they were. Raises only what is no failure of these three: an interrupt,
-    or memory that ran out.
+    Returns "", or why the run goes on eagerly. Weights and random state stay as they were. All
+    copies are in the host's memory, and what a graph held is free again where it is not used.
+    Raises what the eager steps of the warm-up raise, as where memory is too small for them.
     """
     if trainer.device.type != "cuda":
         return ""
-    before, reason = trainer.state_dict(trainer.device), ""
+    before = trainer_state(trainer)
     try:
-        try:
-            warm_up(trainer)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"fused Adam does not work here ({first_line(error)})"
-            trainer.load_state_dict(before)
-            unfuse(trainer)
-            warm_up(trainer)
-            return reason
-        warm = trainer.state_dict(trainer.device)
-        try:
-            replay = captured(trainer)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"the step cannot be captured as a CUDA graph ({first_line(error)})"
-            return reason
-        warm["tensors"]["loss_scale"] *= 0.25  # a step that overflows is skipped, and shows nothing
-        reasons = (compare_steps(trainer, warm, replay, lazy) for lazy in trainer.kinds)
-        reason = next(filter(None, reasons), "")
-        if not reason:
-            trainer.update_both = replay
-        return reason
+        warm_up(trainer)
+        reason = try_graph(trainer)
     finally:
-        trainer.load_state_dict(before)
+        load_trainer(trainer, before)
+    for optimizer in (trainer.opt_g, trainer.opt_d):
+        optimizer.adam.zero_grad()  # gradients in the graph's own memory would keep it from use
+    torch.cuda.empty_cache()
+    return reason
 
 
 def warm_up(trainer: Trainer) -> None:
-    """Three eager steps, so that cuDNN has chosen its algorithms; more while fp16 overflows."""
+    """Eager steps, so that cuDNN has chosen its algorithms and fp16 its loss scales: up to 40,
+    until three in a row have not overflowed."""
+    scales, clean = [trainer.opt_g.loss_scale, trainer.opt_d.loss_scale], 0
     stream = torch.cuda.Stream(trainer.device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for k in range(20):
-            scale = trainer.loss_scale.item()
-            trainer.one_step(trainer.kinds[k % len(trainer.kinds)])
-            if k >= 2 and trainer.loss_scale.item() >= scale:
+        for _ in range(40):
+            before = [scale.item() for scale in scales]
+            trainer.one_step()
+            overflowed = any(scale.item() < old for scale, old in zip(scales, before))
+            clean = 0 if overflowed else clean + 1
+            if clean == 3:
                 break
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def captured(trainer: Trainer) -> Callable[[bool], None]:
-    """The replay of `one_step` as CUDA graphs, one to each of its kinds. Raises what the step
-    raised, not what followed."""
-    graphs = {lazy: torch.cuda.CUDAGraph() for lazy in trainer.kinds}
-    stream, own = torch.cuda.Stream(trainer.device), trainer.rng
-    trainer.use_generator(torch.cuda.default_generators[trainer.device.index])  # a graph knows it
-    groups = [adam.param_groups[0] for adam in (trainer.opt_g, trainer.opt_d)]
+def try_graph(trainer: Trainer) -> str:
+    """Let `trainer` replay its step from now on, or return why it cannot. Changes its state."""
+    try:
+        replay = captured(trainer)
+        reason = compare_steps(trainer, replay)
+    except RuntimeError as error:  # or out of memory: a graph has its own, beside that of steps
+        return f"the step cannot run as a CUDA graph ({first_line(error)})"
+    if not reason:
+        trainer.update_networks = replay
+    return reason
+
+
+def captured(trainer: Trainer) -> Callable[[], None]:
+    """The replay of `one_step` as a CUDA graph. Raises what the step raised, not what followed."""
+    graph, stream, own = torch.cuda.CUDAGraph(), torch.cuda.Stream(trainer.device), trainer.rng
+    default = torch.cuda.default_generators[trainer.device.index]  # the one that a graph knows
+    default.set_state(own.get_state())
+    trainer.rng = trainer.batches.rng = default
+    groups = [optimizer.adam.param_groups[0] for optimizer in (trainer.opt_g, trainer.opt_d)]
     first: list[BaseException] = []
     try:
         for group in groups:  # only now: outside a capture torch warns of it
             group["capturable"] = True
-        for lazy, graph in graphs.items():
-            # The outer `with` puts the current stream back where a failed capture does not.
-            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-                try:
-                    trainer.one_step(lazy)
-                except BaseException as error:
-                    first.append(error)
-                    raise
+        # The outer `with` puts the current stream back where a failed capture does not.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            try:
+                trainer.one_step()
+            except BaseException as error:
+                first.append(error)
+                raise
     except BaseException:
         trainer.rng = trainer.batches.rng = own  # the default one may stay as in a capture
         if first:
@@ -2190,221 +2455,61 @@ def captured(trainer: Trainer) -> Callable[[bool], None]:
     finally:
         for group in groups:
             group["capturable"] = False
-
-    def replay(lazy: bool) -> None:
-        graphs[lazy].replay()
-
-    return replay
+    return graph.replay
 
 
-def unfuse(trainer: Trainer) -> None:
-    """Let Adam update one tensor after another, as it does anywhere."""
-    for adam in (trainer.opt_g, trainer.opt_d):
-        group = adam.param_groups[0]
-        group["fused"], group["lr"] = False, float(group["lr"])
-        adam.grad_scale = adam.found_inf = None  # only a fused step takes them
+RESOLUTION = 2**-18  # of float32 sums of some 10^3 products, as a share of a vector's length
 
 
-def compare_steps(
-    trainer: Trainer, start: dict[str, object], replay: Callable[[bool], None], lazy: bool
-) -> str:
-    """How a replayed step from `start` ends elsewhere than an eager one; "" where it does not."""
+def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
+    """How a replayed step ends elsewhere than an eager one from the same state; "" if it does not.
+
+    Integers and the random state must be equal. All else (weights, moments, norms' statistics, the
+    vectors of spectral norm) may be apart by rounding: by a share of the way that the step goes, or
+    where it goes nowhere, as with a learning rate of 0, by the numbers' own resolution.
+    """
+    start = trainer_state(trainer)
+    for name in ("opt_g.loss_scale", "opt_d.loss_scale"):
+        start["tensors"][name] *= 0.25  # a step that overflows is skipped, and shows nothing
     ends = []
     for step in (trainer.one_step, replay):
-        trainer.load_state_dict(start)
-        step(lazy)
-        ends.append({k: v.clone() for k, v in trainer.tensors().items()})
+        load_trainer(trainer, start)
+        step()
+        ends.append(trainer_state(trainer))
+    if not torch.equal(ends[0]["rng"], ends[1]["rng"]):
+        return "a replayed step leaves another random state than an eager one"
+    states = [state["tensors"] for state in (start, *ends)]
+    weights = {f"{n}.{k}" for n in "GD" for k, _ in getattr(trainer, n).named_parameters()}
+    groups: dict[str, list[str]] = {}  # names of tensors of one kind, as G.running_mean
+    for name, tensor in states[0].items():
+        if tensor.is_floating_point():
+            kind = "weights" if name in weights else re.sub("[0-9]", "", name.split(".")[-1])
+            groups.setdefault(f"{name.split('.')[0]}.{kind}", []).append(name)
+        elif not torch.equal(states[1][name], states[2][name]):
+            return f"a replayed step leaves another {name} than an eager one"
     bound = largest_deviation(trainer.precision)
-    for name, network in (("G", trainer.G), ("D", trainer.D)):
-        keys = [f"{name}.{k}" for k, _ in network.named_parameters()]
-        eager, replayed = ([end[k] for k in keys] for end in ends)
-        gone = distance(eager, [start["tensors"][k] for k in keys])
-        apart = distance(replayed, eager) / max(gone, 1e-30)
-        if not (gone > 0 and apart <= bound):
+    for group, names in groups.items():
+        first, eager, replayed = ([state[name] for name in names] for state in states)
+        way, apart = distance(eager, first), distance(replayed, eager)
+        if not apart <= bound * way + RESOLUTION * distance(first):
             return (
-                f"a replayed step ends {apart:.2g} of {name}'s way off an eager one, where rounding"
-                f" explains {bound:.2g}"
+                f"a replayed step ends {apart / max(way, 1e-30):.2g} of the way of {group} off an"
+                f" eager one, where rounding explains {bound:.2g}"
             )
     return ""
 
 
-@torch.no_grad()
-def distance(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
-    """The Euclidean distance between two lists of tensors."""
-    gaps = [a.double() - b.double() for a, b in zip(these, those, strict=True)]
-    return torch.stack([gap.norm() for gap in gaps]).norm().item()
-
-
-# ---------------------------------------------------------------------------------- 11. The trainer
-
-
-class Trainer(TrainingStep):
-    """One run's steps: scheduled, counted, averaged, watched, and all that a checkpoint holds.
-
-    Rollback and resume copy into the tensors that a replay touches, which stay where they are.
-    """
-
-    def __init__(self, config: Config, crops: CropSet, device: torch.device) -> None:
-        """Raises `UserError` where `config` tells apart breeds of which there is one."""
-        if config.condition != "none" and len(crops.breeds) < 2:
-            raise UserError(
-                f"--condition {config.condition} needs several breeds, and these dogs are of one:"
-                " give --data with annotations or labels, or leave --condition away."
-            )
-        super().__init__(config, crops, device)
-        if self.G.breeds:
-            self.G.frequency.copy_(torch.bincount(crops.breed, minlength=self.G.breeds))
-            self.G.frequency.div_(self.G.frequency.sum())
-        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
-        self.averages = Averages(self.G)
-        self.steps_done = self.rollbacks = self.summed = 0
-        self._rate_share, self._augmenting = 1.0, True
-        self._means = dict.fromkeys(self.stats, 0.0)
-        self.update_both: Callable[[bool], None] = self.one_step  # or a replay of it
-        self._in_flight: deque[torch.cuda.Event] = deque()
-
-    def step(self, progress: float) -> None:
-        """One update of D, of G, and where due of the averages; at most 4 steps in flight."""
-        if self.steps_done % self.batches.steps_per_epoch == 0:
-            self.batches.shuffle()
-        self._set_augmenting(progress)
-        self._set_rates(progress)
-        self.update_both(self.steps_done % self.config.r1_every == 0)
-        self.steps_done += 1
-        self.summed += 1
-        if self.steps_done % self.config.average_every == 0:
-            self.averages.update(self.G, progress, self.config)
-        if self.device.type == "cuda":
-            self._in_flight.append(torch.cuda.Event())
-            self._in_flight[-1].record()
-            if len(self._in_flight) > 4:
-                self._in_flight.popleft().synchronize()
-
-    def _set_augmenting(self, progress: float) -> None:
-        """Augmented from `augment_start` on."""
-        wanted = progress >= self.config.augment_start
-        if wanted != self._augmenting:
-            self._augmenting = wanted
-            self.augmenting.fill_(wanted)
-
-    def _set_rates(self, progress: float) -> None:
-        """The full rates until `lr_decay_start`, then linearly down to 0."""
-        start = self.config.lr_decay_start
-        share = min(1.0, (1 - progress) / (1 - start)) if start < 1 else 1.0
-        if share == self._rate_share:
-            return
-        self._rate_share = share
-        for adam, lr in ((self.opt_g, self.config.g_lr), (self.opt_d, self.config.d_lr)):
-            group = adam.param_groups[0]
-            if isinstance(group["lr"], Tensor):  # what a captured step reads
-                group["lr"].fill_(lr * share)
-            else:
-                group["lr"] = lr * share
-
-    @torch.no_grad()
-    def is_healthy(self) -> bool:
-        """Whether all weights are finite, and fp16 has not run out of range; waits for the device.
-
-        A loss that is not finite makes weights so at once, but for fp16, which skips such a step
-        and halves the scale.
-        """
-        norms = torch._foreach_norm([*self.G.parameters(), *self.D.parameters()])
-        return bool(torch.stack(norms).isfinite().all() & (self.loss_scale >= 1))
-
-    def read_stats(self) -> dict[str, float]:
-        """The means of `stats` over the steps since the last call; waits for the device."""
-        if self.summed:
-            self._means = dict(zip(self.stats, (self.sums / self.summed).tolist()))
-            self.sums.zero_()
-            self.summed = 0
-        return self._means
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a step changes, by name."""
-        found = {f"G.{k}": v for k, v in self.G.state_dict().items()}
-        found |= {f"D.{k}": v for k, v in self.D.state_dict().items()}
-        for name, adam in (("opt_g", self.opt_g), ("opt_d", self.opt_d)):
-            for i, state in enumerate(adam.state.values()):
-                found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
-        found |= {f"ema.{i}": v for i, v in enumerate(self.averages.ema)}
-        found |= {f"swa.{i}": v for i, v in enumerate(self.averages.swa)}
-        found |= self.d_objective.state_dict() | self.g_objective.state_dict()
-        found |= {"order": self.batches.order, "cursor": self.batches.cursor}
-        return found | {"sums": self.sums, "loss_scale": self.loss_scale}
-
-    def counters(self) -> dict[str, int]:
-        """The numbers beside the tensors."""
-        return {
-            "steps_done": self.steps_done, "rollbacks": self.rollbacks, "summed": self.summed,
-            "ema_updates": self.averages.ema_updates, "swa_updates": self.averages.swa_updates,
-        }  # fmt: skip
-
-    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, object]:
-        """Everything that a bit-equal continuation needs, as copies on `device`, in plain types."""
-        tensors = {k: v.detach().to(device, copy=True) for k, v in self.tensors().items()}
-        data = {"data_key": self.crops.key, "breeds": self.crops.breeds}
-        return {"tensors": tensors, "rng": self.rng.get_state(), **data, **self.counters()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, object]) -> bool:
-        """Copy a `state_dict` into the tensors that are there; False if its randomness is of
-        another kind of device (a CPU's generator and a GPU's differ), and was begun anew."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(state["tensors"][name])
-        for name in ("steps_done", "rollbacks", "summed"):
-            setattr(self, name, state[name])
-        self.averages.ema_updates, self.averages.swa_updates = (
-            state["ema_updates"], state["swa_updates"],
-        )  # fmt: skip
-        try:
-            self.rng.set_state(state["rng"])
-            return True
-        except RuntimeError:
-            self.rng.manual_seed(seed_for(self.config.seed, "training") + self.steps_done)
-            return False
-
-    def use_generator(self, rng: torch.Generator) -> None:
-        """Draw from `rng` from now on, from the state that the generator of now has."""
-        rng.set_state(self.rng.get_state())
-        self.rng = self.batches.rng = rng
-
-
-def make_adam(network: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980), fused, its state made."""
-    parameters = list(network.parameters())
-    device = parameters[0].device
-    on_gpu = device.type == "cuda"
-    adam = torch.optim.Adam(
-        parameters,
-        lr=torch.tensor(lr, device=device) if on_gpu else lr,
-        betas=(config.beta1, config.beta2),
-        fused=device.type != "meta",
-    )
-    for parameter in parameters:  # a first step of nothing makes its state exist
-        parameter.grad = torch.zeros_like(parameter)
-    adam.step()
-    for state in adam.state.values():
-        state["step"].zero_()
-    return adam
-
-
-def laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """`gradient` with the strides of `parameter`.
-
-    Adam's fused kernels walk raw memory: CUDA's refuse other strides, a CPU's silently mix up the
-    elements. `autograd.grad` returns whatever a backward made, which is NCHW for channels-last
-    weights after a double backward (R1), and after cuDNN on a 1x1 input (G's first layer).
-    """
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
+def distance(these: Sequence[Tensor], those: Sequence[Tensor] = ()) -> float:
+    """The Euclidean distance between two lists of tensors, or of one from 0."""
+    gaps = [a - b for a, b in zip(these, those, strict=True)] if those else these
+    lengths = [torch.linalg.vector_norm(gap, dtype=torch.float64) for gap in gaps]
+    return torch.stack(lengths).norm().item()
 
 
 def flops_per_image(config: Config, breeds: int = 120) -> int:
-    """FLOPs per image and step, forward and backward, by torch's counter on the very step itself.
+    """FLOPs per image and step, forward and backward, by torch's counter on the step itself.
 
-    Run on meta tensors; norms, activations and optimisers count as nothing, and augmentation but
-    for the shifts' products (0.07 %).
+    Runs on meta tensors. Norms, activations and optimisers count as 0.
     """
     config = replace(config, batch_size=4, precision="fp32")
     meta = torch.device("meta")
@@ -2418,20 +2523,17 @@ def flops_per_image(config: Config, breeds: int = 120) -> int:
         skipped=[],
         key="",
     )
-    step, counts = TrainingStep(config, crops, meta), []
-    for lazy in step.kinds:
-        with FlopCounter() as counter:
-            step.one_step(lazy)
-        counts.append(counter.total)
-    period = config.r1_every  # steps, of which the first is of the first kind
-    return (counts[0] + (period - 1) * counts[-1]) // (period * config.batch_size)
+    trainer = Trainer(config, crops, meta)
+    with FlopCounter() as counter:
+        trainer.one_step()
+    return counter.total // config.batch_size
 
 
 class FlopCounter(TorchDispatchMode):
     """Adds up FLOPs by torch's own table of formulas.
 
-    Torch's `FlopCounterMode` besides hooks into each module that is called with a weight, as
-    spectral norm is, and `autograd.grad` bears no such hook.
+    Torch's `FlopCounterMode` also hooks into every module that is called with a weight, as spectral
+    norm is, and `autograd.grad` cannot pass such a hook.
     """
 
     def __init__(self) -> None:
@@ -2451,65 +2553,306 @@ def p100_hours(config: Config, steps: int, breeds: int = 120) -> float:
     return steps * config.batch_size * flops_per_image(config, breeds) / P100_FLOPS / 3600
 
 
-# ------------------------------------------------------------------------- 12. Sampling, submission
+# --------------------------------------------------------------------------------------- 9. State
 
-FORMAT = 2  # of checkpoint.pt and generator.pt
-NORM_BATCHES = 32  # x 128 latents, to re-estimate the norms of the G that is submitted
+FORMAT = 3  # of checkpoint.pt and generator.pt
+
+
+def training_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Everything that a step changes, by name."""
+    found = {f"G.{k}": v for k, v in trainer.G.state_dict().items()}
+    found |= {f"D.{k}": v for k, v in trainer.D.state_dict().items()}
+    found |= {f"opt_g.{k}": v for k, v in trainer.opt_g.tensors().items()}
+    found |= {f"opt_d.{k}": v for k, v in trainer.opt_d.tensors().items()}
+    found |= {f"ema.{i}": v for i, v in enumerate(trainer.averages.ema)}
+    found |= {f"swa.{i}": v for i, v in enumerate(trainer.averages.swa)}
+    found |= trainer.d_objective.tensors() | trainer.g_objective.tensors()
+    batches = trainer.batches
+    return found | {"order": batches.order, "cursor": batches.cursor, "sums": trainer.sums}
+
+
+def trainer_state(trainer: Trainer) -> dict[str, object]:
+    """Everything that a bit-equal continuation needs, as copies on the CPU, in plain types."""
+    return {
+        "tensors": {
+            k: v.detach().to("cpu", copy=True) for k, v in training_tensors(trainer).items()
+        },
+        "rng": trainer.rng.get_state(),
+        "data_key": trainer.crops.key,
+        "breeds": trainer.crops.breeds,
+        "steps_done": trainer.steps_done,
+        "rollbacks": trainer.rollbacks,
+        "summed": trainer.summed,
+        "ema_updates": trainer.averages.ema_updates,
+        "swa_updates": trainer.averages.swa_updates,
+    }
+
+
+@torch.no_grad()
+def load_trainer(trainer: Trainer, state: dict[str, object]) -> bool:
+    """Copy a `trainer_state` into the existing tensors, which a replay reads at their addresses.
+
+    Returns False if the random state is of another kind of device: then it is seeded anew.
+    """
+    for name, tensor in training_tensors(trainer).items():
+        tensor.copy_(state["tensors"][name])
+    for name in ("steps_done", "rollbacks", "summed"):
+        setattr(trainer, name, state[name])
+    for name in ("ema_updates", "swa_updates"):
+        setattr(trainer.averages, name, state[name])
+    try:
+        trainer.rng.set_state(state["rng"])
+        return True
+    except RuntimeError:
+        trainer.rng.manual_seed(seed_for(trainer.config.seed, "training") + trainer.steps_done)
+        return False
+
+
+def plain(config: Config) -> dict[str, object]:
+    """A configuration in the types of JSON: None instead of infinity."""
+    values = asdict(config) | {"data": list(config.data)}
+    return {k: None if v == math.inf else v for k, v in values.items()}
+
+
+def config_of(values: dict[str, object]) -> Config:
+    """The inverse of `plain`. Raises `ValueError` where fields or their types are others."""
+    changed = {k: math.inf if v is None else v for k, v in values.items()}
+    changed["data"] = tuple(changed["data"])
+    config = Config(**changed)
+    if {k: type(v) for k, v in changed.items()} != {
+        f.name: type(f.default) for f in fields(Config)
+    }:
+        raise ValueError("other fields in its configuration")
+    return config
+
+
+def checkpoint_state(
+    trainer: Trainer, seconds_used: float, finished: bool = False
+) -> dict[str, object]:
+    """Everything that a continuation needs. `seconds_used`: wall-clock time of all parts so far."""
+    return {
+        "format": FORMAT,
+        "config": plain(trainer.config),
+        "trainer": trainer_state(trainer),
+        "seconds_used": seconds_used,
+        "finished": finished,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_checkpoint(out: Path, state: dict[str, object]) -> None:
+    """Write `checkpoint.pt`; the one before it becomes `checkpoint.previous.pt`."""
+    new, current = out / "checkpoint.new.pt", out / "checkpoint.pt"
+    save(new, state)
+    if current.exists():
+        os.replace(current, out / "checkpoint.previous.pt")
+    os.replace(new, current)
+
+
+class Saver:
+    """Writes checkpoints in a thread while training goes on: 755 MB take a disk some seconds.
+
+    A full disk does not end the training: it is reported, and the next checkpoint is tried.
+    """
+
+    def __init__(self, out: Path, report: Report) -> None:
+        self.out, self.report, self.pool = out, report, ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def save(self, trainer: Trainer, seconds_used: float, finished: bool = False) -> None:
+        """Begin to write a checkpoint, once the one before it is written."""
+        self.wait()
+        state = checkpoint_state(trainer, seconds_used, finished)
+        self.pending = self.pool.submit(write_checkpoint, self.out, state)
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except OSError as error:
+            self.report.event(f"no checkpoint could be written ({error.strerror}): going on")
+
+
+class Damaged(UserError):
+    """A file of ours that is broken as a file."""
+
+
+Parsed = TypeVar("Parsed")
+
+
+def read_state(path: Path, parse: Callable[[dict[str, object]], Parsed]) -> Parsed:
+    """What `parse` makes of a checkpoint or `generator.pt`, whose configuration is read already.
+
+    The one way in for such files: nothing behind it checks them again. Raises `Damaged` where the
+    file is broken, and `UserError` where it is none of this version or `parse` fails on it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None  # torch itself does not look at the checksums
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
+    except DAMAGE:
+        whole = False
+    if not whole:
+        raise Damaged(f"{path} is damaged: give another file.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']}, not {FORMAT}")
+        state["config"] = config_of(state["config"])
+        return parse(state)
+    except (*DAMAGE, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} does not fit this version of the program ({first_line(error)}): move it away,"
+            " or give another --out."
+        ) from error
+
+
+def require_same_form(saved: object, own: object, name: str = "checkpoint") -> None:
+    """Raise `ValueError` where a state differs from the program's own in keys, types or shapes."""
+    fits = type(saved) is type(own)
+    if fits and isinstance(own, dict):
+        fits = saved.keys() == own.keys()
+    if fits and isinstance(own, Tensor) and name != "rng":  # a GPU's random state is shorter
+        fits = (saved.shape, saved.dtype, saved.layout) == (own.shape, own.dtype, own.layout)
+    if not fits:
+        raise ValueError(f"another form of its {name}")
+    for key in own if isinstance(own, dict) else ():
+        require_same_form(saved[key], own[key], key)
+
+
+def read_checkpoint(path: Path, trainer: Trainer) -> dict[str, object] | None:
+    """A checkpoint that continues `trainer`'s recipe on its data; None if it has learnt nothing and
+    its recipe is another. Raises as `read_state`, and `UserError` for another recipe or data."""
+
+    def parse(state: dict[str, object]) -> dict[str, object] | None:
+        try:
+            require_same_recipe(trainer.config, state["config"], [f.name for f in fields(Config)])
+        except UserError:
+            if state["trainer"]["steps_done"]:
+                raise
+            return None
+        if state["trainer"]["data_key"] != trainer.crops.key:
+            raise UserError("the checkpoint was made from other dogs: give its --data, or --fresh.")
+        own = checkpoint_state(trainer, 0.0) | {"config": state["config"]}
+        require_same_form(state, own)
+        return state
+
+    return read_state(path, parse)
+
+
+def require_same_recipe(config: Config, saved: Config, names: Iterable[str]) -> None:
+    """Raise `UserError` where a field of `names` that shapes the weights differs from the saved."""
+    for f in fields(Config):
+        now, then = getattr(config, f.name), getattr(saved, f.name)
+        if f.name in names and f.metadata["fixed"] and now != then:
+            flag = flag_of(f.name)
+            raise UserError(
+                f"the checkpoint was made with {flag} {then}, not {now}: give {flag} {then}, or"
+                " start anew with --fresh or another --out."
+            )
+
+
+def find_checkpoint(options: Options, trainer: Trainer) -> dict[str, object] | None:
+    """`--resume`, else the newest whole checkpoint in `--out`, else None.
+
+    A damaged one is renamed; one that this version cannot read stays, and raises `UserError`.
+    """
+    if options.resume:
+        return read_checkpoint(Path(options.resume), trainer)
+    out = Path(options.config.out)
+    for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt"):
+        try:
+            if path.exists():
+                return read_checkpoint(path, trainer)
+        except Damaged:
+            aside = path.with_suffix(".damaged.pt")
+            os.replace(path, aside)
+            say(f"{path} is damaged: renamed to {aside.name}.", sys.stderr)
+    return None
+
+
+def roll_back(trainer: Trainer, report: Report, options: Options) -> bool:
+    """Back to the last checkpoint with fresh randomness. Returns False once three did not help."""
+    sick_step, rollbacks = trainer.steps_done, trainer.rollbacks + 1
+    state = find_checkpoint(options._replace(resume=""), trainer)
+    if state is None:
+        raise UserError("weights were not finite and no checkpoint is whole: start with --fresh.")
+    load_trainer(trainer, state["trainer"])
+    trainer.rollbacks = rollbacks
+    trainer.rng.manual_seed(seed_for(trainer.config.seed, "training") + rollbacks)
+    report.event(
+        f"weights were not finite at step {sick_step}: back to step {trainer.steps_done},"
+        f" {'with fresh randomness' if rollbacks <= 3 else 'finishing from there'}",
+        rollbacks=rollbacks,
+    )
+    return rollbacks <= 3
+
+
+# ----------------------------------------------------------------------------- 10. Images and files
+
+NORM_BATCHES = 32  # x 128 latents, to estimate the norms of the G that is submitted
 SEED_USES = ("training", "submission", "norms", "sheet", "reals", "breeds", "labelled")
 
 
 def seed_for(seed: int, use: str) -> int:
-    """A seed for one use of randomness, far from those of the others; "training" has `seed`.
-
-    It has 32 bits: torch's generator of a CPU looks at no more.
-    """
+    """A 32-bit seed for one use of randomness, different for each; that of "training" is `seed`."""
     return (seed + SEED_USES.index(use) * 0x9E3779B1) % 2**32
 
 
-def draw_latents(count: int, latent_dim: int, seed: int, truncation: float = 0.0) -> Tensor:
-    """float32 (count, latent_dim), standard normal; row k is the same whatever `count` is.
+def draw_latents(count: int, config: Config, use: str) -> Tensor:
+    """float32 (count, latent_dim) latents for a use in `SEED_USES`; row k does not depend on
+    `count`.
 
-    `truncation` t > 0: normal given |z| <= t, by the inverse of its distribution function.
+    Truncation t > 0: normal given |z| <= t, by the inverse of its distribution function.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shape, batches = (SAMPLE_BATCH, latent_dim), math.ceil(count / SAMPLE_BATCH)
-    z = torch.cat([torch.randn(shape, generator=generator) for _ in range(batches)])[:count]
-    if truncation:
-        least = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
-        share = least + torch.special.ndtr(z.double()) * (1 - 2 * least)
+    generator = torch.Generator().manual_seed(seed_for(config.seed, use))
+    draw = torch.rand if config.latents == "uniform" else torch.randn
+    shape, batches = (SAMPLE_BATCH, config.latent_dim), math.ceil(count / SAMPLE_BATCH)
+    z = torch.cat([draw(shape, generator=generator) for _ in range(batches)])[:count]
+    if config.latents == "uniform":
+        return 2 * z - 1
+    if config.truncation:
+        tail = torch.special.ndtr(torch.tensor(-config.truncation, dtype=torch.float64))
+        share = tail + torch.special.ndtr(z.double()) * (1 - 2 * tail)
         z = torch.special.ndtri(share).float()
     return z
 
 
 def draw_labels(G: nn.Module, count: int, seed: int) -> Tensor:
-    """int64 (count,) breeds, as often as in the data; row k is the same whatever `count` is.
+    """int64 (count,) breeds, as frequent as in the data; row k does not depend on `count`.
 
-    Zeros for a G that is not conditioned on them.
+    Zeros for an unconditional G.
     """
+    if not G.breeds:
+        return torch.zeros(count, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed_for(seed, "breeds"))
-    chance = torch.rand(count, generator=generator)
-    return torch.bucketize(chance, G.frequency.cpu().cumsum(0)[:-1], right=True)
+    random = torch.rand(count, generator=generator)
+    return torch.bucketize(random, G.frequency.cpu().cumsum(0)[:-1], right=True)
 
 
 def in_batches(latents: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a G takes, in batches of 128, the last one filled up."""
+    """G's inputs in batches of 128, the last one filled up."""
     for k in range(0, len(latents), SAMPLE_BATCH):
         rows = torch.arange(k, k + SAMPLE_BATCH).clamp(max=len(latents) - 1)
         yield latents[rows], labels[rows]
 
 
 def full_precision() -> AbstractContextManager:
-    """Plain float32 convolutions by one fixed algorithm, for images that do not vary."""
+    """float32 convolutions by one fixed algorithm, for images that do not vary."""
     return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     )
 
 
 def sample_images(G: nn.Module, latents: Tensor, labels: Tensor) -> Iterator[np.ndarray]:
-    """uint8 (n, 64, 64, 3) batches of images, in the order of `latents` and of their breeds.
+    """Batches of uint8 (n, 64, 64, 3) images, in the order of `latents` and `labels`.
 
-    Every forward has 128 latents, the last one filled up, and G must be in eval mode: an image
-    depends on its own latent alone.
+    Every forward has 128 latents, and G must be in eval mode: an image depends on its own latent
+    only.
     """
     device, left = next(G.parameters()).device, len(latents)
     with full_precision(), torch.no_grad():
@@ -2526,10 +2869,9 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed into place if the block ends well, else removed.
+    """A temporary path to write to; renamed to `path` if the block ends well, else removed.
 
-    The file is on the disk before it is renamed, and its name before this returns, so that a power
-    cut leaves the old file or the new one.
+    File and folder are synced, so that a power cut leaves the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
@@ -2549,7 +2891,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def remove_parts(folder: Path, older: float = 0.0) -> None:
-    """Remove what killed runs left half-written, if it is `older` than so many seconds."""
+    """Remove temporary files that killed runs left, if they are `older` than so many seconds."""
     for part in folder.glob(".*.part"):
         with suppress(OSError):
             if time.time() - part.stat().st_mtime >= older:
@@ -2561,77 +2903,94 @@ def save(path: Path, value: object) -> None:
     with whole_file(path) as part, open(part, "wb") as file:
         try:
             torch.save(value, file)
-        except RuntimeError as error:  # torch's own word where the file took too little
+        except RuntimeError as error:  # what torch raises on a short write
             file.flush()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def encode_png(image: np.ndarray) -> bytes:
     """uint8 (64, 64, 3) to a PNG. Run-length coding (3) at level 1 is 1.4 times as fast as Pillow's
-    default here, and 5 % smaller (`tests/bench_zip.py`: 0.42 against 0.60 ms, 8.3 against 8.8 kB).
-    """
+    default here, and 5 % smaller (`tests/bench/bench_zip.py`: 0.42 against 0.60 ms, 8.3 against 8.8
+    kB)."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", compress_level=1, compress_type=3)
     return buffer.getvalue()
 
 
-def write_zip(path: Path, batches: Iterable[np.ndarray]) -> int:
-    """Write `00000.png`... at the root of a zip, encoded in threads; returns how many.
+def write_zip(path: Path, batches: Iterable[np.ndarray]) -> None:
+    """Write `00000.png`... at the root of a zip, encoded in threads.
 
     `batches`: uint8 (n, 64, 64, 3) arrays. Stored, not deflated: PNGs do not shrink again.
     """
-    count = 0
     # A task of 32 images keeps the threads out of each other's way; one image is too little work.
     tasks = (batch[k : k + 32] for batch in batches for k in range(0, len(batch), 32))
     with whole_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-        for png in chain.from_iterable(in_threads(lambda task: [*map(encode_png, task)], tasks)):
+        encoded = in_threads(lambda task: [*map(encode_png, task)], tasks)
+        for count, png in enumerate(chain.from_iterable(encoded)):
             name = zipfile.ZipInfo(f"{count:05d}.png", date_time=(1980, 1, 1, 0, 0, 0))
             name.external_attr = 0o644 << 16
             archive.writestr(name, png)
-            count += 1
-    return count
 
 
-def write_images(G: nn.Module, config: Config, out: Path, breed: int | None = None) -> None:
-    """Draw `config.images` dogs, of one breed or as often as each occurs, into `images.zip`."""
-    seed = seed_for(config.seed, "submission")
-    latents = draw_latents(config.images, G.latent_dim, seed, config.truncation)
-    labels = draw_labels(G, config.images, config.seed)
-    if breed is not None:
-        labels = torch.full_like(labels, breed)
-    write_zip(out / "images.zip", sample_images(G, latents, labels))
+def write_images(G: nn.Module, config: Config, labels: Tensor | None = None) -> None:
+    """Draw `config.images` dogs into `images.zip`, of `labels` or as frequent as in the data."""
+    latents = draw_latents(config.images, config, "submission")
+    labels = draw_labels(G, config.images, config.seed) if labels is None else labels
+    write_zip(Path(config.out) / "images.zip", sample_images(G, latents, labels))
 
 
-def write_results(trainer: Trainer, out: Path) -> tuple[nn.Module, str]:
-    """Average, re-estimate, write `generator.pt` and `images.zip`; returns G and what it is of."""
+def submit(trainer: Trainer) -> tuple[nn.Module, str]:
+    """Average, estimate the norms, write `generator.pt` and `images.zip`. Returns G and which
+    weights it has."""
     config, choice = trainer.config, trainer.averages.choose(trainer.config.average)
     G = trainer.averages.generator(trainer.G, choice, NORM_BATCHES, config)
-    state = {"format": FORMAT, "config": plain(config), "weights": choice}
-    state |= {"shape": G.shape, "breeds": trainer.crops.breeds, "steps_done": trainer.steps_done}
-    save(
-        out / "generator.pt",
-        state | {"state_dict": {k: v.cpu() for k, v in G.state_dict().items()}},
-    )
-    write_images(G, config, out)
+    save(Path(config.out) / "generator.pt", generator_state(trainer, G, choice))
+    write_images(G, config)
     return G, choice
 
 
+def generator_state(trainer: Trainer, G: nn.Module, choice: str) -> dict[str, object]:
+    """The contents of `generator.pt` for a G with the weights of `choice`."""
+    return {
+        "format": FORMAT,
+        "config": plain(trainer.config),
+        "weights": choice,
+        "generator": G.constructor,
+        "breeds": trainer.crops.breeds,
+        "steps_done": trainer.steps_done,
+        "state_dict": {k: v.cpu() for k, v in G.state_dict().items()},
+    }
+
+
+def load_generator(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, object]]:
+    """G of a `generator.pt`, in eval mode, and the file's contents. Raises `UserError`."""
+
+    def parse(state: dict[str, object]) -> tuple[nn.Module, dict[str, object]]:
+        G = make_generator(state["generator"])
+        G.load_state_dict(state["state_dict"])
+        if state["weights"] not in WEIGHTS or len(state["breeds"]) < G.breeds:
+            raise ValueError("unknown weights or breeds")
+        return G.to(device, memory_format=memory_layout(device)).eval(), state
+
+    return read_state(path, parse)
+
+
 def real_images(crops: CropSet, config: Config) -> np.ndarray:
-    """uint8 (100, 64, 64, 3): real crops as the networks see them, spread over the whole set."""
+    """uint8 (100, 64, 64, 3): real crops as the networks see them, from the whole set."""
     device = crops.pixels.device
     rows = torch.linspace(0, len(crops.first) - 1, 100, device=device).long()
     generator = torch.Generator(device).manual_seed(seed_for(config.seed, "reals"))
     return to_bytes(draw_reals(crops, rows, generator, config.mirror))
 
 
-def sheet_images(G: nn.Module, seed: int, truncation: float = 0.0) -> np.ndarray:
+def sheet_images(G: nn.Module, config: Config) -> np.ndarray:
     """uint8 (100, 64, 64, 3): the images of the run's fixed latents."""
-    latents = draw_latents(100, G.latent_dim, seed_for(seed, "sheet"), truncation)
-    return np.concatenate(list(sample_images(G, latents, draw_labels(G, 100, seed))))
+    latents, labels = draw_latents(100, config, "sheet"), draw_labels(G, 100, config.seed)
+    return np.concatenate(list(sample_images(G, latents, labels)))
 
 
 def draw_sheet(images: np.ndarray, columns: int = 10) -> Image.Image:
-    """uint8 (n, 64, 64, 3) as one picture, `columns` to a row, white where images are wanting."""
+    """uint8 (n, 64, 64, 3) as one picture with `columns` per row, white where images are missing."""
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * columns, IMAGE_SIZE, IMAGE_SIZE, 3), 255, np.uint8)
     sheet[: len(images)] = images
@@ -2639,11 +2998,64 @@ def draw_sheet(images: np.ndarray, columns: int = 10) -> Image.Image:
     return Image.fromarray(sheet.reshape(rows * IMAGE_SIZE, columns * IMAGE_SIZE, 3))
 
 
-def save_picture(path: Path, frames: Sequence[Image.Image]) -> None:
-    """Write one picture, or several as an animation of 0.7 s each; the format is the suffix's."""
-    several = {"save_all": True, "append_images": frames[1:], "duration": 700, "loop": 0}
+def save_picture(path: Path, frames: Sequence[Image.Image], milliseconds: int = 700) -> None:
+    """Write one picture, or several as a looping animation; the suffix names the format."""
+    several = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
     with whole_file(path) as part:
         frames[0].save(part, path.suffix[1:].upper(), **(several if len(frames) > 1 else {}))
+
+
+def sheet_path(out: Path, step: int) -> Path:
+    """The file of a step's sheet."""
+    return out / "samples" / f"step_{step:07d}.png"
+
+
+WALK_ROWS, WALK_COLUMNS, WALK_FRAMES = 8, 10, 80
+
+
+def write_walk(G: nn.Module, config: Config, breeds: Sequence[int]) -> None:
+    """Write `walk.webp`: eight closed walks through latent space, 8 s (Radford et al. 2015, 6.1).
+
+    A row shows its whole walk at any time, each column a tenth of it further on. An unconditional G
+    walks around a great circle through two random latents. A conditional one keeps a latent and
+    goes through `breeds`, by interpolating the embeddings of each breed and the next.
+    """
+    place = torch.arange(WALK_FRAMES) / WALK_FRAMES
+    first, second = draw_latents(2 * WALK_ROWS, config, "sheet")[:, None].chunk(2)
+    angle = (2 * math.pi * place)[None, :, None]
+    if breeds:
+        G, z = between_breeds(G, breeds, place), first.expand(-1, WALK_FRAMES, -1)
+    elif config.latents == "uniform":  # to the other latent and back, inside the cube
+        z = first.lerp(second, (1 - angle.cos()) / 2)
+    else:  # any point of the circle is a standard normal latent
+        z = first * angle.cos() + second * angle.sin()
+    labels = (
+        torch.arange(WALK_FRAMES).repeat(WALK_ROWS)
+        if breeds
+        else draw_labels(G, z[..., 0].numel(), 0)
+    )
+    images = np.concatenate(list(sample_images(G, z.flatten(0, 1), labels)))
+    images = images.reshape(WALK_ROWS, WALK_FRAMES, *images.shape[1:])
+    columns = np.arange(WALK_COLUMNS) * (WALK_FRAMES // WALK_COLUMNS)
+    frames = [
+        draw_sheet(images[:, (columns + k) % WALK_FRAMES].reshape(-1, *images.shape[2:]))
+        for k in range(WALK_FRAMES)
+    ]
+    save_picture(Path(config.out) / "walk.webp", frames, milliseconds=8000 // WALK_FRAMES)
+
+
+@torch.no_grad()
+def between_breeds(G: nn.Module, breeds: Sequence[int], place: Tensor) -> nn.Module:
+    """A copy of G whose label k is the blend at `place[k]` (0 to 1) of the circle of `breeds`."""
+    G = copy.deepcopy(G)
+    at = place * len(breeds)
+    here, there = (torch.tensor(breeds)[(at.long() + k) % len(breeds)] for k in (0, 1))
+    for module in G.modules():
+        if isinstance(module, (BreedBatchNorm2d, nn.Embedding)):
+            for name, table in list(module.named_parameters(recurse=False)):
+                share = at.frac()[:, None].to(table.device)
+                setattr(module, name, nn.Parameter(table[here].lerp(table[there], share)))
+    return G
 
 
 def pairwise_distance(images: np.ndarray) -> float:
@@ -2652,22 +3064,24 @@ def pairwise_distance(images: np.ndarray) -> float:
     return (torch.pdist(x) / math.sqrt(x.shape[1])).mean().item()
 
 
-# -------------------------------------------------------------------------------------- 13. The run
+# -------------------------------------------------------------------------------------- 11. The run
 
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
+CHECKPOINT_SECONDS = 300.0
 
 
 class Clock:
     """The wall-clock of a run over all its parts, and its progress from 0 to 1."""
 
     def __init__(self, config: Config, started: float, used_before: float) -> None:
-        """`started`: `time.monotonic()` when this part began; `used_before`: seconds of others."""
+        """`started`: `time.monotonic()` at the start of this part; `used_before`: seconds of the
+        parts before it."""
         self.steps, self.started = config.steps, started
         self.origin = started - used_before
         self.budget_seconds = 3600 * config.hours
         self.deadline = self.origin + self.budget_seconds
         self.part_deadline = started + 3600 * config.part_hours
-        self.reserve = 0.0  # seconds that finishing takes, once measured
+        self.reserve = 0.0  # seconds for finishing, once measured
 
     def used(self) -> float:
         """Seconds of the run so far, all parts together."""
@@ -2683,13 +3097,15 @@ class Clock:
         return min(1.0, max(steps_done / self.steps, in_time))
 
     def allows(self, seconds: float) -> bool:
-        """Whether `seconds` beside training are under 2 % of the run (of 25 minutes at least)."""
+        """Whether `seconds` not spent on training are under 2 % of the run (of at least 25
+        minutes where there is no limit)."""
         budget = self.budget_seconds if math.isfinite(self.budget_seconds) else 1500
         return seconds <= 0.02 * max(budget, self.used())
 
 
 class Interrupts:
-    """What SIGINT, SIGTERM and SIGHUP do: raise; but `armed`, the first only sets `stopped`."""
+    """SIGINT, SIGTERM and SIGHUP. Before training they raise KeyboardInterrupt; during training
+    (`armed`) the first one asks for a clean stop by setting `stopped`."""
 
     def __init__(self) -> None:
         self.armed = self.stopped = False
@@ -2699,12 +3115,12 @@ class Interrupts:
         if self.stopped or not self.armed:
             raise KeyboardInterrupt
         self.stopped = True
-        say("saving, then writing images.zip; once more to leave at once", sys.stderr)
+        say("saving, then writing images.zip; interrupt again to leave at once", sys.stderr)
 
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Handle the signals inside the block, and put the old handlers back behind it."""
+    """Handle the signals inside the block, and restore the old handlers after it."""
     state, previous = Interrupts(), {}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -2721,7 +3137,7 @@ def interrupts() -> Iterator[Interrupts]:
 
 @contextmanager
 def only_run_in(out: Path) -> Iterator[None]:
-    """Hold `out` for this run. Raises `UserError` while another lives; a kill leaves no lock."""
+    """Lock `out` for this run. Raises `UserError` while another has it; a kill leaves no lock."""
     out.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -2744,12 +3160,12 @@ def only_run_in(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def say(text: str, file: object = None) -> None:
-    """Print a line above the bar; what is only told never ends a run (a full disk, `| head`)."""
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line above the bar; a failure to print never ends a run (a full disk, `| head`)."""
     try:
         tqdm.write(text, file=file or sys.stdout)
         (file or sys.stdout).flush()
-    except (OSError, ValueError, RuntimeError):  # the last: a signal in the midst of a write
+    except (OSError, ValueError, RuntimeError):  # the last: a signal during a write
         pass
 
 
@@ -2768,7 +3184,7 @@ class Report:
         self.last_steps, self.last_time = trainer.steps_done, time.monotonic()
 
     def event(self, text: str = "", **values: object) -> None:
-        """Say `text`, and log it with `values` as one JSON line, if there is room for it."""
+        """Print `text`, and log it with `values` as one JSON line, if the disk has room for it."""
         if text:
             say(text)
             values = {"text": text} | values
@@ -2785,28 +3201,28 @@ class Report:
             self.missed += 1
 
     def status(self, trainer: Trainer, clock: Clock, last: bool = False) -> dict[str, float]:
-        """Show and, every 10 s, log where training stands. Returns the mean losses since then."""
+        """Show and, every 10 s, log the progress. Returns the mean losses since the last call."""
         stats, now = trainer.read_stats(), time.monotonic()
         steps, batch = trainer.steps_done, trainer.config.batch_size
         rate = (steps - self.last_steps) / max(1e-9, now - self.last_time)
         left = min(clock.training_left(), (clock.steps - steps) / rate if rate else math.inf)
         minutes = f"{max(0, left) / 60:.0f}" if math.isfinite(left) else "?"
-        share = clock.progress(steps)
+        progress = clock.progress(steps)
         line = (
             f"step {steps}, {steps * batch:,} images, {rate * batch:.0f} images/s,"
             f" D {stats['d_loss']:.3f}, G {stats['g_loss']:.3f},"
             f" past margin {stats['past_margin']:.2f}, {minutes} min left"
         )
         with suppress(OSError, ValueError):
-            self.bar.n = share
+            self.bar.n = progress
             self.bar.set_description_str(line)
         if self.bar.disable and (last or now >= self.printed + 60):
-            say(f"{share:4.0%} {line}")
+            say(f"{progress:4.0%} {line}")
             self.printed = now
         if last or now >= self.logged + 10:
             values = {k: round(v, 5) if math.isfinite(v) else None for k, v in stats.items()}
             self.event(
-                step=steps, images=steps * batch, progress=round(share, 5),
+                step=steps, images=steps * batch, progress=round(progress, 5),
                 seconds=round(clock.used(), 2), images_per_second=round(rate * batch, 2), **values,
             )  # fmt: skip
             self.logged, self.last_steps, self.last_time = now, steps, now
@@ -2815,7 +3231,7 @@ class Report:
 
 
 def in_notebook() -> bool:
-    """Whether this runs in a Jupyter kernel (Colab's is a subclass), not merely beside one."""
+    """Whether this runs in a Jupyter kernel (Colab's is a subclass of it)."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__)
 
@@ -2826,171 +3242,8 @@ def is_live() -> bool:
     return live and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch"
 
 
-# Checkpoints: two of them, each whole, the newer one written while training goes on.
-
-
-def plain(config: Config) -> dict[str, object]:
-    """A configuration in types that JSON has: None in the place of infinity."""
-    values = asdict(config) | {"data": list(config.data)}
-    return {k: None if v == math.inf else v for k, v in values.items()}
-
-
-def checkpoint_state(
-    trainer: Trainer, clock: Clock, finished: bool = False, finishing: float = 0.0
-) -> dict[str, object]:
-    """Everything that a continuation needs. `finishing`: seconds that this part will still use."""
-    return {
-        "format": FORMAT,
-        "config": plain(trainer.config),
-        "trainer": trainer.state_dict(),
-        "seconds_used": clock.used() + finishing,
-        "finished": finished,
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def write_checkpoint(out: Path, state: dict[str, object]) -> None:
-    """Write `checkpoint.pt`; the one before it becomes `checkpoint.previous.pt`."""
-    new, current = out / "checkpoint.new.pt", out / "checkpoint.pt"
-    save(new, state)
-    if current.exists():
-        os.replace(current, out / "checkpoint.previous.pt")
-    os.replace(new, current)
-
-
-class Saver:
-    """Writes checkpoints in a thread while training goes on: 755 MB take a disk some seconds.
-
-    A full disk does not end the training: it is said, and tried again at the next time.
-    """
-
-    def __init__(self, out: Path, report: Report) -> None:
-        self.out, self.report, self.pool = out, report, ThreadPoolExecutor(1)
-        self.pending: Future | None = None
-
-    def save(
-        self, trainer: Trainer, clock: Clock, finished: bool = False, finishing: float = 0.0
-    ) -> None:
-        """Begin to write a checkpoint of now, once the one before it is written."""
-        self.wait()
-        state = checkpoint_state(trainer, clock, finished, finishing)
-        self.pending = self.pool.submit(write_checkpoint, self.out, state)
-
-    def wait(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        pending, self.pending = self.pending, None
-        try:
-            if pending is not None:
-                pending.result()
-        except OSError as error:
-            self.report.event(f"no checkpoint could be written ({error.strerror}): going on")
-
-
-class Damaged(UserError):
-    """A checkpoint of which nothing can be trusted."""
-
-
-def load_state(path: Path, part: str) -> dict[str, object]:
-    """A checkpoint, or `generator.pt`, with `part` in it.
-
-    Raises `Damaged` where the file is broken, `UserError` where it is something else.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            whole = archive.testzip() is None  # torch itself does not look at the checksums
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: give another file.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
-    except DAMAGE:
-        whole = False
-    if not whole:
-        raise Damaged(f"{path} is damaged: give another file.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (*DAMAGE, pickle.UnpicklingError):
-        state = None
-    version = state.get("format") if isinstance(state, dict) else None
-    if type(version) is int and version == FORMAT:
-        config = state.get("config")
-        fits = isinstance(config, dict) and config.keys() == plain(Config()).keys()
-        if fits and isinstance(state.get(part), dict):
-            return state
-    raise UserError(
-        f"{path} was not made by this version of the program, or holds no {part}: move it away,"
-        " or give another --out."
-    )
-
-
-def find_checkpoint(options: Options) -> dict[str, object] | None:
-    """`--resume`, else the newest whole checkpoint in `--out`, else None; damaged ones are set
-    aside, and what this version cannot read is left where it is (`UserError`)."""
-    if options.resume:
-        return load_state(Path(options.resume), "trainer")
-    out = Path(options.config.out)
-    for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt"):
-        try:
-            if path.exists():
-                return load_state(path, "trainer")
-        except Damaged:
-            aside = path.with_suffix(".damaged.pt")
-            os.replace(path, aside)
-            say(f"{path} is damaged: set aside as {aside.name}.", sys.stderr)
-    return None
-
-
-def check_state(saved: object, own: object, name: str = "the checkpoint") -> None:
-    """Raise `UserError` where a state differs from a trainer's own in keys, types or shapes."""
-    fits = type(saved) is type(own)
-    if fits and isinstance(own, Tensor):
-        fits = saved.shape == own.shape or name.endswith(" rng")
-        fits &= (saved.dtype, saved.layout, saved.device) == (own.dtype, own.layout, own.device)
-    elif fits and isinstance(own, dict):
-        fits = saved.keys() == own.keys()
-    elif fits and isinstance(own, (int, float)):
-        fits = 0 <= saved < 2**62  # nor nan
-    if not fits:
-        raise UserError(f"{name} does not fit these networks and this data: start with --fresh.")
-    if isinstance(own, dict):
-        for key, value in own.items():
-            check_state(saved[key], value, f"{name.removesuffix(' trainer')} {key}")
-
-
-def refuse_other_recipe(config: Config, saved: dict[str, object], names: Iterable[str]) -> None:
-    """Raise `UserError` where a field of `names` that shapes the weights differs from the saved."""
-    now = plain(config)
-    for f in fields(Config):
-        if f.name in names and f.metadata["fixed"] and now[f.name] != saved.get(f.name):
-            flag = "--" + f.name.replace("_", "-")
-            raise UserError(
-                f"the checkpoint was made with {flag} {saved.get(f.name)}, not {now[f.name]}: give"
-                f" {flag} {saved.get(f.name)}, or start anew with --fresh or another --out."
-            )
-
-
-def roll_back(trainer: Trainer, report: Report, options: Options) -> bool:
-    """Back to the last checkpoint with fresh randomness. Returns False once three were in vain."""
-    sick_step, rollbacks = trainer.steps_done, trainer.rollbacks + 1
-    state = find_checkpoint(options._replace(resume=""))
-    if state is None:
-        raise UserError("weights were not finite and no checkpoint is whole: start with --fresh.")
-    trainer.load_state_dict(state["trainer"])
-    trainer.rollbacks = rollbacks
-    trainer.rng.manual_seed(seed_for(trainer.config.seed, "training") + rollbacks)
-    report.event(
-        f"weights were not finite at step {sick_step}: back to step {trainer.steps_done},"
-        f" {'with fresh randomness' if rollbacks <= 3 else 'finishing from there'}",
-        rollbacks=rollbacks,
-    )
-    return rollbacks <= 3
-
-
-# Training: from the first zip, of a G that knows nothing yet, to the last.
-
-
 class Run(NamedTuple):
-    """What belongs to one run."""
+    """The parts of one run."""
 
     options: Options
     trainer: Trainer
@@ -3001,16 +3254,19 @@ class Run(NamedTuple):
 
 
 def estimate_finish(trainer: Trainer) -> float:
-    """Seconds that re-estimation, sampling and the zip take here, by the second of two batches."""
+    """Seconds that norms, sampling and the zip take here, measured on one and two batches."""
     config = trainer.config
-    for _ in range(2):
+    for _ in range(2):  # the first time warms up
         marks = [time.monotonic()]
-        for batches in (1, 2):  # what is done once, and a batch or two
+        for batches in (1, 2):
             G = trainer.averages.generator(trainer.G, "none", batches, config)
             next(G.parameters()).sum().item()  # waits for the device
             marks.append(time.monotonic())
-        latents = draw_latents(SAMPLE_BATCH, G.latent_dim, 0)
-        (images,) = sample_images(G, latents, draw_labels(G, SAMPLE_BATCH, 0))
+        latents, labels = (
+            draw_latents(SAMPLE_BATCH, config, "sheet"),
+            draw_labels(G, SAMPLE_BATCH, 0),
+        )
+        (images,) = sample_images(G, latents, labels)
         list(in_threads(encode_png, images))
         one, two, sampling = (b - a for a, b in pairwise([*marks, time.monotonic()]))
     norms = one + (NORM_BATCHES - 1) * max(0.0, two - one)
@@ -3018,33 +3274,37 @@ def estimate_finish(trainer: Trainer) -> float:
 
 
 def reserve_time(run: Run) -> float:
-    """Write a first zip where that costs under 2 % of the budget; reserve what the last takes.
+    """Write a first checkpoint, and a first zip if it costs under 2 % of the budget; reserve the
+    time that the last ones take.
 
-    Returns the seconds of finishing. Raises `UserError` where the budget cannot hold them.
+    Returns the seconds of finishing. Raises `UserError` where the budget is too small for them.
     """
-    trainer, clock, out = run.trainer, run.clock, run.out
+    trainer, clock = run.trainer, run.clock
     begin = time.monotonic()
-    state = checkpoint_state(trainer, clock)
-    save(out / "checkpoint.new.pt", state)
+    state = checkpoint_state(trainer, clock.used())
+    save(run.out / "checkpoint.new.pt", state)
     saving, finishing = time.monotonic() - begin, estimate_finish(trainer)
-    left = clock.training_left()  # all of it: there is no reserve yet
-    if left > 1.5 * finishing and clock.allows(finishing):
+    left = clock.training_left()  # there is no reserve yet
+    first = left > 1.5 * finishing and clock.allows(finishing)
+    if first:
+        write_checkpoint(run.out, state)  # so that an interrupt from here on leaves one
         begin = time.monotonic()
-        write_results(trainer, out)
+        submit(trainer)
         finishing = time.monotonic() - begin
-    # Half as much again: other programs may slow the end down; sheet and animation come too.
-    clock.reserve = 1.5 * (finishing + 2 * saving) + 1
+    # More than measured, as other programs may slow down the end; also for sheet and animation.
+    clock.reserve = (1.3 if first else 1.5) * (finishing + saving) + 2
     if left <= clock.reserve:
-        (out / "checkpoint.new.pt").unlink()
+        (run.out / "checkpoint.new.pt").unlink(missing_ok=True)
         part = clock.part_deadline < clock.deadline
         used = time.monotonic() - clock.started if part else clock.used()
         minutes = math.ceil((used + 1.2 * clock.reserve) / 6) / 10
         remedy = f"--part-hours {minutes / 60 + 0.0005:.3f}" if part else f"--minutes {minutes}"
         raise UserError(
-            f"the budget cannot hold the sampling of {trainer.config.images} images on this device:"
+            f"the budget is too small to sample {trainer.config.images} images on this device:"
             f" give {remedy} or more, or fewer --images; or --sample-only after an earlier run."
         )
-    write_checkpoint(out, state)  # so that there is one to roll back to
+    if not first:
+        write_checkpoint(run.out, state)  # for a rollback
     return finishing
 
 
@@ -3052,9 +3312,9 @@ def train_within_budget(run: Run) -> None:
     """Reserve the time to finish, train, and save. Raises `UserError` for too small a budget."""
     trainer, report = run.trainer, run.report
     finishing = reserve_time(run)
-    run.stop.armed = True  # from here on there is something to save
+    run.stop.armed = True
     if reason := capture(trainer):
-        report.event(f"{reason}: going on by a slower way", slower=reason)
+        report.event(f"{reason}: going on with slower eager steps", slower=reason)
     report.start(trainer)
     saver = Saver(run.out, report)
     try:
@@ -3063,7 +3323,7 @@ def train_within_budget(run: Run) -> None:
         if not trainer.is_healthy():
             roll_back(trainer, report, run.options)
         report.status(trainer, run.clock, last=True)
-        saver.save(trainer, run.clock, done, finishing)
+        saver.save(trainer, run.clock.used() + finishing, done)
     finally:
         try:
             saver.wait()
@@ -3073,7 +3333,7 @@ def train_within_budget(run: Run) -> None:
 
 def train(run: Run, saver: Saver, finishing: float) -> bool:
     """Train to progress 1 (returns True), or until this part's time is over or a signal came."""
-    trainer, clock, report, config = run.trainer, run.clock, run.report, run.trainer.config
+    trainer, clock, report = run.trainer, run.clock, run.report
     saved, spent = time.monotonic(), (0.0, finishing)
     sheets = [s for s in SHEETS if s > clock.progress(trainer.steps_done)]
     while (progress := clock.progress(trainer.steps_done)) < 1:
@@ -3082,7 +3342,7 @@ def train(run: Run, saver: Saver, finishing: float) -> bool:
         trainer.step(progress)
         now = time.monotonic()
         showing = now >= report.shown + 1
-        saving = now >= saved + config.checkpoint_seconds
+        saving = now >= saved + CHECKPOINT_SECONDS
         looking = bool(sheets) and progress >= sheets[0]
         if not (showing or saving or looking):  # what follows waits for the device
             continue
@@ -3094,7 +3354,7 @@ def train(run: Run, saver: Saver, finishing: float) -> bool:
         if showing:
             report.status(trainer, clock)
         if saving:
-            saver.save(trainer, clock)
+            saver.save(trainer, clock.used())
             saved = time.monotonic()
         if looking:
             sheets = [s for s in sheets if s > progress]
@@ -3103,56 +3363,50 @@ def train(run: Run, saver: Saver, finishing: float) -> bool:
 
 
 def show_progress(run: Run, spent: tuple[float, float], finishing: float) -> tuple[float, float]:
-    """A sheet, and the zip anew, where the seconds `spent` on either so far allow it.
-
-    On a slow device some are left out: sheets above 5 % of the time, zips above 2 % of the run.
-    """
+    """Write a sheet, and the zip again, if the seconds `spent` on each so far allow it: 5 % of the
+    time for sheets, 2 % of the run for zips. Returns `spent` with the new ones added."""
     on_sheets, on_zips = spent
     begin = time.monotonic()
     try:
         if on_sheets <= 0.05 * run.clock.used():
-            look(run)
+            check_samples(run)
             on_sheets += time.monotonic() - begin
         begin = time.monotonic()
         if run.clock.allows(on_zips + finishing):
-            write_results(run.trainer, run.out)
+            submit(run.trainer)
             on_zips += time.monotonic() - begin
-    except OSError as error:  # a full disk: what was learnt is more than what can be shown of it
-        run.report.event(f"the results of now cannot be written ({error.strerror}): going on")
+    except OSError as error:  # a full disk must not end the training
+        run.report.event(f"samples cannot be written ({error.strerror}): going on")
     return on_sheets, on_zips
 
 
-def look(run: Run) -> None:
-    """Draw the averaged G's sheet of now, and warn where it has collapsed or D has won."""
+def check_samples(run: Run) -> None:
+    """Write a sheet of the averaged G, and warn if it has collapsed or if D has won."""
     trainer, report, config = run.trainer, run.report, run.trainer.config
     stats = report.status(trainer, run.clock)
     choice = trainer.averages.choose(config.average)
     G = trainer.averages.generator(trainer.G, choice, 8, config)
-    images = sheet_images(G, config.seed, config.truncation)
+    images = sheet_images(G, config)
     save_picture(sheet_path(run.out, trainer.steps_done), [draw_sheet(images)])
     reals = real_images(trainer.crops, config)
     variety = pairwise_distance(images) / pairwise_distance(reals)
     report.event(step=trainer.steps_done, variety=round(variety, 4))
-    if variety < 0.5 and run.clock.progress(trainer.steps_done) >= 0.1:
+    settled = trainer.steps_done >= 1000 and run.clock.progress(trainer.steps_done) >= 0.1
+    if variety < 0.5 and settled:
         report.event(
-            f"warning: the samples differ {variety:.2f} times as much among each other as real dogs"
-            " do: if it stays so, G has collapsed; try a lower --g-lr or a wider --d-width"
+            f"warning: the samples differ from each other {variety:.2f} times as much as real dogs:"
+            " if it stays so, G has collapsed; try a lower --g-lr or a wider --d-width"
         )
     if stats["past_margin"] > 0.98 and stats["d_fake"] < -6:
-        report.event("warning: D tells reals from fakes with certainty: G learns little now")
-
-
-def sheet_path(out: Path, step: int) -> Path:
-    """Where the sheet of a step lies."""
-    return out / "samples" / f"step_{step:07d}.png"
+        report.event("warning: D is certain of all reals and fakes: G learns little now")
 
 
 def finish(run: Run) -> None:
-    """Write `generator.pt`, the zip, the last sheet and the animation, and say where they are."""
+    """Write `generator.pt`, the zip, the last sheet and the animation, and print where they are."""
     trainer, out, config, steps = run.trainer, run.out, run.trainer.config, run.trainer.steps_done
-    G, choice = write_results(trainer, out)
+    G, choice = submit(trainer)
     sheet = sheet_path(out, steps)
-    save_picture(sheet, [draw_sheet(sheet_images(G, config.seed, config.truncation))])
+    save_picture(sheet, [draw_sheet(sheet_images(G, config))])
     reals = draw_sheet(real_images(trainer.crops, config))
     sheets = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
     save_picture(out / "progress.webp", [reals, *sheets])
@@ -3167,83 +3421,60 @@ def finish(run: Run) -> None:
     run.report.event(f"look at {sheet} (100 of them) and {out / 'progress.webp'} (how they grew)")
 
 
-def announce(run: Run, where: str, state: dict[str, object] | None) -> None:
-    """Say and log what goes in: the device, the dogs, what was left out, where it resumes."""
-    trainer, report, crops = run.trainer, run.report, run.trainer.crops
-    report.event(
-        device=describe_device(trainer.device),
-        precision=trainer.precision,
-        config=plain(trainer.config),
-        flops=flops_per_image(trainer.config, len(crops.breeds)),
-    )
-    left_out = count_reasons(crops.skipped) or "nothing"
-    report.event(
-        f"{len(crops.first)} dogs of {len(crops.breeds)} breeds in {where}; left out: {left_out}",
-        skipped=crops.skipped,
-    )
-    if state:
-        report.event(f"resumed at step {trainer.steps_done}", resumed_at_step=trainer.steps_done)
-        if (state["torch"], state["threads"]) != (torch.__version__, torch.get_num_threads()):
-            report.event("under another torch or thread count: not bit-equal to an unbroken run")
+def prepare(config: Config, device: torch.device) -> tuple[Trainer, list[str]]:
+    """Find and crop the dogs and build the trainer. Returns it and the plan, line by line."""
+    photos = find_photos(config.data)
+    crops = prepare_crops(photos, config.crops, dedupe=config.dedupe)
+    trainer = Trainer(config, crops, device)
+    G, D = (sum(p.numel() for p in net.parameters()) for net in (trainer.G, trainer.D))
+    flops = flops_per_image(config, len(crops.breeds))
+    return trainer, [
+        f"{len(photos.photos)} photos, {len(crops.first)} dogs of {len(crops.breeds)} breeds in"
+        f" {photos.where}; left out: {count_reasons(crops.skipped) or 'nothing'}",
+        f"parameters: G {G:,}, D {D:,}; {flops / 1e9:.3f} GFLOP per image-step; the whole recipe:"
+        f" {config.steps} steps, {config.steps * config.batch_size:,} images, P100-hours:"
+        f" {p100_hours(config, config.steps, len(crops.breeds)):.3g}",
+    ]
 
 
-def resumed_state(options: Options) -> dict[str, object] | None:
-    """The checkpoint to go on from, if there is one and it is not to be ignored."""
-    config = options.config
-    state = None if options.fresh and not options.resume else find_checkpoint(options)
-    if state is None:
-        return None
-    try:
-        refuse_other_recipe(config, state["config"], state["config"])
-    except UserError:
-        if state["trainer"].get("steps_done") != 0:
-            raise
-        return None  # nothing was learnt yet that another recipe could spoil
-    return state
-
-
-def load_trainer(trainer: Trainer, state: dict[str, object]) -> bool:
-    """Put a checkpoint into a trainer, checked as a whole before any of it is used.
-
-    Returns False where its randomness is of another kind of device. Raises `UserError`.
-    """
-    if state["trainer"].get("data_key") != trainer.crops.key:
-        raise UserError("the checkpoint was made from other dogs: give its --data, or --fresh.")
-    check_state(state["trainer"], trainer.state_dict())
-    for name, kind in (
-        ("seconds_used", float),
-        ("finished", bool),
-        ("threads", int),
-        ("torch", str),
-    ):
-        check_state(state.get(name), kind(), f"the checkpoint's {name}")
-    order = state["trainer"]["tensors"]["order"]
-    if not torch.equal(order.sort().values, torch.arange(len(order))):
-        raise UserError("the checkpoint's order of the dogs is none: start with --fresh.")
-    return trainer.load_state_dict(state["trainer"])
+def show_plan(config: Config, device: torch.device) -> int:
+    """`--dry-run`: crop the dogs, print the plan and the configuration, and try a GPU's replay."""
+    trainer, plan = prepare(config, device)
+    for line in (*plan, json.dumps(plain(config), indent=2)):
+        say(line)
+    if device.type == "cuda":
+        reason = capture(trainer)
+        say(f"{reason}: steps would be eager" if reason else "a replayed step agrees")
+    return 0
 
 
 def start_run(options: Options, device: torch.device, started: float, stop: Interrupts) -> int:
     """Find, crop, train, submit. Returns the exit code."""
     config, out = options.config, Path(options.config.out)
-    photos = find_photos(config.data)
-    state = resumed_state(options)
-    crops = prepare_crops(photos, config.crops, dedupe=config.dedupe)
-    trainer = Trainer(config, crops, device)
-    same_kind = load_trainer(trainer, state) if state else True
+    trainer, plan = prepare(config, device)
+    ignored = options.fresh and not options.resume
+    state = None if ignored else find_checkpoint(options, trainer)
     clock = Clock(config, started, state["seconds_used"] if state else 0.0)
-    if state is None:  # nothing of an earlier run is mixed with this one's
+    if state is None:  # a new run is not mixed with an earlier one's log and sheets
         for old in (out / "log.jsonl", *(out / "samples").glob("step_*.png")):
             old.unlink(missing_ok=True)
     run = Run(options, trainer, clock, Report(out), stop, out)
     try:
-        announce(run, photos.where, state)
+        run.report.event(
+            device=describe_device(device), precision=trainer.precision, config=plain(config)
+        )
+        run.report.event(plan[0], skipped=trainer.crops.skipped)
+        run.report.event(plan[1])
+        if state:
+            continue_from(run, state)
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(plain(config), indent=2), encoding="utf-8")
-        save_picture(out / "samples" / "real.png", [draw_sheet(real_images(crops, config))])
-        if not (state and state["finished"]) or asks_for_more(config, state["config"]):
-            if not same_kind:
-                run.report.event("on another kind of device: going on with fresh randomness")
+        reals = draw_sheet(real_images(trainer.crops, config))
+        save_picture(out / "samples" / "real.png", [reals])
+        more = state and (
+            config.steps > state["config"].steps or config.hours > state["config"].hours
+        )
+        if not state or not state["finished"] or more:
             train_within_budget(run)
         finish(run)
     finally:
@@ -3251,151 +3482,109 @@ def start_run(options: Options, device: torch.device, started: float, stop: Inte
     return 130 if stop.stopped else 0
 
 
-def asks_for_more(config: Config, saved: dict[str, object]) -> bool:
-    """Whether a finished run is to go on: more steps, or more hours (None = no limit)."""
-    steps, hours = saved["steps"], math.inf if saved["hours"] is None else saved["hours"]
-    if not all(isinstance(number, (int, float)) for number in (steps, hours)):
-        raise UserError("the checkpoint's steps or hours are no numbers: start with --fresh.")
-    return config.steps > steps or config.hours > hours
+def continue_from(run: Run, state: dict[str, object]) -> None:
+    """Load a checkpoint into the trainer, and say where it continues and what is not bit-equal."""
+    trainer, report = run.trainer, run.report
+    same_device = load_trainer(trainer, state["trainer"])
+    report.event(f"resumed at step {trainer.steps_done}", resumed_at_step=trainer.steps_done)
+    if not same_device:
+        report.event("on another kind of device: going on with fresh randomness")
+    if (state["torch"], state["threads"]) != (torch.__version__, torch.get_num_threads()):
+        report.event("under another torch or thread count: not bit-equal to an unbroken run")
 
 
 SAMPLING = {"seed", "images", "truncation"}  # fields that --sample-only may change
 
 
-def load_generator(path: Path, device: torch.device) -> tuple[nn.Module, dict[str, object]]:
-    """G of a `generator.pt`, in eval mode, and all that the file holds. Raises `UserError`."""
-    state = load_state(path, "state_dict")
-    try:
-        G = make_generator(state["shape"]).to(device, memory_format=memory_layout(device))
-        G.load_state_dict(state["state_dict"])
-        usual = plain(Config())
-        fits = state["weights"] in WEIGHTS and len(state["breeds"]) >= G.breeds
-        fits &= all(isinstance(breed, str) for breed in state["breeds"])
-        fits &= all(type(state["config"][name]) is type(usual[name]) for name in SAMPLING)
-    except (*DAMAGE, MemoryError):
-        fits = False
-    if not fits:
-        raise UserError(f"{path} holds no generator of this version: give another.")
-    return G.eval(), state
-
-
 def sample_only(options: Options, device: torch.device) -> int:
-    """Write `images.zip` anew from `generator.pt`."""
-    out = Path(options.config.out)
-    path = Path(options.resume or out / "generator.pt")
+    """`--sample-only`, `--breed` or `--walk`: draw from `generator.pt`."""
+    path = Path(options.resume or Path(options.config.out) / "generator.pt")
     if not path.exists():
-        raise UserError(f"{path} is not there: train first, or give another --out.")
+        raise UserError(f"{path} does not exist: train first, or give another --out.")
     G, state = load_generator(path, device)
-    refuse_other_recipe(options.config, state["config"], options.named - SAMPLING)
+    saved = state["config"]
+    require_same_recipe(options.config, saved, options.named - SAMPLING)
     chosen = {n: getattr(options.config, n) for n in SAMPLING & options.named}
-    saved = {n: state["config"][n] for n in SAMPLING}
-    config = check_config(replace(options.config, **(saved | chosen)))
-    if config.truncation != saved["truncation"]:
-        estimate_norms(G, NORM_BATCHES, config.seed, config.truncation)
-    write_images(G, config, out, find_breed(options.breed, state["breeds"], G.breeds > 0))
+    config = check_config(replace(saved, out=options.config.out, **chosen))
+    if config.truncation != saved.truncation:
+        estimate_norms(G, NORM_BATCHES, config)
+    breeds = find_breeds(options.breed, state["breeds"], G.breeds)
+    if options.walk:
+        write_walk(G, config, breeds or list(range(G.breeds))[:8])
+        say(f"{Path(config.out) / 'walk.webp'}: eight walks of the {WEIGHTS[state['weights']]}")
+        return 0
+    labels = torch.tensor(breeds)[torch.arange(config.images) % len(breeds)] if breeds else None
+    write_images(G, config, labels)
     kind = WEIGHTS[state["weights"]]
-    say(f"{out / 'images.zip'}: {config.images} dogs of the {kind}")
+    say(f"{Path(config.out) / 'images.zip'}: {config.images} dogs of the {kind}")
     return 0
 
 
-def find_breed(name: str, breeds: Sequence[str], conditioned: bool) -> int | None:
-    """The index of the one breed that is called `name`, as in Pug; None for no name."""
-    if not name:
-        return None
-    if not conditioned:
-        raise UserError(
-            "--breed: this generator was not told breeds; train with --condition breed."
-        )
-    plain_name = name.casefold().replace(" ", "_")
-    found = [k for k, b in enumerate(breeds) if plain_name in (b.casefold(), spoken(b).casefold())]
-    if len(found) != 1:
-        raise UserError(f"--breed {name} is none of {', '.join(map(spoken, breeds))}.")
-    return found[0]
+def find_breeds(names: str, breeds: Sequence[str], conditioned: int) -> list[int]:
+    """The indices of the breeds in `names`, as in "Pug,Chihuahua"; [] for "". Raises `UserError`."""
+    if names and not conditioned:
+        raise UserError("--breed: this generator is unconditional: train with --condition breed.")
+
+    def short(breed: str) -> str:
+        """n02085620-Chihuahua without its number."""
+        return breed.partition("-")[2] or breed
+
+    found = []
+    for name in names.split(",") if names else ():
+        key = name.strip().casefold().replace(" ", "_")
+        same = [k for k, b in enumerate(breeds) if key in (b.casefold(), short(b).casefold())]
+        if len(same) != 1:
+            known = ", ".join(map(short, breeds))
+            raise UserError(
+                f"--breed {name} is not a breed of this generator: give one of {known}."
+            )
+        found += same
+    return found
 
 
-def spoken(breed: str) -> str:
-    """n02085620-Chihuahua without its number."""
-    return breed.partition("-")[2] or breed
+# ----------------------------------------------------------------------------- 12. The command line
 
 
-def show_plan(config: Config, device: torch.device) -> int:
-    """`--dry-run`: crop the dogs, print the plan and its cost, and try a GPU's replay."""
-    photos = find_photos(config.data)
-    crops = prepare_crops(photos, config.crops, dedupe=config.dedupe)
-    say(f"{len(photos.photos)} photos, {len(crops.first)} dogs of {len(crops.breeds)} breeds in")
-    say(f"{photos.where}; left out: {count_reasons(crops.skipped) or 'nothing'}")
-    say(json.dumps(plain(config), indent=2))
-    trainer = Trainer(config, crops, device)
-    for name, network in (("G", trainer.G), ("D", trainer.D)):
-        say(f"{name}: {sum(p.numel() for p in network.parameters()):,} parameters")
-    flops = flops_per_image(config, len(crops.breeds))
-    say(f"{flops / 1e9:.3f} GFLOP per image-step")
-    say(f"P100-hours: {p100_hours(config, config.steps, len(crops.breeds)):.3g}")
-    if device.type == "cuda":
-        reason = capture(trainer)
-        say(
-            f"{reason}: the run would go on by a slower way" if reason else "a replayed step agrees"
-        )
-    return 0
-
-
-# ----------------------------------------------------------------------------- 14. The command line
+def flag_of(name: str) -> str:
+    """The flag of a field of `Config`."""
+    return "--" + name.replace("_", "-")
 
 
 def check_config(config: Config) -> Config:
-    """Raise `UserError` for a value out of its range; return `config` otherwise."""
+    """Raise `UserError` for a value out of its range, or for choices that do not go together;
+    return `config` otherwise."""
     for f in fields(Config):
-        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        (least, most), among = f.metadata["span"], f.metadata["among"]
+        value, flag = getattr(config, f.name), flag_of(f.name)
+        (least, most), choices = f.metadata["range"], f.metadata["choices"]()
         if isinstance(value, (int, float)) and not least <= value <= most:  # also catches nan
             raise UserError(f"{flag} {value} is out of range: give {least} to {most}.")
-        if among and value not in among:
-            raise UserError(f"{flag} {value} is unknown: give one of {', '.join(among)}.")
-    if config.classify and config.condition == "none":
-        raise UserError(
-            "--classify tells breeds apart: give --condition breed with it, or --condition classes."
-        )
-    if config.condition == "classes" and not config.classify:
-        raise UserError(
-            "--condition classes: D learns breeds by --classify alone: give --classify 1 with it."
-        )
-    if config.labelled < 1 and config.condition != "classes":
-        raise UserError(
-            "--labelled hides breeds from a D that learns them: give --condition classes with it."
-        )
-    if config.g_norm == "virtual" and config.conditional:
-        raise UserError("--g-norm virtual knows no breeds: leave --condition breed away.")
-    if config.smoothing and config.loss == "rals":
-        raise UserError("--loss rals has no labels to smooth: leave --smoothing away.")
-    if config.layers == "residual":
-        if config.latent_dim < 5:
-            raise UserError("--layers residual splits a latent in 5: give --latent-dim 5 or more.")
-        for value, flag in (
-            (config.g_norm == "virtual", "--g-norm virtual"),
-            (config.minibatch_features, "--minibatch-features"),
-            (config.condition == "classes", "--condition classes"),
-            (config.init_std, "--init-std"),
-        ):
-            if value:
-                raise UserError(f"--layers residual has no {flag}: give --layers deep or paper.")
-    if config.r1_every > 1 and not config.r1:
-        raise UserError("--r1-every spaces the penalties of --r1: give --r1 with it.")
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value} is unknown: give one of {', '.join(choices)}.")
+        if isinstance(choices, dict):
+            check_row(config, f"{flag} {value}", choices[value])
     parse_crops(config.crops)
-    if not parse_augment(config.augment) and config.augment_start:
-        raise UserError("--augment-start begins what --augment names: give --augment with it.")
+    parse_augment(config.augment)
     return config
 
 
-def parse_augment(text: str) -> tuple[str, ...]:
-    """`"color,cutout"` to `("color", "cutout")`, `""` to `()`. Raises `UserError`."""
-    names = tuple(name.strip() for name in text.split(",") if text)
-    if not set(names) <= set(AUGMENTS) or len(set(names)) < len(names):
-        raise UserError(f"--augment {text}: give some of {', '.join(AUGMENTS)}, once each.")
-    return names
+def check_row(config: Config, choice: str, row: Row) -> None:
+    """Raise `UserError` where `config` lacks what a registry's row needs, or has what it excludes."""
+    for name in row.needs:
+        if not getattr(config, name):
+            raise UserError(
+                f"{choice} needs {flag_of(name)}: give it too, as in {flag_of(name)} 1."
+            )
+    for excluded in row.without:
+        name, _, value = excluded.partition("=")
+        now = getattr(config, name)
+        if str(now) == value if value else now != Config.__dataclass_fields__[name].default:
+            raise UserError(
+                f"{choice} cannot be combined with {flag_of(name)} {now}: leave one of them out."
+            )
 
 
 class Options(NamedTuple):
-    """A parsed command line: the configuration, which fields were named, and what to do."""
+    """A parsed command line: the configuration, the fields that were given, and the actions."""
 
     config: Config
     named: frozenset[str]
@@ -3403,6 +3592,7 @@ class Options(NamedTuple):
     fresh: bool
     resume: str
     sample_only: bool
+    walk: bool
     breed: str
 
 
@@ -3414,73 +3604,101 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
+GONE = {  # flags of earlier versions
+    "--augment-start": "late augmentation was not better",
+    "--contrast": "it won no FID",
+    "--r1-every": "R1 did not pay here at any interval",
+    "--checkpoint-seconds": f"checkpoints are written every {CHECKPOINT_SECONDS:.0f} s",
+}
+RENAMED = {"--layers": "--architecture"}
+
+
+def modern(argument: str) -> str:
+    """An argument with a renamed flag replaced. Raises `UserError` for a flag that is gone."""
+    flag, equals, value = argument.partition("=")
+    if flag in GONE:
+        raise UserError(f"{flag} is gone: {GONE[flag]}; leave it out (see data/EXPERIMENTS.md).")
+    if flag in RENAMED:
+        say(f"{flag} is now called {RENAMED[flag]}.", sys.stderr)
+    return RENAMED.get(flag, flag) + equals + value
+
+
 def make_parser() -> Parser:
-    """Actions, then the fields of `Config` by group."""
+    """The actions, then the fields of `Config` by group."""
     parser = Parser(prog="train_dogs.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     actions = parser.add_argument_group("actions")
-    preset = f"recipe, of {', '.join(PRESETS)}; default dogs"
+    preset = f"recipe, one of {', '.join(PRESETS)}; default dogs"
     actions.add_argument("--preset", default="dogs", metavar="NAME", help=preset)
     actions.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     actions.add_argument("--fresh", action="store_true", help="ignore the checkpoint in --out")
     actions.add_argument("--resume", default="", metavar="FILE", help="start from this checkpoint")
-    again = "write images.zip from generator.pt"
+    again = "write images.zip again from generator.pt"
     actions.add_argument("--sample-only", action="store_true", help=again)
-    breed = "the same, of this breed alone, as in Pug"
-    actions.add_argument("--breed", default="", metavar="NAME", help=breed)
+    walk = "write walk.webp from generator.pt: a walk through its latent space"
+    actions.add_argument("--walk", action="store_true", help=walk)
+    breed = "draw only these breeds from generator.pt, as in Pug or Pug,Chihuahua"
+    actions.add_argument("--breed", default="", metavar="NAMES", help=breed)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in fields(Config):
         name = f.metadata["group"]
         group = groups.setdefault(name, parser.add_argument_group(name))
-        shown = f.metadata["help"] + (f"; default {f.default}" if f.default not in ("", ()) else "")
         group.add_argument(
-            "--" + f.name.replace("_", "-"),
+            flag_of(f.name),
             type=str if f.default == () else type(f.default),
             action="append" if f.default == () else "store",
             default=argparse.SUPPRESS,
             metavar={int: "N", float: "X", str: "TEXT", tuple: "PATH"}[type(f.default)],
-            help=shown.replace("%", "%%"),
+            help=help_of(f).replace("%", "%%"),
         )
     minutes = {"type": float, "default": argparse.SUPPRESS, "metavar": "X"}
     groups["length"].add_argument("--minutes", help="--hours, in minutes", **minutes)
     return parser
 
 
+def help_of(f: Field) -> str:
+    """The help text of a field, its choices explained by their registry's rows."""
+    choices = f.metadata["choices"]()
+    if isinstance(choices, dict):
+        choices = [f"{name} ({row.text})" for name, row in choices.items()]
+    shown = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+    return shown + (f"; default {f.default}" if f.default not in ("", ()) else "")
+
+
 def parse(argv: Sequence[str]) -> Options:
     """The command line, made from `Config`; `--steps` alone lifts the time limit."""
-    given = vars(make_parser().parse_args(list(argv)))
-    acts = {
-        k: given.pop(k) for k in ("preset", "dry_run", "fresh", "resume", "sample_only", "breed")
-    }
+    given = vars(make_parser().parse_args([modern(argument) for argument in argv]))
+    actions = {name: given.pop(name) for name in ("preset", *Options._fields[2:])}
     if "minutes" in given:
         if "hours" in given:
             raise UserError("--hours and --minutes are the same budget: give one of them.")
         given["hours"] = given.pop("minutes") / 60
     for name in ("hours", "part_hours"):
         if not given.get(name, 1) > 0:
-            raise UserError(f"a budget of {given[name]:g} hours is none: give more than 0.")
+            raise UserError(f"{flag_of(name)} must be above 0.")
     if "steps" in given and "hours" not in given:
         given["hours"] = math.inf
-    if acts["preset"] not in PRESETS:
-        raise UserError(f"--preset {acts['preset']} is unknown: give one of {', '.join(PRESETS)}.")
+    preset = actions.pop("preset")
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is unknown: give one of {', '.join(PRESETS)}.")
     if "data" in given:
         given["data"] = tuple(given["data"])
-    config = check_config(replace(Config(**PRESETS[acts.pop("preset")]), **given))
+    config = check_config(replace(Config(**PRESETS[preset]), **given))
     if not config.out:
         kaggle = Path("/kaggle/working")
         config = replace(config, out=str(kaggle if kaggle.is_dir() else "output"))
-    return Options(config, frozenset(given), **acts)
+    return Options(config, frozenset(given), **actions)
 
 
 def act(options: Options, started: float, stop: Interrupts) -> int:
     """Do what the command line asks for. Returns the exit code."""
     config = options.config
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.precision)
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN choose by measurement
     say(f"{describe_device(device)}, {choose_precision(config.precision, device)}")
     if options.dry_run:
         return show_plan(config, device)
     with only_run_in(Path(config.out)):
-        if options.sample_only or options.breed:
+        if options.sample_only or options.breed or options.walk:
             return sample_only(options, device)
         return start_run(options, device, started, stop)
 
@@ -3500,7 +3718,7 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     except SystemExit as done:  # argparse's --help
         return int(done.code or 0)
     except KeyboardInterrupt:
-        say("train_dogs: interrupted; every file that is there is whole.", sys.stderr)
+        say(f"train_dogs: interrupted; {after_interrupt(options)}.", sys.stderr)
         return 130
     except UserError as error:
         message = str(error)
@@ -3514,10 +3732,18 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = max(2, options.config.batch_size // 2)
-        message = f"the memory is too small for this: try --batch-size {smaller}."
+        sampling = options.sample_only or options.walk or bool(options.breed)
+        message = memory_advice(error, options.config, sampling)
     say(f"train_dogs: {message}", sys.stderr)
     return 2
+
+
+def after_interrupt(options: Options | None) -> str:
+    """What an interrupt leaves, and how to get a zip if there is none."""
+    out = Path(options.config.out) if options else Path()
+    if (out / "generator.pt").exists() and not (out / "images.zip").exists():
+        return "there is no images.zip yet: the same command goes on, and --sample-only writes one"
+    return "every file that is there is whole"
 
 
 def leave(code: int) -> None:
