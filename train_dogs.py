@@ -151,8 +151,6 @@ class Config:
     history: float = option(0.0, "loss",
         "weight of historical averaging: squared distance of all weights to their mean", (0, 1000))
     r1: float = option(0.0, "loss", "gamma of the R1 gradient penalty on reals", (0, 1000))
-    r1_every: int = option(1, "loss",
-        "steps from one such penalty to the next, each so many times as large", (1, 1000))
 
     batch_size: int = option(32, "optimisation", "reals (and fakes) per step", (2, 65536))
     g_lr: float = option(5e-4, "optimisation", "Adam's learning rate for G", (0, 1))
@@ -287,9 +285,9 @@ class BreedBatchNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(breeds, num_features))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        """`x`: (N, num_features, H, W), `labels`: int64 (N,)."""
+        """`x`: (N, num_features, H, W), `labels`: int64 (N,). Of `x`'s dtype."""
         weight, bias = (F.embedding(labels, p)[:, :, None, None] for p in (self.weight, self.bias))
-        return torch.addcmul(bias, self.norm(x), weight)
+        return torch.addcmul(bias, self.norm(x), weight).to(x.dtype)
 
 
 class VirtualBatchNorm2d(nn.Module):
@@ -594,7 +592,7 @@ class Seen(NamedTuple):
     fakes: Tensor  # (batch, 3, 64, 64) before augmentation
     contrast: Tensor | None  # float32 scalar: the photos' root mean square; None if no term asks
     config: Config
-    scale: Tensor | float  # of gradients, so that half precision does not round them to 0
+    scale: Tensor | float  # of D's loss, so that half precision rounds no gradient to 0
 
 
 class Term(NamedTuple):
@@ -603,7 +601,6 @@ class Term(NamedTuple):
     loss: Callable[[Seen], Tensor]  # to a float32 scalar; a class is made of the network first
     reads_reals: bool = False  # in G's step: then D is shown the reals there too
     conditional: bool = False  # only where G is told breeds
-    lazy: bool = False  # on each `r1_every`-th step alone
 
 
 def d_margin(seen: Seen) -> Tensor:
@@ -661,14 +658,13 @@ def gradient_penalty(seen: Seen) -> Tensor:
     is the sum of the batch's logits, as split norm makes each depend on the others.
 
     The images' slope is taken of scaled logits, as large as the loss's own: else fp16 makes it 0.
-    Where only each n-th step has the penalty it is n times as large there, and in the mean over
-    steps the same: lazy regularisation (Karras et al. 2020, arXiv 1912.04958, appendix B).
+    Without autocast, which would cast the float32 products of the backward pass down.
     """
     total = seen.real.logits.mean() * seen.scale
-    (slope,) = torch.autograd.grad(total, seen.images, create_graph=True)
+    with torch.autocast("cuda" if total.is_cuda else "cpu", enabled=False):
+        (slope,) = torch.autograd.grad(total, seen.images, create_graph=True)
     count = len(seen.real.logits)
-    penalty = (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
-    return penalty * seen.config.r1_every
+    return (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
 
 
 def g_contrast(seen: Seen) -> Tensor:
@@ -731,7 +727,7 @@ ADVERSARIAL = {  # `--loss`: the term of D and that of G, of weight 1
     "matching": (Term(d_margin), Term(g_matching, reads_reals=True)),
 }
 D_TERMS = {
-    "r1": Term(gradient_penalty, lazy=True),
+    "r1": Term(gradient_penalty),
     "classify": Term(classify_reals),
     "history": Term(HistoricalAverage),
 }
@@ -753,13 +749,9 @@ class Objective(NamedTuple):
         """Whether any term does."""
         return any(term.reads_reals for term in self.terms.values())
 
-    def __call__(self, seen: Seen, lazy: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """The weighed sum, and each term's value without its weight; of a lazy one 0 where this is
-        no step for it."""
-        values = [
-            term.loss(seen) if lazy or not term.lazy else seen.images.new_zeros(())
-            for term in self.terms.values()
-        ]
+    def __call__(self, seen: Seen) -> tuple[Tensor, list[Tensor]]:
+        """The weighed sum, and each term's value without its weight."""
+        values = [term.loss(seen) for term in self.terms.values()]
         return sum(weight * value for weight, value in zip(self.weights, values)), values
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -912,35 +904,31 @@ class TrainingStep:
         self.config, self.device, self.crops = config, device, crops.to(device)
         self.G, self.D = build_networks(config, device, len(crops.breeds))
         self.d_objective, self.g_objective = objectives(config, self.G, self.D)
-        self.opt_g = make_adam(self.G, config.g_lr, config)
-        self.opt_d = make_adam(self.D, config.d_lr, config)
+        self.precision = choose_precision(config.precision, device)
+        betas, scaled = (config.beta1, config.beta2), self.precision == "fp16"
+        self.opt_g = Optimizer(self.G.parameters(), config.g_lr, betas, scaled)
+        self.opt_d = Optimizer(self.D.parameters(), config.d_lr, betas, scaled)
         self.contrast = contrast_of(self.crops) if config.contrast else None
         self.layout, self.augments = memory_layout(device), parse_augment(config.augment)
         self.augmenting = torch.ones((), dtype=torch.bool, device=device)  # from their start on
-        self.precision = choose_precision(config.precision, device)
-        self.loss_scale = torch.full((), 65536.0, device=device)  # used with fp16 alone
         self.rng = torch.Generator(device if device.type == "cuda" else "cpu")
         self.rng.manual_seed(config.seed)
         self.batches = Batches(self.crops, config, self.rng)
-        self.kinds = (True, False) if config.r1_every > 1 else (True,)  # of step: lazy or not
         self.stats = (*self.d_objective.terms, *self.g_objective.terms, *D_OUTPUTS)
         self.sums = torch.zeros(len(self.stats), device=device)
 
-    def one_step(self, lazy: bool = True) -> None:
-        """One update of D and one of G; `lazy`: with the terms that not every step has.
-
-        What is trained stands in the registries, not here.
-        """
+    def one_step(self) -> None:
+        """One update of D and one of G; what is trained stands in the registries, not here."""
         reals, labels, z = self.batches.draw()
         with self.autocast():
             fakes = self.G(z, labels)  # one forward serves both steps
             seen = self.show(reals, fakes.detach(), labels)
-            d_loss, d_values = self.d_objective(seen, lazy)
-        update(self.opt_d, d_loss, self.scale)
+            d_loss, d_values = self.d_objective(seen)
+        self.opt_d.minimise(d_loss)
         with self.autocast():  # anew: autocast remembers the weights from before the update
             again = reals if self.g_objective.reads_reals else reals[:0]
             g_loss, g_values = self.g_objective(self.show(again, fakes, labels))
-        update(self.opt_g, g_loss, self.scale)
+        self.opt_g.minimise(g_loss)
         sure = self.config.margin if self.config.margin < 1 else 0.8  # without one: that of dogs
         past = (seen.real.logits > logit(sure)).float().mean()
         outputs = [seen.real.logits.mean(), seen.fake.logits.mean(), past]
@@ -957,7 +945,7 @@ class TrainingStep:
         images = images.contiguous(memory_format=self.layout).requires_grad_()
         told = torch.cat([labels[: len(reals)], labels])
         real, fake = self.D(images, len(reals), told).split(len(reals))
-        scale = 1.0 if self.scale is None else self.scale
+        scale = self.opt_d.scale
         return Seen(images, real, fake, labels, fakes, self.contrast, self.config, scale)
 
     def autocast(self, wanted: bool = True) -> torch.autocast:
@@ -966,42 +954,74 @@ class TrainingStep:
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         return torch.autocast(kind, dtype, enabled=wanted and dtype is not None)
 
-    @property
-    def scale(self) -> Tensor | None:
-        """The factor of a loss that keeps half-precision gradients off 0; only fp16 needs one."""
-        return self.loss_scale if self.precision == "fp16" else None
-
 
 D_OUTPUTS = ("d_real", "d_fake", "past_margin")  # D's mean logits; the share of reals past it
 
 
-def update(adam: torch.optim.Adam, loss: Tensor, scale: Tensor | None = None) -> None:
-    """One Adam step on `loss`; `autograd.grad` leaves the other network's weights alone.
+class Optimizer:
+    """Fused Adam (Kingma and Ba 2015, arXiv 1412.6980) of one network, with its own loss scale.
 
-    `scale`: a factor of the loss that fused Adam divides out of the gradients. Where they overflow
-    the step is skipped and the scale halved; else it grows, twofold in 2,000 calls.
+    Each network has a scale of its own: a strong R1 overflows in D alone, and would take G's
+    gradients down to 0 with it.
     """
-    group = adam.param_groups[0]
-    parameters = group["params"]
-    gradients = torch.autograd.grad(
-        loss if scale is None else loss * scale,
-        parameters,
-        allow_unused=True,  # a head that no term reads
-        materialize_grads=True,
-    )
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = laid_out_like(gradient, parameter)
-    if scale is None:
-        adam.step()
-        return
-    finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
-    if group["fused"]:
-        adam.grad_scale, adam.found_inf = scale, (~finite).float()
-        adam.step()
-    elif finite:  # waits for the device; only where fused Adam does not work
-        torch._foreach_div_([p.grad for p in parameters], scale)
-        adam.step()
-    scale.mul_(0.5 + finite * (2 ** (1 / 2000) - 0.5))  # no `where`: it would copy from the host
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        scaled: bool,
+    ) -> None:
+        """`lr`: the full learning rate; `scaled`: by a loss scale, which fp16 alone needs."""
+        self.parameters, self.full_lr, self.scaled = list(parameters), lr, scaled
+        device = self.parameters[0].device
+        # A tensor, as a captured step reads it from memory: CUDA's kernel wants float32.
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        self.lr = torch.tensor(lr, dtype=dtype, device=device)
+        self.loss_scale = torch.full((), 65536.0, device=device)
+        on_meta = device.type == "meta"  # for which there is no fused Adam, and nothing to update
+        self.adam = torch.optim.Adam(self.parameters, betas=betas, fused=not on_meta)
+        self.adam.param_groups[0]["lr"] = self.lr
+        for p in self.parameters:  # as Adam's first step would make it: a capture needs it before
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.adam.state[p] = {"step": torch.zeros((), device=device), **moments}
+
+    @property
+    def scale(self) -> Tensor | float:
+        """The factor of the loss that keeps half-precision gradients off 0."""
+        return self.loss_scale if self.scaled else 1.0
+
+    def set_rate(self, share: float) -> None:
+        """Learn at this share of the full rate from now on."""
+        self.lr.fill_(self.full_lr * share)
+
+    def minimise(self, loss: Tensor) -> None:
+        """One step on `loss`; `autograd.grad` leaves the other network's weights alone.
+
+        Fused Adam divides the scale out of the gradients. Where they overflow the step is skipped
+        and the scale halved; else it grows, twofold in 2,000 calls.
+        """
+        gradients = torch.autograd.grad(
+            loss * self.loss_scale if self.scaled else loss,
+            self.parameters,
+            allow_unused=True,  # a head that no term reads
+            materialize_grads=True,
+        )
+        for parameter, gradient in zip(self.parameters, gradients):
+            parameter.grad = laid_out_like(gradient, parameter)
+        if self.scaled:
+            finite = torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+            self.adam.grad_scale, self.adam.found_inf = self.loss_scale, (~finite).float()
+        if not self.lr.is_meta:
+            self.adam.step()
+        if self.scaled:  # no `where`: it would copy from the host
+            self.loss_scale.mul_(0.5 + finite * (2 ** (1 / 2000) - 0.5))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What `minimise` changes besides the parameters, by name."""
+        states = enumerate(self.adam.state.values())
+        found = {f"{i}.{k}": v for i, state in states for k, v in state.items()}
+        return found | {"loss_scale": self.loss_scale}
 
 
 # -------------------------------------------------------------------------------------- 5. Averages
@@ -2009,11 +2029,12 @@ def load_crops(path: Path, weights: dict[str, float]) -> CropSet | None:
 # ----------------------------------------------------------------------------------- 10. The device
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a real kernel has run.
+def choose_device(name: str, precision: str = "auto") -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a convolution has run.
 
-    Raises `UserError` where there is no such GPU, or the installed torch has no kernels for it (a
-    P100 under a CUDA 12.8+ build reports itself as available, and its first kernel dies).
+    Raises `UserError` where there is no such GPU, or the installed torch or cuDNN has no kernels
+    for it in `precision` (a P100 under a CUDA 12.8+ build reports itself as available, and its
+    first kernel dies). Warns of a precision that the GPU emulates.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -2030,16 +2051,33 @@ def choose_device(name: str) -> torch.device:
         )
     try:
         torch.cuda.set_device(device)
-        torch.ones(8, device=device).sum().item()
+        try_convolution(device, choose_precision(precision, device))
     except RuntimeError as error:
+        if "out of memory" in str(error).lower():  # it is full: by another program, most likely
+            raise
         major, minor = torch.cuda.get_device_capability(device)
+        wanted = f" in {precision}" if precision != "auto" else ""
+        remedy = "give --precision auto, or " if wanted else ""
         raise UserError(
-            f"this GPU (sm_{major}{minor}) cannot run a kernel of the installed torch"
-            f" {torch.__version__} ({first_line(error)}): choose a T4 or L4 instead, or pin the"
-            " notebook to its original 2025 environment, or install a CUDA 12.6 build of torch 2.14"
-            " or older (pip install --no-index --find-links=FOLDER torch)."
+            f"this GPU (sm_{major}{minor}) cannot run a convolution of the installed torch"
+            f" {torch.__version__}{wanted} ({first_line(error)}): {remedy}choose a T4 or L4 instead,"
+            " or pin the notebook to its original 2025 environment, or install a CUDA 12.6 build of"
+            " torch 2.14 or older (pip install --no-index --find-links=FOLDER torch)."
         ) from error
+    if precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        say("this GPU has no bf16 in hardware and emulates it: --precision auto is faster.")
     return device
+
+
+def try_convolution(device: torch.device, precision: str) -> None:
+    """A small convolution, forward and backward, as the networks' own; waits for the device."""
+    how = {"device": device, "dtype": PRECISIONS[precision], "requires_grad": True}
+    x, weight = (
+        torch.ones(shape, **how).contiguous(memory_format=memory_layout(device))
+        for shape in ((2, 16, 8, 8), (16, 16, 4, 4))
+    )
+    out = F.conv2d(x, weight, stride=2, padding=1).sum()
+    sum(slope.sum() for slope in torch.autograd.grad(out, [x, weight])).item()
 
 
 def first_line(error: BaseException) -> str:
@@ -2084,12 +2122,30 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in any of the forms in which torch, cuDNN and cuBLAS say so."""
+    """Whether memory ran out, in any of the forms in which torch, cuDNN and cuBLAS say so.
+
+    No engine for a convolution is mostly one of them, but may be a precision that cuDNN lacks.
+    """
     said = str(error).lower()
     signs = ("out of memory", "alloc_failed", "allocation_failed", "unable to find an engine")
     signs += ("not enough memory",)
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(sign in said for sign in signs)
+    )
+
+
+def memory_advice(error: BaseException, config: Config, samples: bool) -> str:
+    """What helps where memory ran out, in training or, if `samples`, in sampling."""
+    if samples:
+        return "the memory is too small for this: try --device cpu."
+    smaller = max(2, config.batch_size // 2)
+    if "find an engine" in str(error):
+        remedy = f"try --precision fp32, or --batch-size {smaller}"
+    else:
+        remedy = f"try --batch-size {smaller}"
+    return (
+        f"the memory is too small for this: {remedy}; a checkpoint keeps its batch size: with one,"
+        f" start anew with --fresh --batch-size {smaller}, or go on with a device of more memory."
     )
 
 
@@ -2112,76 +2168,71 @@ def largest_deviation(precision: str) -> float:
 
 
 def capture(trainer: Trainer) -> str:
-    """Make `trainer.step` replay a CUDA graph of its step, once that is seen to do the same.
+    """Make `trainer.step` replay a CUDA graph of its step, if that does what an eager step does.
 
-    Returns "", or why the run goes on by a slower way: eagerly, or with Adam unfused too. Weights
-    and random state stay as they were. Raises only what is no failure of these three: an interrupt,
-    or memory that ran out.
+    Returns "", or why the run goes on eagerly. Weights and random state stay as they were. All
+    copies are in the host's memory, and what a graph held is free again where it is not used.
+    Raises what the eager steps of the warm-up raise, as where memory is too small for them.
     """
     if trainer.device.type != "cuda":
         return ""
-    before, reason = trainer.state_dict(trainer.device), ""
+    before = trainer.state_dict()
     try:
-        try:
-            warm_up(trainer)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"fused Adam does not work here ({first_line(error)})"
-            trainer.load_state_dict(before)
-            unfuse(trainer)
-            warm_up(trainer)
-            return reason
-        warm = trainer.state_dict(trainer.device)
-        try:
-            replay = captured(trainer)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            reason = f"the step cannot be captured as a CUDA graph ({first_line(error)})"
-            return reason
-        warm["tensors"]["loss_scale"] *= 0.25  # a step that overflows is skipped, and shows nothing
-        reasons = (compare_steps(trainer, warm, replay, lazy) for lazy in trainer.kinds)
-        reason = next(filter(None, reasons), "")
-        if not reason:
-            trainer.update_both = replay
-        return reason
+        warm_up(trainer)
+        reason = try_graph(trainer)
     finally:
         trainer.load_state_dict(before)
+    for optimizer in (trainer.opt_g, trainer.opt_d):
+        optimizer.adam.zero_grad()  # gradients in the graph's own memory would keep it from use
+    torch.cuda.empty_cache()
+    return reason
 
 
 def warm_up(trainer: Trainer) -> None:
-    """Three eager steps, so that cuDNN has chosen its algorithms; more while fp16 overflows."""
+    """Eager steps, so that cuDNN has chosen its algorithms and fp16 its loss scales: up to 40,
+    until three in a row have not overflowed."""
+    scales, clean = [trainer.opt_g.loss_scale, trainer.opt_d.loss_scale], 0
     stream = torch.cuda.Stream(trainer.device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for k in range(20):
-            scale = trainer.loss_scale.item()
-            trainer.one_step(trainer.kinds[k % len(trainer.kinds)])
-            if k >= 2 and trainer.loss_scale.item() >= scale:
+        for _ in range(40):
+            before = [scale.item() for scale in scales]
+            trainer.one_step()
+            overflowed = any(scale.item() < old for scale, old in zip(scales, before))
+            clean = 0 if overflowed else clean + 1
+            if clean == 3:
                 break
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def captured(trainer: Trainer) -> Callable[[bool], None]:
-    """The replay of `one_step` as CUDA graphs, one to each of its kinds. Raises what the step
-    raised, not what followed."""
-    graphs = {lazy: torch.cuda.CUDAGraph() for lazy in trainer.kinds}
-    stream, own = torch.cuda.Stream(trainer.device), trainer.rng
+def try_graph(trainer: Trainer) -> str:
+    """Let `trainer` replay its step from now on, or return why it cannot. Changes its state."""
+    try:
+        replay = captured(trainer)
+        reason = compare_steps(trainer, replay)
+    except RuntimeError as error:  # or out of memory: a graph has its own, beside that of steps
+        return f"the step cannot run as a CUDA graph ({first_line(error)})"
+    if not reason:
+        trainer.update_both = replay
+    return reason
+
+
+def captured(trainer: Trainer) -> Callable[[], None]:
+    """The replay of `one_step` as a CUDA graph. Raises what the step raised, not what followed."""
+    graph, stream, own = torch.cuda.CUDAGraph(), torch.cuda.Stream(trainer.device), trainer.rng
     trainer.use_generator(torch.cuda.default_generators[trainer.device.index])  # a graph knows it
-    groups = [adam.param_groups[0] for adam in (trainer.opt_g, trainer.opt_d)]
+    groups = [optimizer.adam.param_groups[0] for optimizer in (trainer.opt_g, trainer.opt_d)]
     first: list[BaseException] = []
     try:
         for group in groups:  # only now: outside a capture torch warns of it
             group["capturable"] = True
-        for lazy, graph in graphs.items():
-            # The outer `with` puts the current stream back where a failed capture does not.
-            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-                try:
-                    trainer.one_step(lazy)
-                except BaseException as error:
-                    first.append(error)
-                    raise
+        # The outer `with` puts the current stream back where a failed capture does not.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            try:
+                trainer.one_step()
+            except BaseException as error:
+                first.append(error)
+                raise
     except BaseException:
         trainer.rng = trainer.batches.rng = own  # the default one may stay as in a capture
         if first:
@@ -2190,49 +2241,55 @@ def captured(trainer: Trainer) -> Callable[[bool], None]:
     finally:
         for group in groups:
             group["capturable"] = False
-
-    def replay(lazy: bool) -> None:
-        graphs[lazy].replay()
-
-    return replay
+    return graph.replay
 
 
-def unfuse(trainer: Trainer) -> None:
-    """Let Adam update one tensor after another, as it does anywhere."""
-    for adam in (trainer.opt_g, trainer.opt_d):
-        group = adam.param_groups[0]
-        group["fused"], group["lr"] = False, float(group["lr"])
-        adam.grad_scale = adam.found_inf = None  # only a fused step takes them
+RESOLUTION = 2**-18  # of float32 sums of some 10^3 products, as a share of a vector's length
 
 
-def compare_steps(
-    trainer: Trainer, start: dict[str, object], replay: Callable[[bool], None], lazy: bool
-) -> str:
-    """How a replayed step from `start` ends elsewhere than an eager one; "" where it does not."""
+def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
+    """How a replayed step ends elsewhere than an eager one from the same state; "" if it does not.
+
+    Integers and the random state must be equal. All else (weights, moments, norms' statistics, the
+    vectors of spectral norm) may be apart by rounding: by a share of the way that the step goes, or
+    where it goes nowhere, as with a learning rate of 0, by the numbers' own resolution.
+    """
+    start = trainer.state_dict()
+    for name in ("opt_g.loss_scale", "opt_d.loss_scale"):
+        start["tensors"][name] *= 0.25  # a step that overflows is skipped, and shows nothing
     ends = []
     for step in (trainer.one_step, replay):
         trainer.load_state_dict(start)
-        step(lazy)
-        ends.append({k: v.clone() for k, v in trainer.tensors().items()})
+        step()
+        ends.append(trainer.state_dict())
+    if not torch.equal(ends[0]["rng"], ends[1]["rng"]):
+        return "a replayed step leaves another random state than an eager one"
+    states = [state["tensors"] for state in (start, *ends)]
+    weights = {f"{n}.{k}" for n in "GD" for k, _ in getattr(trainer, n).named_parameters()}
+    groups: dict[str, list[str]] = {}  # names of tensors of one kind, as G.running_mean
+    for name, tensor in states[0].items():
+        if tensor.is_floating_point():
+            kind = "weights" if name in weights else re.sub("[0-9]", "", name.split(".")[-1])
+            groups.setdefault(f"{name.split('.')[0]}.{kind}", []).append(name)
+        elif not torch.equal(states[1][name], states[2][name]):
+            return f"a replayed step leaves another {name} than an eager one"
     bound = largest_deviation(trainer.precision)
-    for name, network in (("G", trainer.G), ("D", trainer.D)):
-        keys = [f"{name}.{k}" for k, _ in network.named_parameters()]
-        eager, replayed = ([end[k] for k in keys] for end in ends)
-        gone = distance(eager, [start["tensors"][k] for k in keys])
-        apart = distance(replayed, eager) / max(gone, 1e-30)
-        if not (gone > 0 and apart <= bound):
+    for group, names in groups.items():
+        first, eager, replayed = ([state[name] for name in names] for state in states)
+        way, apart = distance(eager, first), distance(replayed, eager)
+        if not apart <= bound * way + RESOLUTION * distance(first):
             return (
-                f"a replayed step ends {apart:.2g} of {name}'s way off an eager one, where rounding"
-                f" explains {bound:.2g}"
+                f"a replayed step ends {apart / max(way, 1e-30):.2g} of the way of {group} off an"
+                f" eager one, where rounding explains {bound:.2g}"
             )
     return ""
 
 
-@torch.no_grad()
-def distance(these: Sequence[Tensor], those: Sequence[Tensor]) -> float:
-    """The Euclidean distance between two lists of tensors."""
-    gaps = [a.double() - b.double() for a, b in zip(these, those, strict=True)]
-    return torch.stack([gap.norm() for gap in gaps]).norm().item()
+def distance(these: Sequence[Tensor], those: Sequence[Tensor] = ()) -> float:
+    """The Euclidean distance between two lists of tensors, or of one from 0."""
+    gaps = [a - b for a, b in zip(these, those, strict=True)] if those else these
+    lengths = [torch.linalg.vector_norm(gap, dtype=torch.float64) for gap in gaps]
+    return torch.stack(lengths).norm().item()
 
 
 # ---------------------------------------------------------------------------------- 11. The trainer
@@ -2260,7 +2317,7 @@ class Trainer(TrainingStep):
         self.steps_done = self.rollbacks = self.summed = 0
         self._rate_share, self._augmenting = 1.0, True
         self._means = dict.fromkeys(self.stats, 0.0)
-        self.update_both: Callable[[bool], None] = self.one_step  # or a replay of it
+        self.update_both: Callable[[], None] = self.one_step  # or a replay of it
         self._in_flight: deque[torch.cuda.Event] = deque()
 
     def step(self, progress: float) -> None:
@@ -2269,7 +2326,7 @@ class Trainer(TrainingStep):
             self.batches.shuffle()
         self._set_augmenting(progress)
         self._set_rates(progress)
-        self.update_both(self.steps_done % self.config.r1_every == 0)
+        self.update_both()
         self.steps_done += 1
         self.summed += 1
         if self.steps_done % self.config.average_every == 0:
@@ -2291,15 +2348,10 @@ class Trainer(TrainingStep):
         """The full rates until `lr_decay_start`, then linearly down to 0."""
         start = self.config.lr_decay_start
         share = min(1.0, (1 - progress) / (1 - start)) if start < 1 else 1.0
-        if share == self._rate_share:
-            return
-        self._rate_share = share
-        for adam, lr in ((self.opt_g, self.config.g_lr), (self.opt_d, self.config.d_lr)):
-            group = adam.param_groups[0]
-            if isinstance(group["lr"], Tensor):  # what a captured step reads
-                group["lr"].fill_(lr * share)
-            else:
-                group["lr"] = lr * share
+        if share != self._rate_share:
+            self._rate_share = share
+            self.opt_g.set_rate(share)
+            self.opt_d.set_rate(share)
 
     @torch.no_grad()
     def is_healthy(self) -> bool:
@@ -2309,7 +2361,8 @@ class Trainer(TrainingStep):
         and halves the scale.
         """
         norms = torch._foreach_norm([*self.G.parameters(), *self.D.parameters()])
-        return bool(torch.stack(norms).isfinite().all() & (self.loss_scale >= 1))
+        scales = torch.stack([self.opt_g.loss_scale, self.opt_d.loss_scale])
+        return bool(torch.stack(norms).isfinite().all() & (scales >= 1).all())
 
     def read_stats(self) -> dict[str, float]:
         """The means of `stats` over the steps since the last call; waits for the device."""
@@ -2323,14 +2376,13 @@ class Trainer(TrainingStep):
         """Everything that a step changes, by name."""
         found = {f"G.{k}": v for k, v in self.G.state_dict().items()}
         found |= {f"D.{k}": v for k, v in self.D.state_dict().items()}
-        for name, adam in (("opt_g", self.opt_g), ("opt_d", self.opt_d)):
-            for i, state in enumerate(adam.state.values()):
-                found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
+        found |= {f"opt_g.{k}": v for k, v in self.opt_g.state_dict().items()}
+        found |= {f"opt_d.{k}": v for k, v in self.opt_d.state_dict().items()}
         found |= {f"ema.{i}": v for i, v in enumerate(self.averages.ema)}
         found |= {f"swa.{i}": v for i, v in enumerate(self.averages.swa)}
         found |= self.d_objective.state_dict() | self.g_objective.state_dict()
         found |= {"order": self.batches.order, "cursor": self.batches.cursor}
-        return found | {"sums": self.sums, "loss_scale": self.loss_scale}
+        return found | {"sums": self.sums}
 
     def counters(self) -> dict[str, int]:
         """The numbers beside the tensors."""
@@ -2339,9 +2391,9 @@ class Trainer(TrainingStep):
             "ema_updates": self.averages.ema_updates, "swa_updates": self.averages.swa_updates,
         }  # fmt: skip
 
-    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, object]:
-        """Everything that a bit-equal continuation needs, as copies on `device`, in plain types."""
-        tensors = {k: v.detach().to(device, copy=True) for k, v in self.tensors().items()}
+    def state_dict(self) -> dict[str, object]:
+        """Everything that a bit-equal continuation needs, as copies on the CPU, in plain types."""
+        tensors = {k: v.detach().to("cpu", copy=True) for k, v in self.tensors().items()}
         data = {"data_key": self.crops.key, "breeds": self.crops.breeds}
         return {"tensors": tensors, "rng": self.rng.get_state(), **data, **self.counters()}
 
@@ -2367,25 +2419,6 @@ class Trainer(TrainingStep):
         """Draw from `rng` from now on, from the state that the generator of now has."""
         rng.set_state(self.rng.get_state())
         self.rng = self.batches.rng = rng
-
-
-def make_adam(network: nn.Module, lr: float, config: Config) -> torch.optim.Adam:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980), fused, its state made."""
-    parameters = list(network.parameters())
-    device = parameters[0].device
-    on_gpu = device.type == "cuda"
-    adam = torch.optim.Adam(
-        parameters,
-        lr=torch.tensor(lr, device=device) if on_gpu else lr,
-        betas=(config.beta1, config.beta2),
-        fused=device.type != "meta",
-    )
-    for parameter in parameters:  # a first step of nothing makes its state exist
-        parameter.grad = torch.zeros_like(parameter)
-    adam.step()
-    for state in adam.state.values():
-        state["step"].zero_()
-    return adam
 
 
 def laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -2418,13 +2451,10 @@ def flops_per_image(config: Config, breeds: int = 120) -> int:
         skipped=[],
         key="",
     )
-    step, counts = TrainingStep(config, crops, meta), []
-    for lazy in step.kinds:
-        with FlopCounter() as counter:
-            step.one_step(lazy)
-        counts.append(counter.total)
-    period = config.r1_every  # steps, of which the first is of the first kind
-    return (counts[0] + (period - 1) * counts[-1]) // (period * config.batch_size)
+    step = TrainingStep(config, crops, meta)
+    with FlopCounter() as counter:
+        step.one_step()
+    return counter.total // config.batch_size
 
 
 class FlopCounter(TorchDispatchMode):
@@ -3378,8 +3408,6 @@ def check_config(config: Config) -> Config:
         ):
             if value:
                 raise UserError(f"--layers residual has no {flag}: give --layers deep or paper.")
-    if config.r1_every > 1 and not config.r1:
-        raise UserError("--r1-every spaces the penalties of --r1: give --r1 with it.")
     parse_crops(config.crops)
     if not parse_augment(config.augment) and config.augment_start:
         raise UserError("--augment-start begins what --augment names: give --augment with it.")
@@ -3474,7 +3502,7 @@ def parse(argv: Sequence[str]) -> Options:
 def act(options: Options, started: float, stop: Interrupts) -> int:
     """Do what the command line asks for. Returns the exit code."""
     config = options.config
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.precision)
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN choose by measurement
     say(f"{describe_device(device)}, {choose_precision(config.precision, device)}")
     if options.dry_run:
@@ -3514,8 +3542,8 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        smaller = max(2, options.config.batch_size // 2)
-        message = f"the memory is too small for this: try --batch-size {smaller}."
+        sampling = options.sample_only or bool(options.breed)
+        message = memory_advice(error, options.config, sampling)
     say(f"train_dogs: {message}", sys.stderr)
     return 2
 
