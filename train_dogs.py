@@ -996,7 +996,7 @@ class Optimizer:
         self.lr.fill_(self.full_lr * share)
 
     def minimise(self, loss: Tensor) -> None:
-        """One step on `loss`; `autograd.grad` leaves the other network's weights alone.
+        """One step on `loss`, a scalar; `autograd.grad` leaves the other network's weights alone.
 
         Fused Adam divides the scale out of the gradients. Where they overflow the step is skipped
         and the scale halved; else it grows, twofold in 2,000 calls.
@@ -2268,7 +2268,7 @@ def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
     weights = {f"{n}.{k}" for n in "GD" for k, _ in getattr(trainer, n).named_parameters()}
     groups: dict[str, list[str]] = {}  # names of tensors of one kind, as G.running_mean
     for name, tensor in states[0].items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.endswith(".step"):  # Adam's: float32 integers
             kind = "weights" if name in weights else re.sub("[0-9]", "", name.split(".")[-1])
             groups.setdefault(f"{name.split('.')[0]}.{kind}", []).append(name)
         elif not torch.equal(states[1][name], states[2][name]):
