@@ -57,7 +57,6 @@ CHANGES: dict[str, dict[str, object]] = {
     "breed+classify": {"condition": "breed", "classify": 0.1},
     "decay": {"lr_decay_start": 0.5},
     "r1": {"r1": 0.1},
-    "lazy-r1": {"r1": 0.1, "r1_every": 8},
     "rals": {"loss": "rals"},
     "no-margin": {"margin": 1.0},
     "batch-16": {"batch_size": 16},

@@ -290,9 +290,9 @@ def test_gs_gradient_comes_through_the_augmentation(dogs, monkeypatch):
     trainer = Trainer(small(augment="cutout"), dogs, CPU)
     trainer.step(0.0)
     monkeypatch.setitem(AUGMENTS, "cutout", lambda x, generator: x.mul(0))
-    moments = [trainer.opt_g.state[p]["exp_avg"].clone() for p in trainer.G.parameters()]
+    moments = [trainer.opt_g.adam.state[p]["exp_avg"].clone() for p in trainer.G.parameters()]
     trainer.step(0.0)
-    after = [trainer.opt_g.state[p]["exp_avg"] for p in trainer.G.parameters()]
+    after = [trainer.opt_g.adam.state[p]["exp_avg"] for p in trainer.G.parameters()]
     for m, n in zip(moments, after):  # all that is left of the gradient: Adam's memory, fading
         assert m.abs().max() > 0
         torch.testing.assert_close(n, 0.3 * m)

@@ -70,6 +70,58 @@ def test_a_gpu_on_which_no_kernel_runs_is_refused_before_the_data_is_touched(
     assert touched == [] and not (tmp_path / "out").exists()
 
 
+def pretend_convolutions(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], error: Exception | None
+) -> list[torch.dtype]:
+    """A GPU on which all but a convolution runs; the dtypes of those that were tried."""
+    pretend_gpu(monkeypatch, capability)
+    ones, convolve, tried = torch.Tensor.new_ones, torch.nn.functional.conv2d, []
+
+    def on_cpu(*size: object, device: object = None, **more: object) -> torch.Tensor:
+        return ones(torch.empty(0), *size, **more)
+
+    def tried_conv(x: torch.Tensor, *inputs: object, **more: object) -> torch.Tensor:
+        tried.append(x.dtype)
+        if error is not None:
+            raise error
+        return convolve(x, *inputs, **more)
+
+    monkeypatch.setattr(torch, "ones", on_cpu)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", tried_conv)
+    return tried
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_a_gpu_that_cudnn_has_dropped_is_refused_by_a_convolution_of_its_own(
+    precision, tmp_path, monkeypatch, capsys
+):
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    tried = pretend_convolutions(monkeypatch, (7, 0), error)
+    assert run_here(tmp_path / "out", steps=3, device="cuda", precision=precision) == 2
+    remedies = ["--precision auto"] * (precision != "auto") + ["T4", "CUDA 12.6"]
+    assert_one_sentence(capsys.readouterr().err, "sm_70", "find an engine", *remedies)
+    assert tried == [torch.float16 if precision == "auto" else torch.bfloat16]
+
+
+def test_a_gpu_that_is_full_is_not_called_too_old(tmp_path, monkeypatch, capsys):
+    pretend_convolutions(monkeypatch, (7, 5), RuntimeError("CUDA error: out of memory"))
+    assert run_here(tmp_path / "out", steps=3, device="cuda") == 2
+    err = capsys.readouterr().err
+    assert_one_sentence(err, "memory is too small")
+    assert "T4" not in err
+
+
+@pytest.mark.parametrize("capability", [(6, 0), (7, 5), (8, 0)])
+@pytest.mark.parametrize("precision", ["auto", "fp16", "bf16"])
+def test_bf16_that_a_gpu_emulates_is_one_sentence_and_goes_on(
+    precision, capability, monkeypatch, capsys
+):
+    tried = pretend_convolutions(monkeypatch, capability, None)
+    assert choose_device("cuda", precision) == torch.device("cuda", 0) and len(tried) == 1
+    emulated = precision == "bf16" and capability < (8, 0)
+    assert ("--precision auto" in capsys.readouterr().out) is emulated
+
+
 @pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:one", "cuda:-1", "CPU "])
 def test_an_unknown_device_is_one_sentence(device, tmp_path, capsys, monkeypatch):
     pretend_gpu(monkeypatch, (6, 0))
@@ -124,10 +176,32 @@ def test_out_of_memory_in_any_form_names_a_smaller_batch(error, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", hungry)
         assert run_here(out, steps=3, images=4, batch_size=16) == 2
-    assert_one_sentence(capsys.readouterr().err.splitlines()[-1], "--batch-size 8")
+    engine = ["--precision fp32"] if "engine" in str(error) else []
+    assert_one_sentence(capsys.readouterr().err.splitlines()[-1], "--batch-size 8", *engine)
     assert left_over(out) == [] and all(load(path) for path in out.glob("*.pt"))
     # Doing as it says works, in the same folder.
     assert run_here(out, steps=3, images=4, batch_size=8) == 0
+
+
+def test_out_of_memory_on_a_resume_names_what_a_resume_takes(tmp_path, monkeypatch, capsys):
+    def hungry(*inputs: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    out, few = tmp_path / "out", {"images": 4, "batch_size": 16}
+    assert run_here(out, steps=3, **few) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", hungry)
+        assert run_here(out, steps=6, **few) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert_one_sentence(err, "--fresh --batch-size 8", "more memory")
+    assert run_here(out, steps=6, images=4, batch_size=8) == 2  # a checkpoint keeps its batch size
+    assert run_here(out, "--fresh", steps=6, images=4, batch_size=8) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dogs, "sample_images", hungry)
+        assert run_here(out, "--sample-only", data=None, images=4) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert_one_sentence(err, "--device cpu")
+    assert "--batch-size" not in err
 
 
 # ---------------------------------------------------------------------------------- on a real GPU
@@ -193,7 +267,6 @@ def test_fifty_captured_steps_equal_fifty_eager_ones_bit_for_bit(cuda):
         {"augment": "color", "augment_start": 0.5},
         {"condition": "breed", "classify": 0.1},
         {"r1": 1.0},
-        {"r1": 1.0, "r1_every": 2},
         {"loss": "rals"},
         {"layers": "paper", "init_std": 0.02},
         {"precision": "tf32"},
@@ -207,6 +280,50 @@ def test_whatever_the_recipe_captured_steps_equal_eager_ones(cuda, changes):
     eager, captured = (trained(make(cuda, **changes), 3) for make in (trainer_on, captured_on))
     for name, tensor in eager.items():
         torch.testing.assert_close(captured[name], tensor, rtol=1e-3, atol=1e-3)
+
+
+RESIDUAL = {"layers": "residual", "condition": "breed", "classify": 0.1, "loss": "rals"}
+CLASSES = {"layers": "paper", "condition": "classes", "classify": 1.0, "minibatch_features": 3}
+CAPTURED = {
+    "residual": RESIDUAL,
+    "residual bf16 r1": RESIDUAL | {"precision": "bf16", "r1": 1.0},
+    "residual fp16 r1": RESIDUAL | {"precision": "fp16", "r1": 1.0},
+    "improved": CLASSES | {"g_norm": "virtual", "labelled": 0.5},
+    "improved bf16": CLASSES | {"g_norm": "virtual", "precision": "bf16"},
+    "improved fp16 r1": CLASSES | {"g_norm": "virtual", "precision": "fp16", "r1": 10.0},
+    "matching history": {"loss": "matching", "history": 0.1, "contrast": 1.0},
+    "rals breed bf16": {"loss": "rals", "condition": "breed", "precision": "bf16"},
+    "no learning": {"g_lr": 0.0, "d_lr": 0.0},
+}
+
+
+@gpu
+@pytest.mark.parametrize("recipe", CAPTURED)
+def test_every_recipe_is_captured_without_alarm_and_its_replay_learns(cuda, recipe):
+    """`capture` itself compares the whole state after a replayed and an eager step."""
+    trainer = captured_on(cuda, **CAPTURED[recipe])
+    before = [p.detach().clone() for p in trainer.G.parameters()]
+    trained(trainer, 25)
+    moved = any(not torch.equal(a, b) for a, b in zip(before, trainer.G.parameters()))
+    assert trainer.is_healthy() and moved is (recipe != "no learning")
+
+
+@gpu
+def test_where_memory_is_too_small_for_a_graph_it_is_freed_and_steps_go_on(cuda, monkeypatch):
+    trainer = trainer_on(cuda, width=16, batch_size=32)
+    trainer.step(0.0)
+    torch.cuda.synchronize()
+    before, compare = torch.cuda.memory_allocated(), train_dogs.compare_steps
+
+    def full(*inputs: object) -> str:
+        compare(*inputs)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_dogs, "compare_steps", full)
+    assert "out of memory" in capture(trainer) and trainer.update_both == trainer.one_step
+    assert torch.cuda.memory_allocated() <= 1.1 * before + 2**25  # cuBLAS keeps a workspace
+    trainer.step(0.0)
+    assert trainer.is_healthy()
 
 
 @gpu

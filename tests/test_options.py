@@ -47,7 +47,6 @@ NEEDS = {  # the options without which a field is refused
     "classify": ["--condition", "breed"],
     "labelled": ["--condition", "classes", "--classify", "1"],
     "augment_start": ["--augment", "cutout"],
-    "r1_every": ["--r1", "1"],
 }
 TEXTS = {"data": "x", "out": "y", "crops": "box", "augment": "cutout", "device": "cpu"}
 

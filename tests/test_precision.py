@@ -25,13 +25,16 @@ from runs import (
     tensors_in,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dogs
 from train_dogs import (
     PRECISIONS,
+    PRESETS,
     Config,
     CropSet,
     Generator,
+    Optimizer,
     Trainer,
     choose_precision,
     draw_latents,
@@ -40,7 +43,6 @@ from train_dogs import (
     prepare_crops,
     sample_images,
     seed_for,
-    update,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -101,6 +103,12 @@ def test_a_precision_by_name_is_taken_as_it_is_on_any_device(name, monkeypatch):
 # ------------------------------------------------------------------------- a step in less precision
 
 
+def set_scales(trainer: Trainer, scale: float) -> None:
+    """Set the loss scale of both networks."""
+    for opt in (trainer.opt_g, trainer.opt_d):
+        opt.loss_scale.fill_(scale)
+
+
 def types_in_a_step(trainer: Trainer) -> set[torch.dtype]:
     """What the convolutions of G and D put out in one step."""
     seen = []
@@ -141,13 +149,13 @@ def test_fp32_is_not_tf32_though_torch_has_that_on_by_default(name, dogs, monkey
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     trainer, seen = Trainer(small(precision=name, width=1), dogs, CPU), []
     train_dogs.p100_hours(trainer.config, 1)  # counting is no business of the device's
-    step = train_dogs.update
+    step = Optimizer.minimise
 
     def spy(*args: object) -> None:
         step(*args)  # back through the convolutions
         seen.append(torch.backends.cudnn.allow_tf32)
 
-    monkeypatch.setattr(train_dogs, "update", spy)
+    monkeypatch.setattr(Optimizer, "minimise", spy)
     trainer.step(0.0)
     assert seen == [name != "fp32"] * 2
 
@@ -158,7 +166,7 @@ def losses(dogs: CropSet) -> dict[str, list[dict[str, float]]]:
     found = {}
     for name in ("fp32", "bf16", "fp16"):
         trainer = Trainer(small(precision=name, g_lr=0.0, d_lr=1e-3), dogs, CPU)
-        trainer.loss_scale.fill_(1024.0)  # low enough that no step is skipped
+        set_scales(trainer, 1024.0)  # low enough that no step is skipped
         found[name] = []
         for _ in range(8):
             trainer.step(0.0)
@@ -203,113 +211,186 @@ def test_r1_in_half_precision_has_the_gradients_of_float32(name, changes, dogs):
     moments = []
     for precision in ("fp32", name):
         trainer = Trainer(small(precision=precision, r1=1.0, beta1=0.0, **changes), dogs, CPU)
-        trainer.loss_scale.fill_(256.0)
+        set_scales(trainer, 256.0)
         trainer.step(0.0)
-        states = trainer.opt_d.state.items()  # but of the head's bias, which R1 does not reach
+        states = trainer.opt_d.adam.state.items()  # but of the head's bias, which R1 does not reach
         moments.append([s["exp_avg"] for p, s in states if p is not trainer.D.head.bias])
-        assert float(trainer.loss_scale) >= 256  # no update was skipped
+        assert float(trainer.opt_d.loss_scale) >= 256  # no update was skipped
     for exact, half in zip(*moments, strict=True):
         assert (half - exact).norm() < 0.3 * exact.norm()
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions from float32 to half precision."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if operator.overloadpacket.__name__ == "_to_copy" and args[0].dtype == torch.float32:
+            self.count += out.dtype in (torch.bfloat16, torch.float16)
+        return out
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("recipe", ["improved", "second-private"])
+def test_r1s_inner_gradient_casts_nothing_down_but_what_the_forward_did(recipe, name, dogs):
+    """Autograd's own casts, back to the half precision in which a layer ran, are there without
+    autocast too; with it, more would be."""
+    changes = PRESETS[recipe] | {"width": 2, "latent_dim": 8, "batch_size": 4}
+    trainer = Trainer(Config(**changes | {"precision": name, "r1": 1.0}), dogs, CPU)
+    reals, labels, z = trainer.batches.draw()
+    with trainer.autocast():
+        seen = trainer.show(reals, trainer.G(z, labels).detach(), labels)
+        with Casts() as inside:
+            train_dogs.gradient_penalty(seen)
+        seen = trainer.show(reals, trainer.G(z, labels).detach(), labels)
+    with Casts() as outside:
+        train_dogs.gradient_penalty(seen)
+    assert inside.count == outside.count
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_conditional_norm_gives_what_it_was_given(name):
+    dtype, x = PRECISIONS[name], torch.randn(4, 6, 8, 8)
+    with torch.autocast("cpu", dtype):
+        for kind in (dtype, torch.float32):
+            given = x.to(dtype=kind)
+            labels = torch.tensor([0, 1, 2, 0])
+            assert train_dogs.BreedBatchNorm2d(6, 3)(given, labels).dtype == kind
+            code = torch.randn(4, 5)
+            assert train_dogs.LatentBatchNorm2d(6, 5)(given, code).dtype == kind
 
 
 # ----------------------------------------------------------------------------------- the loss scale
 
 
-def with_adam(fused: bool = True) -> tuple[nn.Module, torch.optim.Adam]:
-    """A small network and its Adam."""
+def with_optimizer(scaled: bool = True) -> tuple[nn.Module, Optimizer]:
+    """A small network and its optimiser."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
-    return network, torch.optim.Adam(network.parameters(), lr=0.01, fused=fused)
+    return network, Optimizer(network.parameters(), 0.01, (0.9, 0.999), scaled)
 
 
-def state_of(network: nn.Module, adam: torch.optim.Adam) -> list[Tensor]:
+def state_of(opt: Optimizer) -> list[Tensor]:
     """Copies of the weights, Adam's moments and its step counts."""
-    moments = [state[k] for state in adam.state.values() for k in sorted(state)]
-    return [t.detach().clone() for t in (*network.parameters(), *moments)]
+    moments = [state[k] for state in opt.adam.state.values() for k in sorted(state)]
+    return [t.detach().clone() for t in (*opt.parameters, *moments)]
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_an_update_with_a_scale_equals_one_without(fused):
+def test_an_update_with_a_scale_equals_one_without():
     states = []
-    for scale in (None, torch.tensor(65536.0)):
-        network, adam = with_adam(fused)
+    for scaled in (False, True):
+        network, opt = with_optimizer(scaled)
         for k in range(5):
             x = torch.randn(9, 5, generator=torch.Generator().manual_seed(k))
-            update(adam, network(x).square().mean(), scale)
-        states.append(state_of(network, adam))
+            opt.minimise(network(x).square().mean())
+        states.append(state_of(opt))
     for plain, scaled in zip(*states, strict=True):
         torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_of_a_whole_step_with_a_scale_are_those_of_one_without(dogs, monkeypatch):
+def test_an_optimisers_state_is_that_of_torchs_own_after_a_step_of_nothing():
+    network, opt = with_optimizer()
+    own = torch.optim.Adam(network.parameters(), fused=True)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    own.step()
+    for p in network.parameters():
+        ours, theirs = opt.adam.state[p], own.state[p]
+        assert list(ours) == list(theirs)
+        for k in ours:
+            expected = torch.zeros_like(theirs[k])
+            torch.testing.assert_close(ours[k], expected, rtol=0, atol=0, check_stride=True)
+
+
+def test_gradients_of_a_whole_step_with_a_scale_are_those_of_one_without(dogs):
     plain, scaled = (Trainer(small(precision="fp32"), dogs, CPU) for _ in range(2))
-    monkeypatch.setattr(Trainer, "scale", property(lambda t: t.loss_scale if t is scaled else None))
+    scaled.opt_g.scaled = scaled.opt_d.scaled = True
     plain.step(0.0)
     scaled.step(0.0)
     for name in ("opt_g", "opt_d"):  # the gradients as Adam saw them; the weights are Adam's affair
-        for a, b in zip(getattr(plain, name).state.values(), getattr(scaled, name).state.values()):
+        states = (getattr(trainer, name).adam.state.values() for trainer in (plain, scaled))
+        for a, b in zip(*states):
             tolerance = 1e-5 * float(a["exp_avg"].abs().max())
             torch.testing.assert_close(b["exp_avg"], a["exp_avg"], rtol=1e-4, atol=tolerance)
             assert tolerance > 0
-    assert float(scaled.loss_scale) > 65536
+        assert float(getattr(scaled, name).loss_scale) > 65536
 
 
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan, 1e38])
-def test_an_overflow_leaves_weights_and_moments_as_they_were_and_halves_the_scale(broken, fused):
-    network, adam = with_adam(fused)
-    x, scale = torch.randn(9, 5), torch.tensor(1024.0)
-    update(adam, network(x).square().mean(), scale)
-    before, scale_before = state_of(network, adam), float(scale)
-    update(adam, network(x).square().mean() * broken, scale)
-    for a, b in zip(state_of(network, adam), before, strict=True):
+def test_an_overflow_leaves_weights_and_moments_as_they_were_and_halves_the_scale(broken):
+    network, opt = with_optimizer()
+    x = torch.randn(9, 5)
+    opt.loss_scale.fill_(1024.0)
+    opt.minimise(network(x).square().mean())
+    before, scale_before = state_of(opt), float(opt.loss_scale)
+    opt.minimise(network(x).square().mean() * broken)
+    for a, b in zip(state_of(opt), before, strict=True):
         assert torch.equal(a, b)
-    assert float(scale) == scale_before / 2
-    update(adam, network(x).square().mean(), scale)  # and it goes on
-    assert all(not torch.equal(a, b) for a, b in zip(state_of(network, adam), before))
+    assert float(opt.loss_scale) == scale_before / 2
+    opt.minimise(network(x).square().mean())  # and it goes on
+    assert all(not torch.equal(a, b) for a, b in zip(state_of(opt), before))
 
 
 def test_one_weight_that_overflows_stops_them_all():
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
-    adam, scale = torch.optim.Adam([a, b], lr=0.1, fused=True), torch.tensor(8.0)
-    update(adam, a.sum() + b[0] + b[1] * math.inf, scale)
-    assert (a == 1).all() and (b == 1).all() and float(scale) == 4
+    opt = Optimizer([a, b], 0.1, (0.9, 0.999), scaled=True)
+    opt.loss_scale.fill_(8.0)
+    opt.minimise(a.sum() + b[0] + b[1] * math.inf)
+    assert (a == 1).all() and (b == 1).all() and float(opt.loss_scale) == 4
 
 
 def test_the_scale_doubles_in_2000_updates_that_are_finite():
     p = nn.Parameter(torch.ones(1))
-    adam, scale = torch.optim.Adam([p], lr=0.0, fused=True), torch.tensor(64.0)
+    opt = Optimizer([p], 0.0, (0.9, 0.999), scaled=True)
+    opt.loss_scale.fill_(64.0)
     for _ in range(500):
-        update(adam, p.sum(), scale)
-    assert float(scale) == pytest.approx(64 * 2**0.25, rel=1e-4)
+        opt.minimise(p.sum())
+    assert float(opt.loss_scale) == pytest.approx(64 * 2**0.25, rel=1e-4)
+
+
+def test_an_overflow_of_d_alone_leaves_gs_scale_and_ends_the_run_at_last(dogs):
+    trainer = Trainer(small(precision="fp16", r1=1.0), dogs, CPU)
+    set_scales(trainer, 256.0)
+    trainer.opt_d.loss_scale.fill_(2.0**40)
+    trainer.step(0.0)
+    assert float(trainer.opt_d.loss_scale) == 2.0**39 and float(trainer.opt_g.loss_scale) > 256
+    set_scales(trainer, 1.0)
+    assert trainer.is_healthy()
+    for opt in (trainer.opt_g, trainer.opt_d):
+        set_scales(trainer, 1.0)
+        opt.loss_scale.fill_(0.5)
+        assert not trainer.is_healthy()
 
 
 def test_only_fp16_has_a_scale_and_it_keeps_gradients_off_0(dogs):
     trainers = {name: Trainer(small(precision=name), dogs, CPU) for name in PRECISIONS}
-    assert [name for name, trainer in trainers.items() if trainer.scale is not None] == ["fp16"]
+    assert [name for name, trainer in trainers.items() if trainer.opt_d.scaled] == ["fp16"]
+    assert [name for name, trainer in trainers.items() if trainer.opt_g.scaled] == ["fp16"]
     # 1e-6 / 4096 is nothing in float16, whose least number is 6e-8; 65536 times that is something.
-    weight, scale = nn.Parameter(torch.ones(4096)), torch.tensor(65536.0)
-    adam = torch.optim.Adam([weight], lr=0.1, fused=True)
-    update(adam, weight.half().float().mean() * 1e-6)
+    weight = nn.Parameter(torch.ones(4096))
+    plain, scaled = (Optimizer([weight], 0.1, (0.9, 0.999), scaled) for scaled in (False, True))
+    plain.minimise(weight.half().float().mean() * 1e-6)
     assert (weight == 1).all()
-    update(adam, weight.half().float().mean() * 1e-6, scale)
+    scaled.minimise(weight.half().float().mean() * 1e-6)
     assert (weight < 1).all()
 
 
 def test_a_trainer_survives_an_overflow_in_fp16_and_its_scale_is_resumed(dogs):
     trainer = Trainer(small(precision="fp16", width=1, batch_size=4), dogs, CPU)
-    trainer.loss_scale.fill_(2.0**36)
+    set_scales(trainer, 2.0**36)
     before = [p.detach().clone() for p in trainer.D.parameters()]
     trainer.step(0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.D.parameters()))
-    assert float(trainer.loss_scale) == 2.0**34  # halved by D's update and by G's
+    assert float(trainer.opt_d.loss_scale) == float(trainer.opt_g.loss_scale) == 2.0**35
     other = Trainer(small(precision="fp16", width=1, batch_size=4), dogs, CPU)
     other.load_state_dict(trainer.state_dict())
-    assert float(other.loss_scale) == 2.0**34
-    for _ in range(14):
+    assert float(other.opt_d.loss_scale) == float(other.opt_g.loss_scale) == 2.0**35
+    for _ in range(30):  # halved by each step that overflows
         trainer.step(0.0)
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.D.parameters()))
-    assert float(trainer.loss_scale) < 2.0**30 and trainer.is_healthy()
+    assert float(trainer.opt_d.loss_scale) < 2.0**30 and trainer.is_healthy()
 
 
 # ------------------------------------------------------------------------------------- whole runs

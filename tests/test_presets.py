@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from runs import (
     SAMPLE,
     STEPS,
-    assert_one_sentence,
     finished_run,  # noqa: F401
     light,  # noqa: F401
     load,
@@ -42,7 +41,6 @@ from train_dogs import (
     Seen,
     Trainer,
     build_networks,
-    distance,
     draw_latents,
     find_photos,
     gradient_penalty,
@@ -252,47 +250,6 @@ def test_r1_in_ds_step_is_that_of_a_plain_d_and_its_gradient_reaches_the_weights
 def test_r1_is_counted_as_the_work_that_it_is():
     plain, with_r1 = (train_dogs.flops_per_image(small(r1=r)) for r in (0.0, 1.0))
     assert with_r1 > 1.2 * plain
-    lazy = train_dogs.flops_per_image(small(r1=1.0, r1_every=8))
-    assert lazy == pytest.approx((7 * plain + with_r1) / 8, abs=1)
-
-
-def test_lazy_r1_is_n_times_as_large_at_each_nth_step_and_absent_from_the_others(dogs):
-    """Weights as those of a run with r1 n times as large, then as those of one without."""
-    lazy, strong, none = (
-        Trainer(small(**changes), dogs, CPU)
-        for changes in ({"r1": 0.7, "r1_every": 3}, {"r1": 2.1}, {})
-    )
-
-    def go_on(other: Trainer) -> None:
-        """A step of `lazy`, and the same of another from where it is."""
-        state = lazy.state_dict()
-        state["tensors"]["sums"] = other.sums.clone()  # of other losses
-        other.load_state_dict(state)
-        for trainer in (lazy, other):
-            trainer.step(0.0)
-        for ours, theirs in zip(lazy.D.parameters(), other.D.parameters()):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-    strong.step(0.0), none.step(0.0)
-    assert distance(list(strong.D.parameters()), list(none.D.parameters())) > 1e-4  # R1 is felt
-    for other in (strong, none, none, strong):
-        go_on(other)
-
-
-def test_lazy_r1_has_the_mean_of_r1_over_its_steps(dogs):
-    lazy, full = (Trainer(small(r1=0.5, r1_every=n, d_lr=0.0), dogs, CPU) for n in (4, 1))
-    for trainer in (lazy, full):
-        trainer.step(0.0)
-    once = full.read_stats()["d_r1"]
-    assert float(lazy.sums[lazy.stats.index("d_r1")]) == pytest.approx(4 * once, rel=1e-5)
-    for _ in range(3):
-        lazy.step(0.0)
-    assert lazy.read_stats()["d_r1"] == pytest.approx(once, rel=1e-5)
-
-
-def test_r1_every_needs_r1(tmp_path, capsys):
-    assert train_dogs.main(["--out", str(tmp_path / "out"), "--r1-every", "8"]) == 2
-    assert_one_sentence(capsys.readouterr().err, "--r1-every", "--r1")
 
 
 # -------------------------------------------------------------------------------------- truncation

@@ -174,7 +174,7 @@ def test_every_dog_is_drawn_once_before_any_is_drawn_twice(dogs, monkeypatch):
 def test_the_learning_rate_follows_progress(dogs, start, progress, share):
     trainer = Trainer(small(lr_decay_start=start, g_lr=0.002, d_lr=0.001), dogs, CPU)
     trainer.step(progress)
-    rates = [float(adam.param_groups[0]["lr"]) for adam in (trainer.opt_g, trainer.opt_d)]
+    rates = [float(opt.adam.param_groups[0]["lr"]) for opt in (trainer.opt_g, trainer.opt_d)]
     assert rates == pytest.approx([0.002 * share, 0.001 * share])
 
 
