@@ -1313,7 +1313,6 @@ class BadItem(Exception):
     """A picture, annotation or box that is left out; the text is the reason it is counted under."""
 
 
-LARGEST_FILE = 64 << 20  # bytes; an archive member that holds more is a mistake or an attack
 DAMAGE = (  # what zipfile, tarfile, Pillow and torch raise for damaged files
     OSError, RuntimeError, ValueError, SyntaxError, TypeError, EOFError, LookupError,
     AttributeError, ArithmeticError, struct.error, zlib.error, lzma.LZMAError,
@@ -1321,38 +1320,50 @@ DAMAGE = (  # what zipfile, tarfile, Pillow and torch raise for damaged files
 )  # fmt: skip
 
 
+@contextmanager
+def counted_as(reason: str) -> Iterator[None]:
+    """Every file from outside is read inside this: damage becomes one `BadItem`."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise BadItem("picture with too many pixels") from error
+    except DAMAGE as error:
+        raise BadItem(reason) from error
+
+
+LARGEST_FILE = 64 << 20  # bytes; a larger picture is a mistake or an attack
+
+
 class Entry(NamedTuple):
     """A file in a folder or an archive."""
 
-    path: str  # below its root, with forward slashes
-    size: int  # bytes, as its folder or archive says
-    stamp: int  # modification time in ns, or the archive's
+    path: str  # with forward slashes; its first part is the name of the folder or archive
+    size: int  # bytes, as the folder or archive claims
+    stamp: int  # modification time in ns, of the file or of its archive
     load: Callable[[], bytes]
-    label: str = ""  # its class, where it stands in a file beside
+    label: str = ""  # its class, if the set has a file of labels
 
     def read(self) -> bytes:
-        """Its bytes. Raises `BadItem` where it is too large or damaged."""
+        """The file's bytes. Raises `BadItem` if it is too large or damaged."""
         if self.size > LARGEST_FILE:
             raise BadItem("file larger than 64 MB")
-        try:
+        with counted_as("unreadable file"):
             return self.load()
-        except DAMAGE as error:
-            raise BadItem("unreadable file") from error
 
 
 @dataclass(frozen=True)
 class Photo:
     """One picture and its annotation, not yet read."""
 
-    name: str  # unique in its set, as in n02085620-Chihuahua/n02085620_10074.jpg
+    name: str  # as in n02085620-Chihuahua/n02085620_10074.jpg
     breed: str
     picture: Entry
-    annotation: Entry | None  # None in a set without any
+    annotation: Entry | None  # None in a set without annotations
 
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """The photos found, in a fixed order, and what was left out already."""
+    """The photos found, in a fixed order, and what was left out."""
 
     where: str
     photos: list[Photo]
@@ -1361,7 +1372,7 @@ class PhotoSet:
 
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-PICTURE_PLACES = (  # where a set keeps its pictures: the official layout, and Kaggle's since 2019
+PICTURE_PLACES = (  # the official layout, and the forms on Kaggle since 2019
     "Images", "images/Images", "all-dogs/all-dogs", "all-dogs", "all-dogs.zip", "images.tar",
 )  # fmt: skip
 ANNOTATION_PLACES = (
@@ -1370,74 +1381,45 @@ ANNOTATION_PLACES = (
 )  # fmt: skip
 
 
-def list_files(place: Path) -> list[Entry]:
-    """All visible files of a folder, zip or uncompressed tar, sorted; nothing is unpacked."""
-    try:
-        if place.is_dir():
-            entries = list(folder_entries(place))
-        elif place.exists() and not place.is_file():
-            raise ValueError("neither file nor folder")  # a pipe, which would be waited for
-        elif is_idx(place):
-            entries = list(idx_entries(place))
-        else:
-            entries = list(zip_entries(place) if zipfile.is_zipfile(place) else tar_entries(place))
-    except DAMAGE as error:
-        raise UserError(
-            f"{place} cannot be read as a folder, zip, uncompressed tar or IDX file ({error}): give"
-            " another."
-        ) from error
-    return sorted((e for e in entries if is_shown(e.path)), key=lambda e: e.path)
-
-
-def is_shown(path: str) -> bool:
-    """Whether a file is the user's own, not the system's: no dot-file, no `__MACOSX`."""
-    return not any(part.startswith((".", "__MACOSX")) for part in path.split("/")[1:])
+def is_litter(name: str) -> bool:
+    """Whether a file or folder was made by the system, not by the user."""
+    return name.startswith((".", "__MACOSX"))
 
 
 def folder_entries(place: Path) -> Iterator[Entry]:
-    """The files of a folder and of those below."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    for folder, inner, names in os.walk(place, onerror=stop, followlinks=True):
-        real = Path(folder).resolve()
-        below_it = [name for name in inner if not real.is_relative_to(Path(folder, name).resolve())]
-        inner[:] = below_it  # no link back to where it lies
-        if "config.json" in names and {"checkpoint.pt", "log.jsonl"} & {*names}:  # our results
-            inner[:] = [name for name in inner if name != "samples"]
-            names = [name for name in names if name != "progress.webp"]
-        below = Path(place.name or place.absolute().name, Path(folder).relative_to(place))
-        for file in (Path(folder, name) for name in names):
-            if file.is_file():
-                status = file.stat()
-                path = (below / file.name).as_posix()
+    """The files of a folder and of those below. Links are followed, to each folder once."""
+    top, seen = os.path.basename(os.path.abspath(place)), set()
+    for folder, inner, names in os.walk(place, followlinks=True):
+        results = {"samples", "progress.webp"} if "log.jsonl" in names else set()  # of a run here
+        again = os.path.realpath(folder) in seen
+        seen.add(os.path.realpath(folder))
+        inner[:] = [] if again else sorted(set(inner) - results)
+        for file in [] if again else [Path(folder, name) for name in set(names) - results]:
+            if file.is_file():  # no dead link
+                path, status = Path(top, file.relative_to(place)).as_posix(), file.stat()
                 yield Entry(path, status.st_size, status.st_mtime_ns, file.read_bytes)
 
 
 def zip_entries(place: Path) -> Iterator[Entry]:
-    """The members of a zip; each is unpacked no further than `LARGEST_FILE`, whatever it claims."""
+    """The members of a zip."""
     archive, stamp = zipfile.ZipFile(place), place.stat().st_mtime_ns
 
-    def read(info: zipfile.ZipInfo) -> bytes:
+    def load(info: zipfile.ZipInfo) -> bytes:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BadItem("zip member neither stored nor deflated")  # zipfile does not bound those
+            raise ValueError("zipfile unpacks this method without a limit")
         with archive.open(info) as member:
-            data = member.read(info.file_size)
-            if len(data) != info.file_size:
-                raise BadItem("file of another size than its archive says")
-            return data
+            return member.read(info.file_size)  # a member that holds more fails its checksum
 
     for info in archive.infolist():
         if not info.is_dir():
             path = f"{place.stem}/{info.filename.removeprefix('./')}"
-            yield Entry(path, info.file_size, stamp, partial(read, info))
+            yield Entry(path, info.file_size, stamp, partial(load, info))
 
 
 def tar_entries(place: Path) -> Iterator[Entry]:
     """The members of an uncompressed tar."""
 
-    def read(info: tarfile.TarInfo) -> bytes:
+    def load(info: tarfile.TarInfo) -> bytes:
         with place.open("rb") as file:  # a file of its own: threads do not share a position
             file.seek(info.offset_data)
             return file.read(info.size)
@@ -1449,33 +1431,24 @@ def tar_entries(place: Path) -> Iterator[Entry]:
                 raise tarfile.ReadError("a member of negative size")  # older Pythons loop on it
             if info.isreg():
                 path = f"{place.stem}/{info.name.removeprefix('./')}"
-                yield Entry(path, info.size, stamp, partial(read, info))
+                yield Entry(path, info.size, stamp, partial(load, info))
 
 
-MOST_IDX_BYTES = 1 << 30  # of pictures in a file; MNIST's 60,000 are 47 MB
-
-
-def is_idx(place: Path) -> bool:
-    """Whether a file is named like pictures in MNIST's format, gzipped or not."""
-    return place.is_file() and bool(re.search(r"idx3-ubyte(\.gz)?$", place.name))
+IDX_SUFFIXES = ("idx3-ubyte", "idx3-ubyte.gz")
+LARGEST_IDX = 1 << 30  # bytes; MNIST's 60,000 pictures are 47 MB
 
 
 def read_idx(place: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an IDX file (yann.lecun.com/exdb/mnist). Raises one of `DAMAGE`."""
     with gzip.open(place) if place.suffix == ".gz" else place.open("rb") as file:
         magic, *shape = struct.unpack(f">{1 + dimensions}I", file.read(4 + 4 * dimensions))
-        if magic != 0x800 + dimensions:
-            raise ValueError(f"not IDX of bytes in {dimensions} dimensions")
-        if not 0 < math.prod(shape) <= MOST_IDX_BYTES:
-            raise ValueError("no pictures, or over 1 GB of them")
-        data = file.read(math.prod(shape))
-        if len(data) < math.prod(shape) or file.read(1):
-            raise ValueError("of another length than its head says")
-    return np.frombuffer(data, np.uint8).reshape(shape)
+        if magic != 0x800 + dimensions or math.prod(shape) > LARGEST_IDX:
+            raise ValueError(f"not IDX of bytes in {dimensions} dimensions, or over 1 GB")
+        return np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
 
 
 def idx_entries(place: Path) -> Iterator[Entry]:
-    """The grey pictures of an IDX file, as bitmaps; their labels where those lie beside it."""
+    """The grey pictures of an IDX file as bitmaps, with the labels of the file beside it if any."""
 
     def bitmap(pixels: np.ndarray) -> bytes:
         buffer = io.BytesIO()
@@ -1486,51 +1459,107 @@ def idx_entries(place: Path) -> Iterator[Entry]:
     stamp = zlib.crc32(pictures)  # not the time: sets of this form have equal names and sizes
     stem = place.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     beside = [p for p in (place.with_name(stem + end) for end in ("", ".gz")) if p.exists()]
-    labels = read_idx(beside[0], 1) if beside else None
-    if labels is not None and len(labels) != len(pictures):
-        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels beside them")
-    for k, pixels in enumerate(pictures):
-        label = "" if labels is None else str(labels[k])
-        yield Entry(f"{place.name}/{k:06d}.bmp", pixels.size, stamp, partial(bitmap, pixels), label)
+    labels = read_idx(beside[0], 1) if beside else ["dog"] * len(pictures)
+    if len(labels) != len(pictures):
+        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels in {beside[0].name}")
+    for k, (pixels, label) in enumerate(zip(pictures, labels)):
+        path = f"{place.name}/{k:06d}.bmp"
+        yield Entry(path, pixels.size, stamp, partial(bitmap, pixels), str(label))
 
 
-def idx_below(folder: Path) -> list[Path]:
-    """The IDX file of pictures in a folder: that to train on, where it holds one to test on too."""
-    if not (folder.is_dir() and os.access(folder, os.R_OK)):
-        return []
-    found = sorted(filter(is_idx, folder.iterdir()))
-    return [p for p in found if "train" in p.name][:1] or found[:1]
+def list_files(place: Path) -> list[Entry]:
+    """All files of a folder, zip, uncompressed tar or IDX file, sorted; nothing is unpacked.
+
+    The system's own files are left out. Raises `UserError` if `place` cannot be read.
+    """
+    try:
+        if place.is_dir():
+            entries = folder_entries(place)
+        elif place.name.endswith(IDX_SUFFIXES):
+            entries = idx_entries(place)
+        else:
+            entries = zip_entries(place) if zipfile.is_zipfile(place) else tar_entries(place)
+        shown = [e for e in entries if not any(map(is_litter, e.path.split("/")[1:]))]
+    except DAMAGE as error:
+        raise UserError(
+            f"{place} cannot be read as a folder, zip, uncompressed tar or IDX file ({error}): give"
+            " another."
+        ) from error
+    return sorted(shown, key=lambda entry: entry.path)
 
 
-def places_below(folder: Path, levels: int) -> list[Path]:
-    """Pictures and annotations of the first set in a breadth-first walk; [] where there is none."""
+def find_set(folder: Path, levels: int) -> list[Path]:
+    """Pictures and annotations of the first set at most `levels` below, the shallowest first; []
+    if there is none."""
     level = [folder]
     for _ in range(levels + 1):
         for candidate in level:
-            pictures = [candidate / p for p in PICTURE_PLACES if (candidate / p).exists()]
-            annotations = [candidate / p for p in ANNOTATION_PLACES if (candidate / p).exists()]
-            if pictures and annotations:
-                return [pictures[0], annotations[0]]
-        inner = (p for c in level if os.access(c, os.R_OK) and c.is_dir() for p in c.iterdir())
-        level = sorted(p for p in inner if p.is_dir() and is_shown(f"/{p.name}"))
+            halves = (PICTURE_PLACES, ANNOTATION_PLACES)
+            found = [[p for n in names if os.path.exists(p := candidate / n)] for names in halves]
+            if all(found):
+                return [found[0][0], found[1][0]]
+        inner = (p for c in level for p in c.glob("*") if not is_litter(p.name))
+        level = sorted(filter(os.path.isdir, inner))
     return []
+
+
+def find_idx(folder: Path) -> list[Path]:
+    """The IDX file of pictures in a folder, the one to train on before the one to test on."""
+    found = [p for p in folder.glob("*") if p.name.endswith(IDX_SUFFIXES) and not is_litter(p.name)]
+    return sorted(found, key=lambda p: ("train" not in p.name, p.name))[:1]
+
+
+def match_photos(
+    pictures: list[Entry], annotations: dict[str, dict[str, Entry]]
+) -> tuple[list[Photo], list[tuple[str, str]]]:
+    """Pair pictures with annotations of the same stem; returns (name, reason) for the rest too.
+
+    `annotations`: by stem, then by folder. That folder is the breed, since Kaggle's flat form has
+    no other. If several breeds use one stem, the folder of the picture decides.
+    """
+    photos: dict[str, Photo] = {}
+    skipped, used = [], set()
+    for picture in pictures:
+        path = Path(picture.path)
+        named = annotations.get(path.stem, {})
+        breed = path.parent.name if path.parent.name in named else next(iter(named), "")
+        name = f"{breed}/{path.name}"
+        used.add((breed, path.stem))
+        if not named:
+            skipped.append((picture.path, "picture without annotation"))
+        elif name in photos:
+            skipped.append((name, "duplicate name"))
+        else:
+            photos[name] = Photo(name, breed, picture, named[breed])
+    left = {(folder, stem) for stem, named in annotations.items() for folder in named} - used
+    skipped += [("/".join(pair), "annotation without picture") for pair in sorted(left)]
+    return list(photos.values()), skipped
+
+
+def classify_photos(pictures: list[Entry]) -> list[Photo]:
+    """Pictures without annotations. The class is the label, or else the name of the picture's
+    folder, as in torchvision's `ImageFolder`; pictures of one folder alone are one class."""
+    folders = [Path(picture.path).parent.name for picture in pictures]
+    several = len(set(folders)) > 1
+    return [
+        Photo(picture.path, picture.label or (folder if several else "dog"), picture, None)
+        for picture, folder in zip(pictures, folders)
+    ]
 
 
 def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
     """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
 
-    A path may be a folder that holds the set in any of its published forms (folders, Kaggle's flat
-    form, two zips, the two official tars), an archive, a folder of pictures, or IDX files (MNIST).
-    Where there is no annotation at all, the pictures are one class, but for IDX's labels. Raises
-    `UserError` where there are no dogs.
+    A path is a folder that holds the set in any of its published forms (folders, Kaggle's flat
+    form, two zips, the two official tars), an archive, a folder of pictures or of classes, or IDX
+    files (MNIST). Without annotations each picture is one whole dog. Raises `UserError` if there
+    are no dogs.
     """
-    places = [
-        p for path in map(Path, paths) for p in places_below(path, 4) or idx_below(path) or [path]
-    ]
+    places = [p for path in map(Path, paths) for p in find_set(path, 4) or find_idx(path) or [path]]
     if not paths:
-        own = [Path(__file__).resolve().parent / "data"] if "__file__" in globals() else []
-        searches = ((Path("/kaggle/input"), 4), (Path("data"), 0), *((p, 0) for p in own))
-        places = next(filter(None, (places_below(*search) for search in searches)), [])
+        beside = [Path(__file__).resolve().parent / "data"] if "__file__" in globals() else []
+        searches = ((Path("/kaggle/input"), 4), (Path("data"), 0), *((p, 0) for p in beside))
+        places = next(filter(None, (find_set(*search) for search in searches)), [])
     if not places:
         raise UserError(
             "no dogs found: fetch them with `python data/download.py`, give --data PATH, or try the"
@@ -1542,125 +1571,27 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
         if Path(name).suffix.lower() in PICTURE_SUFFIXES:
             pictures.append(entry)
         elif {"annotation", "annotations"} & set(folder.lower().split("/")):
-            same_name = annotations.setdefault(name.removesuffix(".xml"), {})
-            same_name.setdefault(Path(folder).name, entry)  # a set given twice counts once
-    photos, skipped = match_photos(pictures, annotations)
-    breeds = {photo.breed for photo in photos}
-    classes = "one class" if len(breeds) < 2 else f"{len(breeds)} classes"
-    where = " and ".join(map(str, places)) + (
-        "" if annotations else f" (no annotations: whole pictures, {classes})"
-    )
+            named = annotations.setdefault(name.removesuffix(".xml"), {})
+            named.setdefault(Path(folder).name, entry)  # a set given twice counts once
+    where, skipped = " and ".join(map(str, places)), []
+    if annotations:
+        photos, skipped = match_photos(pictures, annotations)
+    else:
+        photos = classify_photos(pictures)
+        classes = len({photo.breed for photo in photos})
+        counted = "one class" if classes == 1 else f"{classes} classes"
+        where += f" (no annotations: whole pictures, {counted})"
     if not photos:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
     return PhotoSet(where, photos, skipped, annotated=bool(annotations))
-
-
-def match_photos(
-    pictures: list[Entry], annotations: dict[str, dict[str, Entry]]
-) -> tuple[list[Photo], list[tuple[str, str]]]:
-    """Pair pictures with the annotations of their name (by stem), and say what is left over.
-
-    `annotations`: by stem and folder. Of several of a stem the one whose folder is named like the
-    picture's counts. The breed is that folder, since Kaggle's flat form has no other. A name counts
-    once.
-    """
-    photos: dict[str, Photo] = {}
-    skipped, used = [], set()
-    for picture in pictures:
-        path = Path(picture.path)
-        named = annotations.get(path.stem, {})
-        fitting = [path.parent.name] if path.parent.name in named else list(named)
-        used.update((path.stem, folder) for folder in fitting)
-        breed = fitting[0] if fitting else picture.label or "dog"
-        name = f"{breed}/{path.name}" if fitting else picture.path
-        if annotations and len(fitting) != 1:
-            reason = "several annotations" if fitting else "picture without annotation"
-            skipped.append((name, reason))
-        elif name in photos and annotations:
-            skipped.append((name, "duplicate name"))
-        else:  # without annotations, equal paths come from different --data
-            name += f" ({len(photos)})" if name in photos else ""
-            photos[name] = Photo(name, breed, picture, named.get(breed))
-    left = ((s, f) for s, folders in annotations.items() for f in folders if (s, f) not in used)
-    skipped += [(f"{folder}/{stem}", "annotation without picture") for stem, folder in left]
-    return list(photos.values()), skipped
 
 
 # -------------------------------------------------------------------- 8. Data: reading and cropping
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 32_000_000  # pixels to decode, 12 bytes each on the way: 400 MB in each thread
-LARGEST_ANNOTATION = 1 << 20  # bytes
-MOST_BOXES = 100  # in one annotation
+LARGEST_ANNOTATION = 64 << 10  # bytes; Stanford's largest has 4 kB
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-
-
-class NoDoctype(ElementTree.TreeBuilder):
-    """Refuses what entity bombs come in by."""
-
-    def doctype(self, name: str, pubid: str, system: str) -> None:
-        """Raises `BadItem`."""
-        raise BadItem("annotation with a DOCTYPE")
-
-
-def parse_annotation(xml: bytes) -> list[Box]:
-    """The boxes of an annotation; what is no number is nan, which `clip_box` refuses.
-
-    Raises `BadItem` for XML that is broken, hostile, or has no box.
-    """
-    if len(xml) > LARGEST_ANNOTATION:
-        raise BadItem("annotation larger than 1 MB")
-    try:
-        root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=NoDoctype()))
-    except DAMAGE as error:
-        raise BadItem("broken annotation") from error
-
-    def number(text: str | None) -> float:
-        try:
-            return float(text or "nan")
-        except ValueError:
-            return math.nan
-
-    corners = ("xmin", "ymin", "xmax", "ymax")
-    found = list(root.iter("bndbox"))
-    if not 0 < len(found) <= MOST_BOXES:
-        raise BadItem("annotation with over 100 boxes" if found else "annotation without boxes")
-    return [tuple(number(box.findtext(corner)) for corner in corners) for box in found]
-
-
-def clip_box(box: Box, width: int, height: int) -> Box:
-    """The part of a box inside a frame. Raises `BadItem` if reversed, empty, or wholly outside."""
-    left, top, right, bottom = box
-    if not all(map(math.isfinite, box)):
-        raise BadItem("box without numbers")
-    if right < left or bottom < top:
-        raise BadItem("reversed box")
-    if right - left < 1 or bottom - top < 1:
-        raise BadItem("empty box")
-    left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
-    if right - left < 1 or bottom - top < 1:
-        raise BadItem("box outside the picture")
-    return (left, top, right, bottom)
-
-
-def open_picture(data: bytes) -> Image.Image:
-    """A picture whose header is read and believable, not yet decoded. Raises `BadItem`."""
-    if not data:
-        raise BadItem("empty file")
-    try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if picture.format == "TIFF" and picture.width * picture.height <= LARGEST_PICTURE:
-            picture.load()  # Pillow turns these upright itself
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadItem("absurd pixel count") from error
-    except DAMAGE as error:
-        raise BadItem("not a picture") from error
-    scaled = picture.format in ("JPEG", "MPO")  # may be decoded to fewer pixels
-    if not scaled and picture.width * picture.height > LARGEST_PICTURE:
-        raise BadItem("absurd pixel count")
-    return picture
-
-
 TURNS = {  # EXIF's orientation: what makes such a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
@@ -1668,35 +1599,50 @@ TURNS = {  # EXIF's orientation: what makes such a picture upright
 }  # fmt: skip
 
 
-def orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 where there is none or it is damaged; from 5 on it lies on its side.
+def check_pixels(size: tuple[int, int]) -> None:
+    """Raises `BadItem` if a picture of this size would take too much memory."""
+    if math.prod(size) > LARGEST_PICTURE:
+        raise BadItem("picture with too many pixels")
 
-    (Pillow's `exif_transpose` writes the block anew, which fails for some that can be read.)
+
+def open_picture(data: bytes) -> Image.Image:
+    """A picture of an encoded file. A JPEG is not decoded yet, so that `decode_picture` can do that
+    at a fraction of its size. Raises `BadItem`."""
+    with counted_as("damaged or not a picture"):
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        if picture.format not in ("JPEG", "MPO"):
+            check_pixels(picture.size)
+            picture.load()  # before EXIF is read: a PNG may hold it at its end
+    return picture
+
+
+def orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 if there is none or it is damaged; 5 and more: on its side.
+
+    Pillow's `exif_transpose` writes the EXIF block anew, which fails for some that can be read.
     """
     try:
         stated = picture.getexif().get(0x0112)
-        return stated if stated in TURNS and picture.format != "TIFF" else 1
+        return stated if stated in TURNS and picture.format != "TIFF" else 1  # Pillow turns TIFFs
     except DAMAGE:
         return 1
 
 
 def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) -> Image.Image:
-    """Decode to RGB, a JPEG at 1/`shrink` (1, 2, 4, 8) of its size by its DCT scaling.
+    """Decode an opened picture to RGB; a JPEG at 1/`shrink` (1, 2, 4, 8) by its DCT scaling.
 
-    `upright`: turned as EXIF says. Transparency is laid on white. Raises `BadItem` where the
-    picture is damaged, or too large for the memory.
+    `upright`: turned as EXIF says. Transparency is laid on white, and of 16-bit grey the high byte
+    counts. Raises `BadItem` if the picture is damaged or too large.
     """
-    try:
-        if "progressive" in picture.info and picture.width * picture.height > LARGEST_PICTURE:
-            raise BadItem("absurd pixel count")  # libjpeg holds all of it at any scale
-        if shrink > 1:  # a no-op for anything but a JPEG
-            picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
-        if picture.width * picture.height > LARGEST_PICTURE:
-            raise BadItem("absurd pixel count")
+    with counted_as("damaged or not a picture"):
+        if "progressive" in picture.info:
+            check_pixels(picture.size)  # libjpeg holds all of it at any scale
+        picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
+        check_pixels(picture.size)
         picture.load()
         if upright and (turn := TURNS.get(orientation(picture))) is not None:
             picture = picture.transpose(turn)
-        if picture.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        if picture.mode.startswith("I"):  # convert() would clip 16 bits at 255
             picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
         if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
             return picture.convert("RGB")
@@ -1704,20 +1650,52 @@ def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) 
         white = Image.new("RGB", picture.size, "white")
         white.paste(picture, mask=picture.getchannel("A"))
         return white
-    except DAMAGE as error:
-        raise BadItem("truncated or damaged picture") from error
+
+
+class NoDoctype(ElementTree.TreeBuilder):
+    """Refuses the declaration that entity bombs need."""
+
+    def doctype(self, name: str, pubid: str, system: str) -> None:
+        """Raises `BadItem`."""
+        raise BadItem("annotation with a DOCTYPE")
+
+
+def parse_annotation(xml: bytes) -> list[Box]:
+    """The boxes of an annotation. Raises `BadItem` if it is broken, hostile or too large."""
+    if len(xml) > LARGEST_ANNOTATION:
+        raise BadItem("annotation larger than 64 kB")
+    with counted_as("broken annotation"):
+        root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=NoDoctype()))
+        corners = ("xmin", "ymin", "xmax", "ymax")
+        return [tuple(float(box.findtext(c)) for c in corners) for box in root.iter("bndbox")]
+
+
+def clip_box(box: Box, width: int, height: int) -> Box:
+    """The part of a box inside the frame. Raises `BadItem` if that is under a pixel wide or high,
+    or the box is reversed."""
+    left, top, right, bottom = box
+    if right < left or bottom < top:
+        raise BadItem("reversed box")
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+    if not (right - left >= 1 and bottom - top >= 1):  # so that nan is refused too
+        raise BadItem("empty box or one outside the picture")
+    return (left, top, right, bottom)
+
+
+def frame_of(picture: Image.Image, upright: bool) -> tuple[int, int]:
+    """Width and height of an opened picture as `decode_picture` will return it."""
+    return picture.size[::-1] if upright and orientation(picture) >= 5 else picture.size
 
 
 def open_photo(photo: Photo) -> tuple[Image.Image, list[Box], list[str]]:
-    """A photo, not yet decoded; its dogs' boxes inside the frame; why others are left out.
+    """A photo, not yet decoded; its dogs' boxes inside the frame; why other boxes are left out.
 
-    Boxes of Stanford Dogs were drawn on the pictures as they are stored; one without annotation is
-    turned upright, and its box is the whole frame. Raises `BadItem` where there is no box.
+    Boxes of Stanford Dogs were drawn on the pictures as they are stored. A photo without annotation
+    is turned upright, and its box is the whole frame. Raises `BadItem` if there is no good box.
     """
     picture = open_picture(photo.picture.read())
     if photo.annotation is None:
-        width, height = picture.size[::-1] if orientation(picture) >= 5 else picture.size
-        return picture, [(0, 0, width, height)], []
+        return picture, [(0, 0, *frame_of(picture, upright=True))], []
     boxes, reasons = [], []
     for box in parse_annotation(photo.annotation.read()):
         try:
@@ -1725,7 +1703,7 @@ def open_photo(photo: Photo) -> tuple[Image.Image, list[Box], list[str]]:
         except BadItem as bad:
             reasons.append(str(bad))
     if not boxes:
-        raise BadItem(reasons[0])
+        raise BadItem(reasons[0] if reasons else "annotation without boxes")
     return picture, boxes, reasons
 
 
@@ -1733,6 +1711,13 @@ def read_photo(photo: Photo) -> tuple[Image.Image, list[Box]]:
     """A photo in RGB at its full size, and the boxes of its dogs inside it. Raises `BadItem`."""
     picture, boxes, _ = open_photo(photo)
     return decode_picture(picture, upright=photo.annotation is None), boxes
+
+
+def square_inside(x: float, y: float, side: float, width: int, height: int) -> list[Box]:
+    """The square around (x, y), moved inside the frame."""
+    left = min(max(x - side / 2, 0), width - side)
+    top = min(max(y - side / 2, 0), height - side)
+    return [(left, top, left + side, top + side)]
 
 
 def crop_box(box: Box, width: int, height: int) -> list[Box]:
@@ -1743,14 +1728,12 @@ def crop_box(box: Box, width: int, height: int) -> list[Box]:
 def crop_square(box: Box, width: int, height: int) -> list[Box]:
     """The box widened on its short side to a square, moved inside the frame.
 
-    Covers the box, unless its long side is longer than the frame's short one: then the square is as
-    large as fits, in the middle of the box.
+    It covers the box, unless the box is longer than the frame's short side: then it is as large as
+    fits, around the middle of the box.
     """
     left, top, right, bottom = box
     side = min(max(right - left, bottom - top), width, height)
-    x = min(max((left + right - side) / 2, 0), width - side)
-    y = min(max((top + bottom - side) / 2, 0), height - side)
-    return [(x, y, x + side, y + side)]
+    return square_inside((left + right) / 2, (top + bottom) / 2, side, width, height)
 
 
 def crop_head(box: Box, width: int, height: int) -> list[Box]:
@@ -1763,10 +1746,15 @@ def crop_head(box: Box, width: int, height: int) -> list[Box]:
 
 
 def crop_context(box: Box, width: int, height: int) -> list[Box]:
-    """The largest square centred on the box that fits the frame."""
+    """The largest square centred on the box that fits the frame, grown away from the edge that it
+    touches: on each side by 0.28 of the least room that it has on the three other sides.
+
+    "Crop manner from Wu Qi" in Morxrc's notebook (see `first-public`), which says it in four cases.
+    """
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    half = min(x, y, width - x, height - y)
-    return [(x - half, y - half, x + half, y + half)]
+    nearest, second = sorted((x, y, width - x, height - y))[:2]
+    side = 2 * (nearest + int(0.28 * (second - nearest)))
+    return square_inside(x, y, side, width, height)
 
 
 def crop_whole(box: Box, width: int, height: int) -> list[Box]:
@@ -1807,11 +1795,11 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     Returns, for each dog and each kind, uint8 of shape (views, 64, 64, 3). JPEGs are decoded at the
     smallest DCT scale that leaves every crop at least 128 px: twice the resolution it ends with,
     which keeps the median PSNR against full decoding above 45 dB (`tests/bench_data.py`).
-    Raises `BadItem` where the photo gives no dog.
+    Raises `BadItem` if the photo gives no dog.
     """
     picture, boxes, reasons = open_photo(photo)
     upright = photo.annotation is None
-    frame = picture.size[::-1] if upright and orientation(picture) >= 5 else picture.size
+    frame = frame_of(picture, upright)
     dogs = [[CROPS[kind](box, *frame) for kind in kinds] for box in boxes]
     least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
     shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
@@ -1858,94 +1846,16 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
         pool.shutdown(cancel_futures=True)
 
 
-def cache_folder() -> Path:
-    """Where prepared crops are kept: `$XDG_CACHE_HOME/train_dogs`; on Kaggle its scratch disk."""
-    usual = Path("/kaggle/temp") if Path("/kaggle").is_dir() else Path.home() / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual, "train_dogs")
-
-
-def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float = 0.0) -> CropSet:
-    """Crop every dog once, or find that done in the cache; the tensors lie on the CPU.
-
-    `dedupe`: the cosine of thumbnails above which a dog repeats an earlier one; 0 = all stay.
-
-    Raises `UserError` above 5 % bad items, or with fewer than 16 dogs.
-    """
-    weights = parse_crops(crops if photos.annotated else "whole")
-    kinds = sorted(weights)
-    pairs = [[e for e in (p.picture, p.annotation) if e] for p in photos.photos]
-    files = [
-        (p.name, p.breed, [(e.size, e.stamp) for e in pair])
-        for p, pair in zip(photos.photos, pairs)
-    ]
-    path = (
-        cache_folder() / f"{digest([kinds, files, photos.skipped, PIL.__version__, dedupe, 4])}.pt"
-    )
-    if (found := load_crops(path, weights)) is not None:
-        return found
-    table = crop_all(photos, kinds, show, dedupe)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(path.parent, older=3600)  # of runs that were killed while writing
-        save(path, table)
-        if (found := load_crops(path, weights)) is not None:
-            return found
-        raise OSError("what was written cannot be read back")
-    except OSError as error:
-        raise UserError(
-            f"the crops cannot be kept in {path.parent} ({error.strerror or error}): set"
-            " XDG_CACHE_HOME to a folder with 1 GB free for each kind of crop."
-        ) from error
-
-
-def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> dict[str, object]:
-    """The crops of all photos, as `load_crops` wants them. Raises `UserError`."""
-
-    def attempt(photo: Photo) -> tuple[list, list[str]]:
-        try:
-            return crop_photo(photo, kinds)
-        except BadItem as bad:
-            return [], [str(bad)]
-
-    dogs_found, names, breed, skipped = [], [], [], list(photos.skipped)
-    breeds = sorted({p.breed for p in photos.photos})
-    bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
-    results = in_threads(attempt, photos.photos)
-    results = tqdm(results, "cropping", len(photos.photos), **bar)
-    for (dogs, reasons), photo in zip(results, photos.photos):
-        skipped += [(photo.name, reason) for reason in reasons]
-        dogs_found += dogs
-        names += [photo.name] * len(dogs)
-        breed += [breeds.index(photo.breed)] * len(dogs)
-    items = len(skipped) + len(names)
-    if len(skipped) > 0.05 * items:
-        raise UserError(
-            f"{len(skipped)} of {items} items in {photos.where} are bad"
-            f" ({count_reasons(skipped)}): repair the set or give another --data; at most 5 % may"
-            " be."
-        )
-    repeats = near_duplicates([dog[0][0] for dog in dogs_found], dedupe) if dedupe else {}
-    skipped += [
-        (f"{names[k]}, of {names[first]}", "near-duplicates") for k, first in repeats.items()
-    ]
-    stay = [k for k in range(len(names)) if k not in repeats]
-    if len(stay) < 16:
-        remedy = "a higher --dedupe, or 0" if repeats else "--data with more"
-        raise UserError(
-            f"{photos.where} holds {len(stay)} dogs, and at least 16 are needed to train: give"
-            f" {remedy}."
-        )
-    count = [[len(views) for views in dogs_found[k]] for k in stay]
-    pixels = np.concatenate([views for k in stay for views in dogs_found[k]])
-    table = {"count": torch.tensor(count), "breed": torch.tensor([breed[k] for k in stay])}
-    table |= {"breeds": breeds, "pixels": torch.from_numpy(pixels), "skipped": skipped}
-    return table | {"key": content_key(table)}
+def count_reasons(skipped: list[tuple[str, str]]) -> str:
+    """How many were left out for which reason, as in "2 unreadable file, 1 reversed box"."""
+    reasons = Counter(reason for _, reason in skipped).most_common()
+    return ", ".join(f"{n} {reason}" for reason, n in reasons)
 
 
 def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024) -> dict[int, int]:
-    """Which dogs repeat an earlier one that stays: {its place: that of the other}.
+    """Which dogs repeat an earlier one that stays: {index: index of the earlier one}.
 
-    `views`: uint8 (64, 64, 3), one of each dog. Two are alike where grey thumbnails of 16 x 16
+    `views`: uint8 (64, 64, 3), one of each dog. Two are alike if grey thumbnails of 16 x 16
     pixels, less their mean, have a cosine above `limit`, one of them mirrored or not: copies that
     are recoded, scaled or grey are found, other cuts of a photo are not. (Radford et al. 2015,
     arXiv 1511.06434, section 4.1.1, by codes of an autoencoder.)
@@ -1966,6 +1876,51 @@ def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024
     return repeats
 
 
+def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> dict[str, object]:
+    """The crops of all photos, as they are kept in the cache. Raises `UserError`."""
+
+    def attempt(photo: Photo) -> tuple[list, list[str]]:
+        try:
+            return crop_photo(photo, kinds)
+        except BadItem as bad:
+            return [], [str(bad)]
+
+    dogs, names, breed, skipped = [], [], [], list(photos.skipped)
+    breeds = sorted({p.breed for p in photos.photos})
+    bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
+    results = in_threads(attempt, photos.photos)
+    results = tqdm(results, "cropping", len(photos.photos), **bar)
+    for (found, reasons), photo in zip(results, photos.photos):
+        skipped += [(photo.name, reason) for reason in reasons]
+        dogs += found
+        names += [photo.name] * len(found)
+        breed += [breeds.index(photo.breed)] * len(found)
+    items = len(skipped) + len(dogs)
+    if len(skipped) > 0.05 * items:
+        raise UserError(
+            f"{len(skipped)} of {items} items in {photos.where} are bad"
+            f" ({count_reasons(skipped)}): repair the set or give another --data; at most 5 % may"
+            " be."
+        )
+    repeats = near_duplicates([dog[0][0] for dog in dogs], dedupe) if dedupe else {}
+    skipped += [(f"{names[k]}, of {names[j]}", "near-duplicates") for k, j in repeats.items()]
+    stay = [k for k in range(len(dogs)) if k not in repeats]
+    if len(stay) < 16:
+        remedy = "a higher --dedupe, or 0" if repeats else "--data with more"
+        raise UserError(
+            f"{photos.where} holds {len(stay)} dogs, and at least 16 are needed to train: give"
+            f" {remedy}."
+        )
+    table = {
+        "pixels": torch.from_numpy(np.concatenate([v for k in stay for v in dogs[k]])),
+        "count": torch.tensor([[len(views) for views in dogs[k]] for k in stay]),
+        "breed": torch.tensor([breed[k] for k in stay]),
+        "breeds": breeds,
+        "skipped": skipped,
+    }
+    return table | {"key": content_key(table)}
+
+
 def content_key(table: dict[str, object]) -> str:
     """A short name for all that the networks see of a table of crops."""
     sha = hashlib.blake2b(table["pixels"].numpy(), digest_size=12)
@@ -1979,31 +1934,54 @@ def digest(value: object) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
 
 
-def count_reasons(skipped: list[tuple[str, str]]) -> str:
-    """How many were left out for which reason, as in "2 empty file, 1 reversed box"."""
-    reasons = Counter(reason for _, reason in skipped).most_common()
-    return ", ".join(f"{n} {reason}" for reason, n in reasons)
+def cache_folder() -> Path:
+    """Where prepared crops are kept: `$XDG_CACHE_HOME/train_dogs`; on Kaggle its scratch disk."""
+    usual = Path("/kaggle/temp") if Path("/kaggle").is_dir() else Path.home() / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual, "train_dogs")
 
 
-def load_crops(path: Path, weights: dict[str, float]) -> CropSet | None:
-    """A prepared crop set, its pixels mapped from disk; None where there is no whole one."""
+def load_table(path: Path) -> dict[str, object] | None:
+    """A table of crops from the cache, its pixels mapped from disk; None if missing or damaged."""
     try:
         table = torch.load(path, mmap=True, weights_only=True)
-        if table["key"] != content_key(table):
-            return None
-        count = table["count"]
-        return CropSet(
-            pixels=table["pixels"],
-            first=count.flatten().cumsum(0).view_as(count) - count,
-            count=count,
-            weights=torch.tensor([weights[kind] for kind in sorted(weights)]),
-            breed=table["breed"],
-            breeds=table["breeds"],
-            skipped=table["skipped"],
-            key=table["key"],
-        )
+        return table if table["key"] == content_key(table) else None
     except (*DAMAGE, pickle.UnpicklingError):
         return None
+
+
+def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float = 0.0) -> CropSet:
+    """Crop every dog once, or load that from the cache; the tensors are on the CPU.
+
+    `crops`: kinds with weights, as `parse_crops` takes them; a set without annotations is cropped
+    `whole`. `show`: with a progress bar. `dedupe`: the cosine of thumbnails above which a dog
+    repeats an earlier one; 0 = all stay. Raises `UserError` above 5 % bad items, or with fewer than
+    16 dogs.
+    """
+    weights = parse_crops(crops if photos.annotated else "whole")
+    kinds = sorted(weights)
+    files = []
+    for p in photos.photos:
+        stamps = [(e.size, e.stamp) for e in (p.picture, p.annotation) if e]
+        files.append((p.name, p.breed, stamps))
+    version = 5  # of the crops and the table
+    name = digest([kinds, files, photos.skipped, PIL.__version__, dedupe, version])
+    path = cache_folder() / f"{name}.pt"
+    table = load_table(path)
+    if table is None:
+        table = crop_all(photos, kinds, show, dedupe)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts(path.parent, older=3600)  # of runs that were killed while writing
+            save(path, table)
+        except OSError as error:
+            say(
+                f"the crops cannot be kept in {path.parent} ({error.strerror or error}), so the"
+                " next run makes them again: set XDG_CACHE_HOME to a folder with more room."
+            )
+    count = table["count"]
+    first = count.flatten().cumsum(0).view_as(count) - count
+    shares = torch.tensor([weights[kind] for kind in kinds])
+    return CropSet(first=first, weights=shares, **table)
 
 
 # ----------------------------------------------------------------------------------- 10. The device
