@@ -1372,13 +1372,8 @@ class PhotoSet:
 
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-PICTURE_PLACES = (  # the official layout, and the forms on Kaggle since 2019
-    "Images", "images/Images", "all-dogs/all-dogs", "all-dogs", "all-dogs.zip", "images.tar",
-)  # fmt: skip
-ANNOTATION_PLACES = (
-    "Annotation", "annotation/Annotation", "annotations/Annotation", "Annotation.zip",
-    "annotation.zip", "annotation.tar",
-)  # fmt: skip
+PICTURE_PLACES = ("images", "all-dogs")  # names of a set's halves: folder, .zip or .tar
+ANNOTATION_PLACES = ("annotation", "annotations")
 
 
 def is_litter(name: str) -> bool:
@@ -1391,10 +1386,12 @@ def folder_entries(place: Path) -> Iterator[Entry]:
     top, seen = os.path.basename(os.path.abspath(place)), set()
     for folder, inner, names in os.walk(place, followlinks=True):
         results = {"samples", "progress.webp"} if "log.jsonl" in names else set()  # of a run here
-        again = os.path.realpath(folder) in seen
-        seen.add(os.path.realpath(folder))
-        inner[:] = [] if again else sorted(set(inner) - results)
-        for file in [] if again else [Path(folder, name) for name in set(names) - results]:
+        if (real := os.path.realpath(folder)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = sorted(set(inner) - results)
+        for file in (Path(folder, name) for name in set(names) - results):
             if file.is_file():  # no dead link
                 path, status = Path(top, file.relative_to(place)).as_posix(), file.stat()
                 yield Entry(path, status.st_size, status.st_mtime_ns, file.read_bytes)
@@ -1457,11 +1454,10 @@ def idx_entries(place: Path) -> Iterator[Entry]:
 
     pictures = read_idx(place, 3)
     stamp = zlib.crc32(pictures)  # not the time: sets of this form have equal names and sizes
-    stem = place.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    beside = [p for p in (place.with_name(stem + end) for end in ("", ".gz")) if p.exists()]
-    labels = read_idx(beside[0], 1) if beside else ["dog"] * len(pictures)
+    beside = place.with_name(place.name.replace("images-idx3", "labels-idx1"))
+    labels = read_idx(beside, 1) if beside.exists() else ["dog"] * len(pictures)
     if len(labels) != len(pictures):
-        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels in {beside[0].name}")
+        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels in {beside.name}")
     for k, (pixels, label) in enumerate(zip(pictures, labels)):
         path = f"{place.name}/{k:06d}.bmp"
         yield Entry(path, pixels.size, stamp, partial(bitmap, pixels), str(label))
@@ -1493,13 +1489,15 @@ def find_set(folder: Path, levels: int) -> list[Path]:
     if there is none."""
     level = [folder]
     for _ in range(levels + 1):
-        for candidate in level:
-            halves = (PICTURE_PLACES, ANNOTATION_PLACES)
-            found = [[p for n in names if os.path.exists(p := candidate / n)] for names in halves]
-            if all(found):
-                return [found[0][0], found[1][0]]
-        inner = (p for c in level for p in c.glob("*") if not is_litter(p.name))
-        level = sorted(filter(os.path.isdir, inner))
+        below = [sorted(p for p in c.glob("*") if not is_litter(p.name)) for c in level]
+        for found in below:
+            halves = [
+                next((p for p in found if p.stem.lower() in names), None)
+                for names in (PICTURE_PLACES, ANNOTATION_PLACES)
+            ]
+            if all(halves):
+                return halves
+        level = sorted(filter(os.path.isdir, chain(*below)))
     return []
 
 
@@ -1518,20 +1516,17 @@ def match_photos(
     no other. If several breeds use one stem, the folder of the picture decides.
     """
     photos: dict[str, Photo] = {}
-    skipped, used = [], set()
+    skipped, left = [], {(folder, stem) for stem, named in annotations.items() for folder in named}
     for picture in pictures:
         path = Path(picture.path)
-        named = annotations.get(path.stem, {})
-        breed = path.parent.name if path.parent.name in named else next(iter(named), "")
-        name = f"{breed}/{path.name}"
-        used.add((breed, path.stem))
+        named = annotations.get(path.stem)
         if not named:
             skipped.append((picture.path, "picture without annotation"))
-        elif name in photos:
-            skipped.append((name, "duplicate name"))
-        else:
-            photos[name] = Photo(name, breed, picture, named[breed])
-    left = {(folder, stem) for stem, named in annotations.items() for folder in named} - used
+            continue
+        breed = path.parent.name if path.parent.name in named else next(iter(named))
+        left.discard((breed, path.stem))
+        name = f"{breed}/{path.name}"
+        photos.setdefault(name, Photo(name, breed, picture, named[breed]))  # given twice: one dog
     skipped += [("/".join(pair), "annotation without picture") for pair in sorted(left)]
     return list(photos.values()), skipped
 
@@ -1540,11 +1535,9 @@ def classify_photos(pictures: list[Entry]) -> list[Photo]:
     """Pictures without annotations. The class is the label, or else the name of the picture's
     folder, as in torchvision's `ImageFolder`; pictures of one folder alone are one class."""
     folders = [Path(picture.path).parent.name for picture in pictures]
-    several = len(set(folders)) > 1
-    return [
-        Photo(picture.path, picture.label or (folder if several else "dog"), picture, None)
-        for picture, folder in zip(pictures, folders)
-    ]
+    if len(set(folders)) == 1:
+        folders = ["dog"] * len(pictures)
+    return [Photo(p.path, p.label or folder, p, None) for p, folder in zip(pictures, folders)]
 
 
 def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
@@ -1573,17 +1566,16 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
         elif {"annotation", "annotations"} & set(folder.lower().split("/")):
             named = annotations.setdefault(name.removesuffix(".xml"), {})
             named.setdefault(Path(folder).name, entry)  # a set given twice counts once
-    where, skipped = " and ".join(map(str, places)), []
-    if annotations:
-        photos, skipped = match_photos(pictures, annotations)
-    else:
-        photos = classify_photos(pictures)
-        classes = len({photo.breed for photo in photos})
-        counted = "one class" if classes == 1 else f"{classes} classes"
-        where += f" (no annotations: whole pictures, {counted})"
-    if not photos:
+    where = " and ".join(map(str, places))
+    if not pictures:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
-    return PhotoSet(where, photos, skipped, annotated=bool(annotations))
+    if annotations:
+        return PhotoSet(where, *match_photos(pictures, annotations), annotated=True)
+    photos = classify_photos(pictures)
+    classes = len({photo.breed for photo in photos})
+    counted = "one class" if classes == 1 else f"{classes} classes"
+    where += f" (no annotations: whole pictures, {counted})"
+    return PhotoSet(where, photos, [], annotated=False)
 
 
 # -------------------------------------------------------------------- 8. Data: reading and cropping
@@ -1599,9 +1591,9 @@ TURNS = {  # EXIF's orientation: what makes such a picture upright
 }  # fmt: skip
 
 
-def check_pixels(size: tuple[int, int]) -> None:
-    """Raises `BadItem` if a picture of this size would take too much memory."""
-    if math.prod(size) > LARGEST_PICTURE:
+def check_pixels(picture: Image.Image) -> None:
+    """Raises `BadItem` if decoding would take too much memory."""
+    if math.prod(picture.size) > LARGEST_PICTURE:
         raise BadItem("picture with too many pixels")
 
 
@@ -1610,8 +1602,10 @@ def open_picture(data: bytes) -> Image.Image:
     at a fraction of its size. Raises `BadItem`."""
     with counted_as("damaged or not a picture"):
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if picture.format not in ("JPEG", "MPO"):
-            check_pixels(picture.size)
+        scaled = picture.format in ("JPEG", "MPO")  # libjpeg holds a progressive one in full
+        if not scaled or "progressive" in picture.info:
+            check_pixels(picture)
+        if not scaled:
             picture.load()  # before EXIF is read: a PNG may hold it at its end
     return picture
 
@@ -1635,10 +1629,8 @@ def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) 
     counts. Raises `BadItem` if the picture is damaged or too large.
     """
     with counted_as("damaged or not a picture"):
-        if "progressive" in picture.info:
-            check_pixels(picture.size)  # libjpeg holds all of it at any scale
         picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
-        check_pixels(picture.size)
+        check_pixels(picture)
         picture.load()
         if upright and (turn := TURNS.get(orientation(picture))) is not None:
             picture = picture.transpose(turn)
@@ -1682,20 +1674,17 @@ def clip_box(box: Box, width: int, height: int) -> Box:
     return (left, top, right, bottom)
 
 
-def frame_of(picture: Image.Image, upright: bool) -> tuple[int, int]:
-    """Width and height of an opened picture as `decode_picture` will return it."""
-    return picture.size[::-1] if upright and orientation(picture) >= 5 else picture.size
-
-
-def open_photo(photo: Photo) -> tuple[Image.Image, list[Box], list[str]]:
-    """A photo, not yet decoded; its dogs' boxes inside the frame; why other boxes are left out.
+def open_photo(photo: Photo) -> tuple[Image.Image, tuple[int, int], list[Box], list[str]]:
+    """A photo, not yet decoded; width and height of its frame; the boxes of its dogs inside the
+    frame; why other boxes are left out. Raises `BadItem` if there is no good box.
 
     Boxes of Stanford Dogs were drawn on the pictures as they are stored. A photo without annotation
-    is turned upright, and its box is the whole frame. Raises `BadItem` if there is no good box.
+    is turned upright, and its box is the whole frame.
     """
     picture = open_picture(photo.picture.read())
     if photo.annotation is None:
-        return picture, [(0, 0, *frame_of(picture, upright=True))], []
+        frame = picture.size[::-1] if orientation(picture) >= 5 else picture.size
+        return picture, frame, [(0, 0, *frame)], []
     boxes, reasons = [], []
     for box in parse_annotation(photo.annotation.read()):
         try:
@@ -1704,12 +1693,12 @@ def open_photo(photo: Photo) -> tuple[Image.Image, list[Box], list[str]]:
             reasons.append(str(bad))
     if not boxes:
         raise BadItem(reasons[0] if reasons else "annotation without boxes")
-    return picture, boxes, reasons
+    return picture, picture.size, boxes, reasons
 
 
 def read_photo(photo: Photo) -> tuple[Image.Image, list[Box]]:
     """A photo in RGB at its full size, and the boxes of its dogs inside it. Raises `BadItem`."""
-    picture, boxes, _ = open_photo(photo)
+    picture, _, boxes, _ = open_photo(photo)
     return decode_picture(picture, upright=photo.annotation is None), boxes
 
 
@@ -1718,11 +1707,6 @@ def square_inside(x: float, y: float, side: float, width: int, height: int) -> l
     left = min(max(x - side / 2, 0), width - side)
     top = min(max(y - side / 2, 0), height - side)
     return [(left, top, left + side, top + side)]
-
-
-def crop_box(box: Box, width: int, height: int) -> list[Box]:
-    """The box itself, to be squashed."""
-    return [box]
 
 
 def crop_square(box: Box, width: int, height: int) -> list[Box]:
@@ -1757,35 +1741,29 @@ def crop_context(box: Box, width: int, height: int) -> list[Box]:
     return square_inside(x, y, side, width, height)
 
 
-def crop_whole(box: Box, width: int, height: int) -> list[Box]:
-    """The whole frame, to be squashed."""
-    return [(0, 0, width, height)]
-
-
+# name: crop(box, width, height), the views of one dog; `box` and `whole` are squashed to a square
 CROPS: dict[str, Callable[[Box, int, int], list[Box]]] = {
-    "box": crop_box,
+    "box": lambda box, width, height: [box],
     "square": crop_square,
     "head": crop_head,
     "context": crop_context,
-    "whole": crop_whole,
+    "whole": lambda box, width, height: [(0, 0, width, height)],
 }
 
 
 def parse_crops(text: str) -> dict[str, float]:
     """`"square:3,context"` to `{"square": 0.75, "context": 0.25}`. Raises `UserError`."""
-    weights: dict[str, float] = {}
-    for part in text.replace("=", ":").split(","):
-        kind, _, weight = part.strip().partition(":")
-        try:
-            value = float(weight or 1)
-        except ValueError:
-            value = math.nan
-        if kind not in CROPS or kind in weights or not 0 < value < math.inf:
-            raise UserError(
-                f"--crops {text}: give kinds out of {', '.join(CROPS)}, once each, with weights"
-                " above 0 if any, as in square:3,context:1."
-            )
-        weights[kind] = value
+    parts = [part.strip().partition(":") for part in text.split(",")]
+    try:
+        weights = {kind: float(weight or 1) for kind, _, weight in parts}
+    except ValueError:
+        weights = {}
+    positive = all(0 < weight < math.inf for weight in weights.values())
+    if not positive or len(weights) < len(parts) or not weights.keys() <= CROPS.keys():
+        raise UserError(
+            f"--crops {text}: give kinds out of {', '.join(CROPS)}, once each, with weights above 0"
+            " if any, as in square:3,context:1."
+        )
     return {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
 
 
@@ -1797,20 +1775,17 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     which keeps the median PSNR against full decoding above 45 dB (`tests/bench_data.py`).
     Raises `BadItem` if the photo gives no dog.
     """
-    picture, boxes, reasons = open_photo(photo)
-    upright = photo.annotation is None
-    frame = frame_of(picture, upright)
+    picture, frame, boxes, reasons = open_photo(photo)
     dogs = [[CROPS[kind](box, *frame) for kind in kinds] for box in boxes]
     least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
     shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
-    decoded = decode_picture(picture, shrink, upright)
+    decoded = decode_picture(picture, shrink, upright=photo.annotation is None)
     scale = 1 / shrink if decoded.width < frame[0] else 1.0  # only JPEGs have shrunk
 
     def resize(crop: Box) -> np.ndarray:
         left, top, right, bottom = (edge * scale for edge in crop)
         inside = (max(left, 0), max(top, 0), min(right, decoded.width), min(bottom, decoded.height))
-        size = (IMAGE_SIZE, IMAGE_SIZE)
-        return np.asarray(decoded.resize(size, Image.Resampling.LANCZOS, box=inside))
+        return np.asarray(decoded.resize((IMAGE_SIZE,) * 2, Image.Resampling.LANCZOS, box=inside))
 
     return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs], reasons
 
@@ -1885,16 +1860,14 @@ def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> d
         except BadItem as bad:
             return [], [str(bad)]
 
-    dogs, names, breed, skipped = [], [], [], list(photos.skipped)
-    breeds = sorted({p.breed for p in photos.photos})
+    dogs, shown, skipped = [], [], list(photos.skipped)  # crops of each dog, and its photo
     bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
     results = in_threads(attempt, photos.photos)
     results = tqdm(results, "cropping", len(photos.photos), **bar)
     for (found, reasons), photo in zip(results, photos.photos):
         skipped += [(photo.name, reason) for reason in reasons]
         dogs += found
-        names += [photo.name] * len(found)
-        breed += [breeds.index(photo.breed)] * len(found)
+        shown += [photo] * len(found)
     items = len(skipped) + len(dogs)
     if len(skipped) > 0.05 * items:
         raise UserError(
@@ -1903,7 +1876,9 @@ def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> d
             " be."
         )
     repeats = near_duplicates([dog[0][0] for dog in dogs], dedupe) if dedupe else {}
-    skipped += [(f"{names[k]}, of {names[j]}", "near-duplicates") for k, j in repeats.items()]
+    skipped += [
+        (f"{shown[k].name}, of {shown[j].name}", "near-duplicates") for k, j in repeats.items()
+    ]
     stay = [k for k in range(len(dogs)) if k not in repeats]
     if len(stay) < 16:
         remedy = "a higher --dedupe, or 0" if repeats else "--data with more"
@@ -1911,10 +1886,11 @@ def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> d
             f"{photos.where} holds {len(stay)} dogs, and at least 16 are needed to train: give"
             f" {remedy}."
         )
+    breeds = sorted({photo.breed for photo in photos.photos})
     table = {
         "pixels": torch.from_numpy(np.concatenate([v for k in stay for v in dogs[k]])),
         "count": torch.tensor([[len(views) for views in dogs[k]] for k in stay]),
-        "breed": torch.tensor([breed[k] for k in stay]),
+        "breed": torch.tensor([breeds.index(shown[k].breed) for k in stay]),
         "breeds": breeds,
         "skipped": skipped,
     }
