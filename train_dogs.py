@@ -51,7 +51,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -1340,15 +1340,15 @@ class Entry(NamedTuple):
     path: str  # with forward slashes; its first part is the name of the folder or archive
     size: int  # bytes, as the folder or archive claims
     stamp: int  # modification time in ns, of the file or of its archive
-    load: Callable[[], bytes]
+    open: Callable[[], IO[bytes]]
     label: str = ""  # its class, if the set has a file of labels
 
     def read(self) -> bytes:
-        """The file's bytes. Raises `BadItem` if it is too large or damaged."""
+        """Its bytes, no more than it claims. Raises `BadItem` if it is too large or damaged."""
         if self.size > LARGEST_FILE:
             raise BadItem("file larger than 64 MB")
-        with counted_as("unreadable file"):
-            return self.load()
+        with counted_as("unreadable file"), self.open() as file:
+            return file.read(self.size)
 
 
 @dataclass(frozen=True)
@@ -1371,7 +1371,7 @@ class PhotoSet:
     annotated: bool
 
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm"}
 PICTURE_PLACES = ("images", "all-dogs")  # names of a set's halves: folder, .zip or .tar
 ANNOTATION_PLACES = ("annotation", "annotations")
 
@@ -1394,41 +1394,37 @@ def folder_entries(place: Path) -> Iterator[Entry]:
         for file in (Path(folder, name) for name in set(names) - results):
             if file.is_file():  # no dead link
                 path, status = Path(top, file.relative_to(place)).as_posix(), file.stat()
-                yield Entry(path, status.st_size, status.st_mtime_ns, file.read_bytes)
+                yield Entry(path, status.st_size, status.st_mtime_ns, partial(file.open, "rb"))
 
 
-def zip_entries(place: Path) -> Iterator[Entry]:
-    """The members of a zip."""
-    archive, stamp = zipfile.ZipFile(place), place.stat().st_mtime_ns
+def archive_entries(place: Path) -> Iterator[Entry]:
+    """The members of a zip or an uncompressed tar."""
 
-    def load(info: zipfile.ZipInfo) -> bytes:
+    def open_zipped(info: zipfile.ZipInfo) -> IO[bytes]:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("zipfile unpacks this method without a limit")
-        with archive.open(info) as member:
-            return member.read(info.file_size)  # a member that holds more fails its checksum
+        return archive.open(info)  # a member that holds more than it claims fails its checksum
 
-    for info in archive.infolist():
-        if not info.is_dir():
-            path = f"{place.stem}/{info.filename.removeprefix('./')}"
-            yield Entry(path, info.file_size, stamp, partial(load, info))
+    def open_tarred(info: tarfile.TarInfo) -> IO[bytes]:
+        file = place.open("rb")  # one for each member: threads do not share a position
+        file.seek(info.offset_data)
+        return file
 
-
-def tar_entries(place: Path) -> Iterator[Entry]:
-    """The members of an uncompressed tar."""
-
-    def load(info: tarfile.TarInfo) -> bytes:
-        with place.open("rb") as file:  # a file of its own: threads do not share a position
-            file.seek(info.offset_data)
-            return file.read(info.size)
-
+    if zipfile.is_zipfile(place):
+        archive = zipfile.ZipFile(place)
+        zipped = (i for i in archive.infolist() if not i.is_dir())
+        members = [(i.filename, i.file_size, partial(open_zipped, i)) for i in zipped]
+    else:
+        members = []
+        with tarfile.open(place, "r:") as archive:
+            for i in archive:
+                if i.size < 0:
+                    raise ValueError("a member of negative size")  # older Pythons loop on it
+                if i.isreg():
+                    members.append((i.name, i.size, partial(open_tarred, i)))
     stamp = place.stat().st_mtime_ns
-    with tarfile.open(place, "r:") as archive:
-        for info in archive:
-            if info.size < 0:
-                raise tarfile.ReadError("a member of negative size")  # older Pythons loop on it
-            if info.isreg():
-                path = f"{place.stem}/{info.name.removeprefix('./')}"
-                yield Entry(path, info.size, stamp, partial(load, info))
+    for name, size, opened in members:
+        yield Entry(f"{place.stem}/{name.removeprefix('./')}", size, stamp, opened)
 
 
 IDX_SUFFIXES = ("idx3-ubyte", "idx3-ubyte.gz")
@@ -1445,13 +1441,7 @@ def read_idx(place: Path, dimensions: int) -> np.ndarray:
 
 
 def idx_entries(place: Path) -> Iterator[Entry]:
-    """The grey pictures of an IDX file as bitmaps, with the labels of the file beside it if any."""
-
-    def bitmap(pixels: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "BMP")
-        return buffer.getvalue()
-
+    """The grey pictures of an IDX file as PGM, with the labels of the file beside it if any."""
     pictures = read_idx(place, 3)
     stamp = zlib.crc32(pictures)  # not the time: sets of this form have equal names and sizes
     beside = place.with_name(place.name.replace("images-idx3", "labels-idx1"))
@@ -1459,8 +1449,9 @@ def idx_entries(place: Path) -> Iterator[Entry]:
     if len(labels) != len(pictures):
         raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels in {beside.name}")
     for k, (pixels, label) in enumerate(zip(pictures, labels)):
-        path = f"{place.name}/{k:06d}.bmp"
-        yield Entry(path, pixels.size, stamp, partial(bitmap, pixels), str(label))
+        data = b"P5 %d %d 255\n" % pixels.shape[::-1] + pixels.tobytes()
+        path = f"{place.name}/{k:06d}.pgm"
+        yield Entry(path, len(data), stamp, partial(io.BytesIO, data), str(label))
 
 
 def list_files(place: Path) -> list[Entry]:
@@ -1469,12 +1460,8 @@ def list_files(place: Path) -> list[Entry]:
     The system's own files are left out. Raises `UserError` if `place` cannot be read.
     """
     try:
-        if place.is_dir():
-            entries = folder_entries(place)
-        elif place.name.endswith(IDX_SUFFIXES):
-            entries = idx_entries(place)
-        else:
-            entries = zip_entries(place) if zipfile.is_zipfile(place) else tar_entries(place)
+        file_entries = idx_entries if place.name.endswith(IDX_SUFFIXES) else archive_entries
+        entries = folder_entries(place) if place.is_dir() else file_entries(place)
         shown = [e for e in entries if not any(map(is_litter, e.path.split("/")[1:]))]
     except DAMAGE as error:
         raise UserError(
@@ -1531,22 +1518,14 @@ def match_photos(
     return list(photos.values()), skipped
 
 
-def classify_photos(pictures: list[Entry]) -> list[Photo]:
-    """Pictures without annotations. The class is the label, or else the name of the picture's
-    folder, as in torchvision's `ImageFolder`; pictures of one folder alone are one class."""
-    folders = [Path(picture.path).parent.name for picture in pictures]
-    if len(set(folders)) == 1:
-        folders = ["dog"] * len(pictures)
-    return [Photo(p.path, p.label or folder, p, None) for p, folder in zip(pictures, folders)]
-
-
 def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
     """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
 
     A path is a folder that holds the set in any of its published forms (folders, Kaggle's flat
-    form, two zips, the two official tars), an archive, a folder of pictures or of classes, or IDX
-    files (MNIST). Without annotations each picture is one whole dog. Raises `UserError` if there
-    are no dogs.
+    form, two zips, the two official tars), an archive, a folder of pictures or of class folders, or
+    IDX files (MNIST). Without annotations each picture is one whole dog, and its class is its label
+    or the name of its folder, as in torchvision's `ImageFolder`; pictures of one folder alone are
+    one class. Raises `UserError` if there are no dogs.
     """
     places = [p for path in map(Path, paths) for p in find_set(path, 4) or find_idx(path) or [path]]
     if not paths:
@@ -1571,7 +1550,10 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
     if annotations:
         return PhotoSet(where, *match_photos(pictures, annotations), annotated=True)
-    photos = classify_photos(pictures)
+    folders = [Path(picture.path).parent.name for picture in pictures]
+    if len(set(folders)) == 1:
+        folders = ["dog"] * len(pictures)
+    photos = [Photo(p.path, p.label or folder, p, None) for p, folder in zip(pictures, folders)]
     classes = len({photo.breed for photo in photos})
     counted = "one class" if classes == 1 else f"{classes} classes"
     where += f" (no annotations: whole pictures, {counted})"
@@ -1583,7 +1565,7 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 32_000_000  # pixels to decode, 12 bytes each on the way: 400 MB in each thread
 LARGEST_ANNOTATION = 64 << 10  # bytes; Stanford's largest has 4 kB
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 TURNS = {  # EXIF's orientation: what makes such a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
