@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def make_dogs(count: int = 40) -> list[Dog]:
 def photo_of(picture: bytes, annotation: bytes | None) -> train_dogs.Photo:
     """A photo of these bytes, as one found in a set."""
     entries = [
-        None if data is None else train_dogs.Entry("x", len(data), 0, lambda data=data: data)
+        None if data is None else train_dogs.Entry("x", len(data), 0, partial(io.BytesIO, data))
         for data in (picture, annotation)
     ]
     return train_dogs.Photo("x/x.jpg", "x", *entries)
@@ -96,9 +97,9 @@ def as_folders(
 
 
 def as_pictures(root: Path, count: int = 20, first: int = 0) -> Path:
-    """Pictures alone, some of them in a folder below."""
+    """Pictures alone."""
     for k in range(count):
-        write(root / f"{'sub/' if k % 2 else ''}{k}.jpg", make_dog(first + k).picture)
+        write(root / f"{k}.jpg", make_dog(first + k).picture)
     return root
 
 
