@@ -4,17 +4,17 @@
     python train_dogs.py --preset small --data THE/SAME   # on a CPU
 
 One file does what Kaggle's *Generative Dog Images* (2019) asked for: it crops the dogs to their
-boxes, trains a DCGAN with split batch norm, a margin loss and an averaged generator, and writes 64 x
-64 PNGs. It runs on a CUDA GPU of compute capability 6.0 or newer or on a CPU; as a script, as a
-Kaggle kernel, or pasted into one notebook cell (with options: `main(["--minutes", "30"])`).
+boxes, trains a DCGAN with split batch norm, a margin loss and an averaged generator, and writes
+64 x 64 PNGs. It runs on a CUDA GPU of compute capability 6.0 or newer or on a CPU; as a script, as
+a Kaggle kernel, or pasted into one notebook cell (with options: `main(["--minutes", "30"])`).
 
-Measured: `--preset small` reaches a FID of 81.1 in 114 minutes of one CPU core (n = 1, 10,000 images
-against 18,163 photos, torch 2.14.1, bf16). The default recipe costs 8.49 P100-hours by counted
-FLOPs; its score has not been measured yet.
+Measured: `--preset small` reaches a FID of 81.1 in 114 minutes of one CPU core (n = 1, 10,000
+images against 18,163 photos, torch 2.14.1, bf16). The default recipe costs 8.49 P100-hours by
+counted FLOPs; its score has not been measured yet.
 
 Sections 1 to 5 are the whole idea: configuration, networks, losses, one training step, averages.
-Section 6 holds the parts of other recipes, each of which registers itself. Sections 7 to 12 are what
-a run needs: data, device, state, images, the run, the command line.
+Section 6 holds the parts of other recipes, each of which registers itself. Sections 7 to 12 are
+what a run needs: data, device, state, images, the run, the command line.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import NamedTuple, TextIO, TypeVar
+from typing import IO, NamedTuple, TextIO, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -120,7 +120,7 @@ class Config:
     data: tuple[str, ...] = free((), "files", "folder, zip or tar of dogs; repeatable")
     out: str = free("", "files", "folder for results (/kaggle/working or output)")
 
-    crops: str = option("square", "data", "kinds of crop and their weights, as in square:3,context:1")
+    crops: str = option("square", "data", "kinds of crop with weights, as in square:3,context:1")
     dedupe: float = option(0.0, "data",
         "drop a dog whose thumbnail has a higher cosine than this with an earlier one; 0 = off",
         (0, 1))
@@ -163,7 +163,8 @@ class Config:
 
     average: str = free("swa", "averaging", "weights that make the submission",
         choices=lambda: tuple(WEIGHTS))
-    average_every: int = option(20, "averaging", "steps between updates of the averages", (1, 10**9))
+    average_every: int = option(20, "averaging",
+        "steps between updates of the averages", (1, 10**9))
     swa_start: float = option(0.5, "averaging", "progress (0 to 1) at which SWA begins", (0, 1))
     ema_beta: float = option(0.9995, "averaging", "decay of the EMA per step", (0, 0.9999999))
     ema_schedule: str = option("constant", "averaging",
@@ -186,110 +187,60 @@ class Config:
 # fmt: on
 
 
+# fmt: off
 PRESETS: dict[str, dict[str, object]] = {  # the fields that differ from the defaults
     # Ours: the networks, loss and rates of the notebook below.
     "dogs": {},
-    # The notebook "1st public, 16th private" (Morxrc/kaggle_generate-dogs). Left out on purpose: a
-    # margin for G too, rotation that leaves black corners, samples drawn in training mode, and D's
-    # norms over two halves of 16 fakes in G's step. Its crops are our nearest kinds.
+    # The notebook "1st public, 16th private" (Morxrc/kaggle_generate-dogs) with our nearest crops.
+    # Left out on purpose: a margin for G too, rotation that leaves black corners, samples drawn in
+    # training mode, and D's norms over two halves of 16 fakes in G's update.
     "first-public": {
-        "crops": "head:2,square:1,context:1",
-        "smoothing": 0.05,
-        "average": "ema",
-        "average_every": 1,
-        "ema_schedule": "stepped",
+        "crops": "head:2,square:1,context:1", "smoothing": 0.05, "average": "ema",
+        "average_every": 1, "ema_schedule": "stepped",
     },
-    # Radford et al. 2015 (arXiv 1511.06434). Twice as wide as theirs; no weight decay; split norm.
+    # Radford et al. 2015 (arXiv 1511.06434). Differs: twice as wide; no weight decay; split norm.
     "dcgan": {
-        "architecture": "paper",
-        "latent_dim": 100,
-        "width": 128,
-        "init_std": 0.02,
-        "margin": 1.0,
-        "batch_size": 128,
-        "g_lr": 2e-4,
-        "d_lr": 2e-4,
-        "beta1": 0.5,
-        "average": "none",
-        "steps": 197_000,
+        "architecture": "paper5", "latents": "uniform", "latent_dim": 100, "width": 128,
+        "init_std": 0.02, "mirror": 0.0, "margin": 1.0, "batch_size": 128, "g_lr": 2e-4,
+        "d_lr": 2e-4, "beta1": 0.5, "average": "none", "steps": 126_000,
     },
     # The competition's second place by its slides: RaLS-BigGAN with an auxiliary classifier.
     "second-private": {
-        "architecture": "residual",
-        "latent_dim": 100,
-        "width": 64,
-        "condition": "breed",
-        "noise": 1 / 128,
-        "loss": "rals",
-        "classify": 0.1,
-        "batch_size": 64,
-        "g_lr": 2e-4,
-        "d_lr": 8e-4,
-        "beta1": 0.0,
-        "average": "ema",
-        "average_every": 1,
-        "ema_beta": 0.999,
-        "truncation": 2.0,
-        "steps": 50_000,
+        "architecture": "residual", "latent_dim": 100, "width": 64, "condition": "breed",
+        "noise": 1 / 128, "loss": "rals", "classify": 0.1, "batch_size": 64, "g_lr": 2e-4,
+        "d_lr": 8e-4, "beta1": 0.0, "average": "ema", "average_every": 1, "ema_beta": 0.999,
+        "truncation": 2.0, "steps": 50_000,
     },
     # Salimans et al. 2016 (arXiv 1606.03498) as their code trains on ImageNet. Differs: 64 x 64
-    # instead of 128; twice dcgan's width; no noise in D; split batch norm in D; minibatch kernels
-    # as for CIFAR-10 (theirs: 300 of 50 numbers); G's target is 1, theirs 0.375.
+    # instead of 128; twice as wide; kernels of 4; no noise in D; split batch norm in D; minibatch
+    # kernels as for CIFAR-10 (theirs: 300 of 50 numbers); G's target is 1, theirs 0.375.
     "improved": {
-        "architecture": "paper",
-        "latent_dim": 100,
-        "width": 128,
-        "init_std": 0.02,
-        "condition": "classes",
-        "g_norm": "virtual",
-        "minibatch_features": 100,
-        "margin": 1.0,
-        "smoothing": 0.25,
-        "classify": 1.0,
-        "batch_size": 64,
-        "g_lr": 4e-4,
-        "d_lr": 4e-4,
-        "beta1": 0.5,
-        "average": "none",
-        "steps": 309_000,
+        "architecture": "paper", "latent_dim": 100, "width": 128, "init_std": 0.02,
+        "condition": "classes", "g_norm": "virtual", "minibatch_features": 100, "margin": 1.0,
+        "smoothing": 0.25, "classify": 1.0, "batch_size": 64, "g_lr": 4e-4, "d_lr": 4e-4,
+        "beta1": 0.5, "average": "none", "steps": 309_000,
     },
     # Real dogs in two hours of one CPU core.
     "small": {
-        "architecture": "paper",
-        "latent_dim": 64,
-        "width": 24,
-        "augment": "translation",
-        "batch_size": 16,
-        "g_lr": 3e-4,
-        "d_lr": 3e-4,
-        "beta1": 0.5,
-        "lr_decay_start": 0.3,
-        "average": "ema",
-        "average_every": 10,
-        "ema_beta": 0.998,
-        "steps": 160_000,
+        "architecture": "paper", "latent_dim": 64, "width": 24, "augment": "translation",
+        "batch_size": 16, "g_lr": 3e-4, "d_lr": 3e-4, "beta1": 0.5, "lr_decay_start": 0.3,
+        "average": "ema", "average_every": 10, "ema_beta": 0.998, "steps": 160_000,
+    },
+    # The drawn dogs of data/sample in three minutes of two CPU cores.
+    "sample": {
+        "architecture": "paper", "latent_dim": 64, "width": 16, "augment": "translation",
+        "batch_size": 16, "g_lr": 5e-4, "d_lr": 5e-4, "beta1": 0.5, "lr_decay_start": 0.6,
+        "average": "ema", "average_every": 10, "ema_beta": 0.998, "steps": 8_000, "images": 1_000,
+    },
+    # Pictures in MNIST's format on a CPU: few filters, and G learns four times as fast as D.
+    "mnist": {
+        "architecture": "paper", "latent_dim": 64, "width": 4, "d_width": 8, "mirror": 0.0,
+        "augment": "translation", "batch_size": 32, "g_lr": 1e-3, "d_lr": 2.5e-4, "beta1": 0.5,
+        "lr_decay_start": 0.6, "average": "ema", "average_every": 10, "ema_beta": 0.998,
+        "steps": 40_000,
     },
 }
-# The drawn dogs of data/sample in three minutes of two CPU cores.
-PRESETS["sample"] = PRESETS["small"] | {
-    "width": 16,
-    "g_lr": 5e-4,
-    "d_lr": 5e-4,
-    "lr_decay_start": 0.6,
-    "steps": 8_000,
-    "images": 1_000,
-}
-# Pictures in MNIST's format on a CPU: few filters, and G learns four times as fast as D.
-PRESETS["mnist"] = PRESETS["small"] | {
-    "width": 4,
-    "d_width": 8,
-    "mirror": 0.0,
-    "batch_size": 32,
-    "g_lr": 1e-3,
-    "d_lr": 2.5e-4,
-    "lr_decay_start": 0.6,
-    "steps": 40_000,
-}
+# fmt: on
 
 
 # ------------------------------------------------------------------------------------ 2. The DCGAN
@@ -493,7 +444,7 @@ def dcgan(config: Config, breeds: int) -> tuple[nn.Module, nn.Module]:
 class Architecture(Row):
     """A row of `ARCHITECTURES`: it makes G and D of a configuration and a number of breeds.
 
-    D has the interface above. G has besides: `latent_dim`; `breeds`, 0 if unconditional, else with a
+    D has the interface above. G has also: `latent_dim`; `breeds`, 0 if unconditional, else with a
     buffer `frequency` of their shares in the data; `constructor`, a dict of plain values from which
     `make_generator` makes it again; and, if its weights need it, `settle()` (see `estimate_norms`).
     """
@@ -973,7 +924,7 @@ def estimate_norms(G: nn.Module, batches: int, config: Config) -> nn.Module:
     return G.eval()
 
 
-# ------------------------------------------------------------ 6. Recipes: parts that register themselves
+# -------------------------------------------------------------------------------------- 6. Recipes
 
 # Augmentation, the same for reals and fakes, differentiable, in both updates, drawn anew for each
 # image: Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32 (N, 3, 64, 64) to the
@@ -1618,15 +1569,15 @@ class Entry(NamedTuple):
     path: str  # with forward slashes; its first part is the name of the folder or archive
     size: int  # bytes, as the folder or archive claims
     stamp: int  # modification time in ns, of the file or of its archive
-    load: Callable[[], bytes]
+    open: Callable[[], IO[bytes]]
     label: str = ""  # its class, if the set has a file of labels
 
     def read(self) -> bytes:
-        """The file's bytes. Raises `BadItem` if it is too large or damaged."""
+        """Its bytes, no more than it claims. Raises `BadItem` if it is too large or damaged."""
         if self.size > LARGEST_FILE:
             raise BadItem("file larger than 64 MB")
-        with counted_as("unreadable file"):
-            return self.load()
+        with counted_as("unreadable file"), self.open() as file:
+            return file.read(self.size)
 
 
 @dataclass(frozen=True)
@@ -1649,7 +1600,7 @@ class PhotoSet:
     annotated: bool
 
 
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm"}
 PICTURE_PLACES = ("images", "all-dogs")  # names of a set's halves: folder, .zip or .tar
 ANNOTATION_PLACES = ("annotation", "annotations")
 
@@ -1672,41 +1623,37 @@ def folder_entries(place: Path) -> Iterator[Entry]:
         for file in (Path(folder, name) for name in set(names) - results):
             if file.is_file():  # no dead link
                 path, status = Path(top, file.relative_to(place)).as_posix(), file.stat()
-                yield Entry(path, status.st_size, status.st_mtime_ns, file.read_bytes)
+                yield Entry(path, status.st_size, status.st_mtime_ns, partial(file.open, "rb"))
 
 
-def zip_entries(place: Path) -> Iterator[Entry]:
-    """The members of a zip."""
-    archive, stamp = zipfile.ZipFile(place), place.stat().st_mtime_ns
+def archive_entries(place: Path) -> Iterator[Entry]:
+    """The members of a zip or an uncompressed tar."""
 
-    def load(info: zipfile.ZipInfo) -> bytes:
+    def open_zipped(info: zipfile.ZipInfo) -> IO[bytes]:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("zipfile unpacks this method without a limit")
-        with archive.open(info) as member:
-            return member.read(info.file_size)  # a member that holds more fails its checksum
+        return archive.open(info)  # a member that holds more than it claims fails its checksum
 
-    for info in archive.infolist():
-        if not info.is_dir():
-            path = f"{place.stem}/{info.filename.removeprefix('./')}"
-            yield Entry(path, info.file_size, stamp, partial(load, info))
+    def open_tarred(info: tarfile.TarInfo) -> IO[bytes]:
+        file = place.open("rb")  # one for each member: threads do not share a position
+        file.seek(info.offset_data)
+        return file
 
-
-def tar_entries(place: Path) -> Iterator[Entry]:
-    """The members of an uncompressed tar."""
-
-    def load(info: tarfile.TarInfo) -> bytes:
-        with place.open("rb") as file:  # a file of its own: threads do not share a position
-            file.seek(info.offset_data)
-            return file.read(info.size)
-
+    if zipfile.is_zipfile(place):
+        archive = zipfile.ZipFile(place)
+        zipped = (i for i in archive.infolist() if not i.is_dir())
+        members = [(i.filename, i.file_size, partial(open_zipped, i)) for i in zipped]
+    else:
+        members = []
+        with tarfile.open(place, "r:") as archive:
+            for i in archive:
+                if i.size < 0:
+                    raise ValueError("a member of negative size")  # older Pythons loop on it
+                if i.isreg():
+                    members.append((i.name, i.size, partial(open_tarred, i)))
     stamp = place.stat().st_mtime_ns
-    with tarfile.open(place, "r:") as archive:
-        for info in archive:
-            if info.size < 0:
-                raise tarfile.ReadError("a member of negative size")  # older Pythons loop on it
-            if info.isreg():
-                path = f"{place.stem}/{info.name.removeprefix('./')}"
-                yield Entry(path, info.size, stamp, partial(load, info))
+    for name, size, opened in members:
+        yield Entry(f"{place.stem}/{name.removeprefix('./')}", size, stamp, opened)
 
 
 IDX_SUFFIXES = ("idx3-ubyte", "idx3-ubyte.gz")
@@ -1723,13 +1670,7 @@ def read_idx(place: Path, dimensions: int) -> np.ndarray:
 
 
 def idx_entries(place: Path) -> Iterator[Entry]:
-    """The grey pictures of an IDX file as bitmaps, with the labels of the file beside it if any."""
-
-    def bitmap(pixels: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "BMP")
-        return buffer.getvalue()
-
+    """The grey pictures of an IDX file as PGM, with the labels of the file beside it if any."""
     pictures = read_idx(place, 3)
     stamp = zlib.crc32(pictures)  # not the time: sets of this form have equal names and sizes
     beside = place.with_name(place.name.replace("images-idx3", "labels-idx1"))
@@ -1737,8 +1678,9 @@ def idx_entries(place: Path) -> Iterator[Entry]:
     if len(labels) != len(pictures):
         raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels in {beside.name}")
     for k, (pixels, label) in enumerate(zip(pictures, labels)):
-        path = f"{place.name}/{k:06d}.bmp"
-        yield Entry(path, pixels.size, stamp, partial(bitmap, pixels), str(label))
+        data = b"P5 %d %d 255\n" % pixels.shape[::-1] + pixels.tobytes()
+        path = f"{place.name}/{k:06d}.pgm"
+        yield Entry(path, len(data), stamp, partial(io.BytesIO, data), str(label))
 
 
 def list_files(place: Path) -> list[Entry]:
@@ -1747,12 +1689,8 @@ def list_files(place: Path) -> list[Entry]:
     The system's own files are left out. Raises `UserError` if `place` cannot be read.
     """
     try:
-        if place.is_dir():
-            entries = folder_entries(place)
-        elif place.name.endswith(IDX_SUFFIXES):
-            entries = idx_entries(place)
-        else:
-            entries = zip_entries(place) if zipfile.is_zipfile(place) else tar_entries(place)
+        file_entries = idx_entries if place.name.endswith(IDX_SUFFIXES) else archive_entries
+        entries = folder_entries(place) if place.is_dir() else file_entries(place)
         shown = [e for e in entries if not any(map(is_litter, e.path.split("/")[1:]))]
     except DAMAGE as error:
         raise UserError(
@@ -1809,22 +1747,14 @@ def match_photos(
     return list(photos.values()), skipped
 
 
-def classify_photos(pictures: list[Entry]) -> list[Photo]:
-    """Pictures without annotations. The class is the label, or else the name of the picture's
-    folder, as in torchvision's `ImageFolder`; pictures of one folder alone are one class."""
-    folders = [Path(picture.path).parent.name for picture in pictures]
-    if len(set(folders)) == 1:
-        folders = ["dog"] * len(pictures)
-    return [Photo(p.path, p.label or folder, p, None) for p, folder in zip(pictures, folders)]
-
-
 def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
     """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
 
     A path is a folder that holds the set in any of its published forms (folders, Kaggle's flat
-    form, two zips, the two official tars), an archive, a folder of pictures or of classes, or IDX
-    files (MNIST). Without annotations each picture is one whole dog. Raises `UserError` if there
-    are no dogs.
+    form, two zips, the two official tars), an archive, a folder of pictures or of class folders, or
+    IDX files (MNIST). Without annotations each picture is one whole dog, and its class is its label
+    or the name of its folder, as in torchvision's `ImageFolder`; pictures of one folder alone are
+    one class. Raises `UserError` if there are no dogs.
     """
     places = [p for path in map(Path, paths) for p in find_set(path, 4) or find_idx(path) or [path]]
     if not paths:
@@ -1849,7 +1779,10 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
     if annotations:
         return PhotoSet(where, *match_photos(pictures, annotations), annotated=True)
-    photos = classify_photos(pictures)
+    folders = [Path(picture.path).parent.name for picture in pictures]
+    if len(set(folders)) == 1:
+        folders = ["dog"] * len(pictures)
+    photos = [Photo(p.path, p.label or folder, p, None) for p, folder in zip(pictures, folders)]
     classes = len({photo.breed for photo in photos})
     counted = "one class" if classes == 1 else f"{classes} classes"
     where += f" (no annotations: whole pictures, {counted})"
@@ -1861,7 +1794,7 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
 LARGEST_PICTURE = 32_000_000  # pixels to decode, 12 bytes each on the way: 400 MB in each thread
 LARGEST_ANNOTATION = 64 << 10  # bytes; Stanford's largest has 4 kB
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 TURNS = {  # EXIF's orientation: what makes such a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
@@ -2482,7 +2415,7 @@ def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
     weights = {f"{n}.{k}" for n in "GD" for k, _ in getattr(trainer, n).named_parameters()}
     groups: dict[str, list[str]] = {}  # names of tensors of one kind, as G.running_mean
     for name, tensor in states[0].items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.endswith(".step"):  # Adam's: float32 integers
             kind = "weights" if name in weights else re.sub("[0-9]", "", name.split(".")[-1])
             groups.setdefault(f"{name.split('.')[0]}.{kind}", []).append(name)
         elif not torch.equal(states[1][name], states[2][name]):
@@ -2990,7 +2923,7 @@ def sheet_images(G: nn.Module, config: Config) -> np.ndarray:
 
 
 def draw_sheet(images: np.ndarray, columns: int = 10) -> Image.Image:
-    """uint8 (n, 64, 64, 3) as one picture with `columns` per row, white where images are missing."""
+    """uint8 (n, 64, 64, 3) as one picture, `columns` per row, white where images are missing."""
     rows = math.ceil(len(images) / columns)
     sheet = np.full((rows * columns, IMAGE_SIZE, IMAGE_SIZE, 3), 255, np.uint8)
     sheet[: len(images)] = images
@@ -3428,13 +3361,16 @@ def prepare(config: Config, device: torch.device) -> tuple[Trainer, list[str]]:
     trainer = Trainer(config, crops, device)
     G, D = (sum(p.numel() for p in net.parameters()) for net in (trainer.G, trainer.D))
     flops = flops_per_image(config, len(crops.breeds))
-    return trainer, [
+    dogs = (
         f"{len(photos.photos)} photos, {len(crops.first)} dogs of {len(crops.breeds)} breeds in"
-        f" {photos.where}; left out: {count_reasons(crops.skipped) or 'nothing'}",
+        f" {photos.where}; left out: {count_reasons(crops.skipped) or 'nothing'}"
+    )
+    cost = (
         f"parameters: G {G:,}, D {D:,}; {flops / 1e9:.3f} GFLOP per image-step; the whole recipe:"
         f" {config.steps} steps, {config.steps * config.batch_size:,} images, P100-hours:"
-        f" {p100_hours(config, config.steps, len(crops.breeds)):.3g}",
-    ]
+        f" {p100_hours(config, config.steps, len(crops.breeds)):.3g}"
+    )
+    return trainer, [dogs, cost]
 
 
 def show_plan(config: Config, device: torch.device) -> int:
@@ -3521,7 +3457,7 @@ def sample_only(options: Options, device: torch.device) -> int:
 
 
 def find_breeds(names: str, breeds: Sequence[str], conditioned: int) -> list[int]:
-    """The indices of the breeds in `names`, as in "Pug,Chihuahua"; [] for "". Raises `UserError`."""
+    """The indices of the breeds in "Pug,Chihuahua"; [] for "". Raises `UserError`."""
     if names and not conditioned:
         raise UserError("--breed: this generator is unconditional: train with --condition breed.")
 
@@ -3568,7 +3504,7 @@ def check_config(config: Config) -> Config:
 
 
 def check_row(config: Config, choice: str, row: Row) -> None:
-    """Raise `UserError` where `config` lacks what a registry's row needs, or has what it excludes."""
+    """Raise `UserError` where `config` lacks what a row needs, or has what it excludes."""
     for name in row.needs:
         if not getattr(config, name):
             raise UserError(
@@ -3607,7 +3543,7 @@ class Parser(argparse.ArgumentParser):
 GONE = {  # flags of earlier versions
     "--augment-start": "late augmentation was not better",
     "--contrast": "it won no FID",
-    "--r1-every": "R1 did not pay here at any interval",
+    "--r1-every": "it was never measured to help",
     "--checkpoint-seconds": f"checkpoints are written every {CHECKPOINT_SECONDS:.0f} s",
 }
 RENAMED = {"--layers": "--architecture"}
