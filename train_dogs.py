@@ -26,6 +26,7 @@ STARTED = time.monotonic()  # before torch, whose import takes seconds of the bu
 import argparse
 import copy
 import errno
+import gc
 import gzip
 import hashlib
 import io
@@ -1703,16 +1704,18 @@ def list_files(place: Path) -> list[Entry]:
 def find_set(folder: Path, levels: int) -> list[Path]:
     """Pictures and annotations of the first set at most `levels` below, the shallowest first; []
     if there is none."""
+
+    def half(found: list[Path], names: tuple[str, ...]) -> list[Path]:
+        kinds = {name + suffix for name in names for suffix in ("", ".zip", ".tar")}
+        return [p for p in found if p.name.lower() in kinds][:1]
+
     level = [folder]
     for _ in range(levels + 1):
         below = [sorted(p for p in c.glob("*") if not is_litter(p.name)) for c in level]
         for found in below:
-            halves = [
-                next((p for p in found if p.stem.lower() in names), None)
-                for names in (PICTURE_PLACES, ANNOTATION_PLACES)
-            ]
-            if all(halves):
-                return halves
+            pictures, annotations = half(found, PICTURE_PLACES), half(found, ANNOTATION_PLACES)
+            if pictures and annotations:
+                return pictures + annotations
         level = sorted(filter(os.path.isdir, chain(*below)))
     return []
 
@@ -2205,7 +2208,7 @@ def choose_device(name: str, precision: str = "auto") -> torch.device:
         remedy = "give --precision auto, or " if wanted else ""
         raise UserError(
             f"this GPU (sm_{major}{minor}) cannot run a convolution of the installed torch"
-            f" {torch.__version__}{wanted} ({first_line(error)}): {remedy}choose a T4 or L4 instead,"
+            f" {torch.__version__}{wanted} ({first_line(error)}): {remedy}choose a T4 or L4,"
             " or pin the notebook to its original 2025 environment, or install a CUDA 12.6 build of"
             " torch 2.14 or older (pip install --no-index --find-links=FOLDER torch)."
         ) from error
@@ -2329,6 +2332,7 @@ def capture(trainer: Trainer) -> str:
         load_trainer(trainer, before)
     for optimizer in (trainer.opt_g, trainer.opt_d):
         optimizer.adam.zero_grad()  # gradients in the graph's own memory would keep it from use
+    gc.collect()  # the errors of a failed capture refer to each other, and to its tensors
     torch.cuda.empty_cache()
     return reason
 
