@@ -26,6 +26,7 @@ STARTED = time.monotonic()  # before torch, whose import takes seconds of the bu
 import argparse
 import copy
 import errno
+import gc
 import gzip
 import hashlib
 import io
@@ -2184,6 +2185,7 @@ def capture(trainer: Trainer) -> str:
         trainer.load_state_dict(before)
     for optimizer in (trainer.opt_g, trainer.opt_d):
         optimizer.adam.zero_grad()  # gradients in the graph's own memory would keep it from use
+    gc.collect()  # the errors of a failed capture refer to each other, and to its tensors
     torch.cuda.empty_cache()
     return reason
 
