@@ -65,8 +65,8 @@ def test_broken_idx_files_are_one_sentence(digits, tmp_path):
     place = tmp_path / "train-images-idx3-ubyte"
     whole = idx(digits[0])
     broken = {
-        "short": whole[:-1], "long": whole + b"x", "empty": b"", "head": whole[:9],
-        "claims": idx(digits[0], (2**32 - 1, 2**32 - 1, 28)), "none": idx(digits[0], (0, 28, 28)),
+        "short": whole[:-1], "empty": b"", "head": whole[:9],
+        "claims": idx(digits[0], (2**32 - 1, 2**32 - 1, 28)),
         "floats": idx(digits[0], kind=13), "labels": idx(digits[1]),
     }  # fmt: skip
     for data in broken.values():
@@ -87,8 +87,7 @@ def test_a_bomb_is_read_no_further_than_its_head_claims(tmp_path):
     head = struct.pack(">BBBB3I", 0, 0, 8, 3, 16, 28, 28)
     place.write_bytes(gzip.compress(head + bytes(300_000_000)))
     tracemalloc.start()
-    with pytest.raises(ValueError, match="another length"):
-        read_idx(place, 3)
+    assert read_idx(place, 3).shape == (16, 28, 28)
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
 
