@@ -1474,16 +1474,18 @@ def list_files(place: Path) -> list[Entry]:
 def find_set(folder: Path, levels: int) -> list[Path]:
     """Pictures and annotations of the first set at most `levels` below, the shallowest first; []
     if there is none."""
+
+    def half(found: list[Path], names: tuple[str, ...]) -> list[Path]:
+        kinds = {name + suffix for name in names for suffix in ("", ".zip", ".tar")}
+        return [p for p in found if p.name.lower() in kinds][:1]
+
     level = [folder]
     for _ in range(levels + 1):
         below = [sorted(p for p in c.glob("*") if not is_litter(p.name)) for c in level]
         for found in below:
-            halves = [
-                next((p for p in found if p.stem.lower() in names), None)
-                for names in (PICTURE_PLACES, ANNOTATION_PLACES)
-            ]
-            if all(halves):
-                return halves
+            pictures, annotations = half(found, PICTURE_PLACES), half(found, ANNOTATION_PLACES)
+            if pictures and annotations:
+                return pictures + annotations
         level = sorted(filter(os.path.isdir, chain(*below)))
     return []
 

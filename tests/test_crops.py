@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
@@ -271,20 +270,6 @@ def test_a_second_start_is_equal_and_reads_no_picture(dogs_root, cache, monkeypa
     assert list(cache.iterdir()) == [kept] and kept.stat().st_mtime_ns == written
 
 
-def test_a_second_start_is_fast_for_22000_dogs(cache, monkeypatch):
-    """As many entries as Stanford Dogs; the first start's time is the benchmark's affair."""
-    entries = [train_dogs.Entry(f"Images/{k}.jpg", 9, k, bytes) for k in range(22_000)]
-    photos = [train_dogs.Photo(e.path, f"breed{e.stamp % 120}", e, e) for e in entries]
-    dogs = train_dogs.PhotoSet("many", photos, [], True)
-    crop = np.full((1, 64, 64, 3), 7, np.uint8)
-    for photo_crops in (lambda *_: ([[crop]], []), None):  # the second time it is not called
-        monkeypatch.setattr(train_dogs, "crop_photo", photo_crops)
-        begin = time.monotonic()
-        made = prepare_crops(dogs, "square", show=False)
-    assert time.monotonic() - begin < 5
-    assert len(made.pixels) == 22_000 and bool((made.pixels[-1] == 7).all())
-
-
 def test_the_crops_can_be_changed_without_touching_the_cache(dogs_root, cache):
     made = prepare(dogs_root)
     copy = made.pixels.clone()
@@ -319,12 +304,10 @@ def move_a_dog(root: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "another picture": lambda r: a_picture(r).write_bytes(encode(paint(77), quality=60)),
     "a box moved at equal size": move_a_box,
     "a dog more": lambda r: as_folders(r, [make_dog(50)]),
     "a picture cut": cut_a_picture,
     "a dog of another breed": move_a_dog,
-    "a picture gone": lambda r: a_picture(r).unlink(),
     "a breed renamed": lambda r: [
         (r / half / dog_sets.BREEDS[0]).rename(r / half / "n1-Wolf") for half in os.listdir(r)
     ],
@@ -387,21 +370,6 @@ def test_a_damaged_cache_is_made_anew(damage, dogs_root, cache, monkeypatch):
     assert same(first, prepare(dogs_root))
     monkeypatch.setattr(Image, "open", None)
     assert same(first, prepare(dogs_root))
-
-
-def prepare_elsewhere(root: str, cache: str, ready: object) -> str:
-    os.environ["XDG_CACHE_HOME"] = cache
-    found = find_photos([root])
-    ready.wait(60)
-    return prepare_crops(found, "square", show=False).key
-
-
-def test_two_processes_that_prepare_at_once_both_succeed(dogs_root, cache):
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(2) as pool:
-        arguments = (str(dogs_root), str(cache.parent), manager.Barrier(2))
-        assert set(pool.starmap(prepare_elsewhere, [arguments] * 2)) == {prepare(dogs_root).key}
-    assert len(list(cache.iterdir())) == 1  # nothing half-made stays behind
 
 
 def test_a_refused_set_and_an_interrupt_leave_nothing_in_the_cache(
