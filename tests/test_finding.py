@@ -254,6 +254,12 @@ def test_folders_of_pictures_are_classes_as_for_torchvision(pack, tmp_path):
     assert made.key == prepare(root).key
 
 
+def test_a_file_named_annotations_is_no_half_of_a_set(tmp_path):
+    dog_sets.write(as_pictures(tmp_path / "images").parent / "annotations.json", b"{}")
+    found = find_photos([tmp_path])
+    assert len(found.photos) == 20 and not found.annotated
+
+
 @pytest.mark.parametrize("out", ["output", "."])
 def test_the_programs_own_results_are_no_data(out, tmp_path, monkeypatch):
     """`cd photos; train_dogs.py --data .`, twice: the sheets of the first run are no dogs."""
