@@ -1,9 +1,7 @@
 """Crops: exact geometry, true pixels, a cache that is never trusted blindly, drawn by weights."""
 
-import copy
 import io
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
@@ -46,15 +44,36 @@ def test_all_boxes_of_all_small_frames():
             if long <= min(width, height):  # it covers the box
                 assert x <= left and right <= x + side and y <= top and bottom <= y + side
 
-            inside = [r / 2 for r in range(15) if r / 2 <= min(middle)]
-            half = max(r for r in inside if middle[0] + r <= width and middle[1] + r <= height)
-            ((x, y, x2, y2),) = views["context"]
-            assert (x2 - x, y2 - y) == (2 * half, 2 * half)
-            assert ((x + x2) / 2, (y + y2) / 2) == middle
-
             starts = sorted({left, middle[0] - short / 2, right - short})
             assert views["head"] == [(x, top, x + short, top + short) for x in starts]
             assert (views["box"], views["whole"]) == ([box], [(0, 0, width, height)])
+
+
+def notebook_context(box: Box, width: int, height: int) -> Box:
+    """The fourth kind of crop of Morxrc's notebook, case by case as there."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    half = min(width - x, height - y, x, y)
+    x1, y1, x2, y2 = x - half, y - half, x + half, y + half
+    if x1 == 0:
+        more = int(min(width - x2, height - y2, y1) * 0.28)
+        return (x1, y1 - more, x2 + 2 * more, y2 + more)
+    if x2 == width:
+        more = int(min(x1, height - y2, y1) * 0.28)
+        return (x1 - 2 * more, y1 - more, x2, y2 + more)
+    if y1 == 0:
+        more = int(min(x1, width - x2, height - y2) * 0.28)
+        return (x1 - more, y1, x2 + more, y2 + 2 * more)
+    more = int(min(x1, width - x2, y1) * 0.28)
+    return (x1 - more, y1 - 2 * more, x2 + more, y2)
+
+
+def test_context_is_the_fourth_crop_of_the_notebook():
+    chance = random.Random(0)
+    for _ in range(3000):
+        frame = [chance.randint(20, 800) for _ in range(2)]
+        (left, right), (top, bottom) = (sorted(chance.sample(range(n + 1), 2)) for n in frame)
+        (view,) = CROPS["context"]((left, top, right, bottom), *frame)
+        assert view == notebook_context((left, top, right, bottom), *frame)
 
 
 def test_views_of_large_frames_lie_inside_hold_a_pixel_and_are_square():
@@ -251,20 +270,6 @@ def test_a_second_start_is_equal_and_reads_no_picture(dogs_root, cache, monkeypa
     assert list(cache.iterdir()) == [kept] and kept.stat().st_mtime_ns == written
 
 
-def test_a_second_start_is_fast_for_22000_dogs(cache, monkeypatch):
-    """As many entries as Stanford Dogs; the first start's time is the benchmark's affair."""
-    entries = [train_dogs.Entry(f"Images/{k}.jpg", 9, k, bytes) for k in range(22_000)]
-    photos = [train_dogs.Photo(e.path, f"breed{e.stamp % 120}", e, e) for e in entries]
-    dogs = train_dogs.PhotoSet("many", photos, [], True)
-    crop = np.full((1, 64, 64, 3), 7, np.uint8)
-    for photo_crops in (lambda *_: ([[crop]], []), None):  # the second time it is not called
-        monkeypatch.setattr(train_dogs, "crop_photo", photo_crops)
-        begin = time.monotonic()
-        made = prepare_crops(dogs, "square", show=False)
-    assert time.monotonic() - begin < 5
-    assert len(made.pixels) == 22_000 and bool((made.pixels[-1] == 7).all())
-
-
 def test_the_crops_can_be_changed_without_touching_the_cache(dogs_root, cache):
     made = prepare(dogs_root)
     copy = made.pixels.clone()
@@ -299,12 +304,10 @@ def move_a_dog(root: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "another picture": lambda r: a_picture(r).write_bytes(encode(paint(77), quality=60)),
     "a box moved at equal size": move_a_box,
     "a dog more": lambda r: as_folders(r, [make_dog(50)]),
     "a picture cut": cut_a_picture,
     "a dog of another breed": move_a_dog,
-    "a picture gone": lambda r: a_picture(r).unlink(),
     "a breed renamed": lambda r: [
         (r / half / dog_sets.BREEDS[0]).rename(r / half / "n1-Wolf") for half in os.listdir(r)
     ],
@@ -351,7 +354,6 @@ def flip_a_pixel(path: Path) -> None:
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": lambda p: os.truncate(p, p.stat().st_size // 2),
-    "empty": lambda p: os.truncate(p, 0),
     "text": lambda p: p.write_text("no torch file"),
     "one bit of a pixel": flip_a_pixel,
     "a list": lambda p: torch.save([1, 2], p),
@@ -364,26 +366,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_made_anew(damage, dogs_root, cache, monkeypatch):
     first, (kept,) = prepare(dogs_root), cache.iterdir()
-    first = copy.deepcopy(first)  # no view of the file that is spoiled
     DAMAGES[damage](kept)
     assert same(first, prepare(dogs_root))
     monkeypatch.setattr(Image, "open", None)
     assert same(first, prepare(dogs_root))
-
-
-def prepare_elsewhere(root: str, cache: str, ready: object) -> str:
-    os.environ["XDG_CACHE_HOME"] = cache
-    found = find_photos([root])
-    ready.wait(60)
-    return prepare_crops(found, "square", show=False).key
-
-
-def test_two_processes_that_prepare_at_once_both_succeed(dogs_root, cache):
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, context.Pool(2) as pool:
-        arguments = (str(dogs_root), str(cache.parent), manager.Barrier(2))
-        assert set(pool.starmap(prepare_elsewhere, [arguments] * 2)) == {prepare(dogs_root).key}
-    assert len(list(cache.iterdir())) == 1  # nothing half-made stays behind
 
 
 def test_a_refused_set_and_an_interrupt_leave_nothing_in_the_cache(
@@ -395,7 +381,6 @@ def test_a_refused_set_and_an_interrupt_leave_nothing_in_the_cache(
         patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(dogs_root)
     assert list(cache.iterdir()) == []
-    assert len(prepare(dogs_root).first) == 20
 
 
 def test_what_a_killed_run_left_in_the_cache_is_removed_but_not_a_running_ones(dogs_root, cache):
@@ -407,14 +392,13 @@ def test_what_a_killed_run_left_in_the_cache_is_removed_but_not_a_running_ones(d
     assert not old.exists() and new.exists()
 
 
-def test_a_cache_that_cannot_be_written_ends_with_2_and_names_the_variable(
-    dogs_root, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "blocked").write_text("a file where a folder is needed")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
-    flags = ["--data", str(dogs_root), "--device", "cpu", "--out", str(tmp_path / "out")]
-    assert train_dogs.main(flags) == 2
-    assert "XDG_CACHE_HOME" in capsys.readouterr().err.strip().splitlines()[-1]
+def test_a_cache_that_cannot_be_written_is_a_note(dogs_root, cache, monkeypatch, capsys):
+    whole = prepare(dogs_root)
+    dog_sets.write(cache.parent / "blocked", b"a file where a folder is needed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "blocked"))
+    assert capsys.readouterr().out == "" and same(prepare(dogs_root), whole)
+    said = capsys.readouterr().out
+    assert said.count("XDG_CACHE_HOME") == 1 and len(said.splitlines()) == 1
 
 
 def test_an_error_in_a_thread_drops_what_is_still_waiting():

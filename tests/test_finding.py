@@ -1,5 +1,6 @@
 """Dogs are found in every published layout, in order, in place, and nothing is altered."""
 
+import gzip
 import io
 import os
 import re
@@ -96,7 +97,11 @@ def dogs() -> list[Dog]:
 @pytest.fixture(scope="module")
 def expected(dogs, tmp_path_factory) -> dict[str, tuple[str, bytes]]:
     """What the plain folders give, the other layouts' oracle."""
-    return crops_by_name(as_folders(tmp_path_factory.mktemp("folders"), dogs))
+    crops = crops_by_name(as_folders(tmp_path_factory.mktemp("folders"), dogs))
+    breeds = {f"{dog.breed}/{dog.stem}.jpg": dog.breed for dog in dogs}
+    assert {name: breed for name, (breed, _) in crops.items()} == breeds
+    assert len({pixels for _, pixels in crops.values()}) == len(dogs)
+    return crops
 
 
 @pytest.fixture
@@ -119,13 +124,6 @@ def mounts(tmp_path, monkeypatch) -> Path:
 
 
 # ---------------------------------------------------------------------------------- layouts
-
-
-def test_folders_give_each_dog_its_breed_and_its_pixels(dogs, expected):
-    assert {name: breed for name, (breed, _) in expected.items()} == {
-        f"{d.breed}/{d.stem}.jpg": d.breed for d in dogs
-    }
-    assert len({pixels for _, pixels in expected.values()}) == len(dogs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -254,6 +252,12 @@ def test_folders_of_pictures_are_classes_as_for_torchvision(pack, tmp_path):
     made = prepare(place)
     assert (made.breeds, made.breed.tolist()) == (oracle.classes, oracle.targets)
     assert made.key == prepare(root).key
+
+
+def test_a_file_named_annotations_is_no_half_of_a_set(tmp_path):
+    dog_sets.write(as_pictures(tmp_path / "images").parent / "annotations.json", b"{}")
+    found = find_photos([tmp_path])
+    assert len(found.photos) == 20 and not found.annotated
 
 
 @pytest.mark.parametrize("out", ["output", "."])
@@ -389,18 +393,6 @@ def listed(data: bytearray, offset: int, new: bytes, entry: int = 0) -> bytes:
     return patched(data, [m.start() for m in re.finditer(b"PK\x01\x02", data)][entry] + offset, new)
 
 
-def not_utf8() -> bytes:
-    """A member's name marked as UTF-8 that is none: UnicodeDecodeError out of zipfile."""
-    return listed(bytearray(listed(zip_of(20), 8, b"\0\x08")), 46, b"\xff")
-
-
-def pax_headers(count: int) -> bytes:
-    """So many extended headers in a row: RecursionError out of tarfile."""
-    header = tarfile.TarInfo("x")
-    header.type, header.size = tarfile.XHDTYPE, 0
-    return header.tobuf() * count + bytes(tar_of(1))
-
-
 def negative() -> bytes:
     """A tar whose second member leads back to itself."""
     data, at = tar_of(2), 512 + -len(make_dog(0).picture) // 512 * -512
@@ -410,15 +402,13 @@ def negative() -> bytes:
 
 
 BROKEN_ARCHIVES: dict[str, Callable[[], bytes]] = {
+    "a compressed tar": lambda: gzip.compress(tar_of(20)),
     "empty": lambda: b"",
     "a web page": lambda: b"<html>404 not found</html>" * 99,
     "a cut zip": lambda: bytes(zip_of(20))[:-300],
     "a cut tar": lambda: bytes(tar_of(20))[:-12_000],
     "a zip without its list": lambda: listed(zip_of(20), 0, b"\xff" * 46),
     "a tar without its first header": lambda: patched(tar_of(20), 0, b"\xff" * 46),
-    "of a later version": lambda: listed(zip_of(20), 6, b"\x63\0"),  # NotImplementedError
-    "a name that is no text": not_utf8,
-    "5,000 headers for one file": lambda: pax_headers(5000),
     "a member of negative size": negative,  # an endless loop in Pythons up to 3.13.5
     "a size that is no number": lambda: patched(tar_of(20), 124, b"x" * 11),  # ValueError
 }
@@ -430,13 +420,7 @@ def test_a_broken_archive_ends_with_2_and_names_it(name, tmp_path, capsys):
     place.write_bytes(BROKEN_ARCHIVES[name]())
     flags = ["--data", str(place), "--device", "cpu", "--out", str(tmp_path / "out")]
     assert train_dogs.main(flags) == 2
-    assert_one_sentence(capsys.readouterr().err, "broken.archive")
-
-
-def test_a_compressed_tar_is_refused_in_a_sentence(tmp_path):
-    tar_folder(as_pictures(tmp_path / "dogs"), tmp_path / "dogs.tar.gz", "dogs/", "w:gz")
-    with pytest.raises(UserError, match="uncompressed"):
-        find_photos([tmp_path / "dogs.tar.gz"])
+    assert_one_sentence(capsys.readouterr().err, "broken.archive", "uncompressed tar")
 
 
 @pytest.mark.parametrize("what", ["nowhere", "notes.txt", "empty folder"])
@@ -462,8 +446,6 @@ def first_member(offset: int, new: bytes, method: int = STORED) -> bytes:
 BAD_MEMBERS: dict[str, Callable[[], bytes]] = {
     "deflated garbage": lambda: patched(zip_of(60, DEFLATED), 36, b"\xff" * 400),
     "encrypted": lambda: first_member(6, b"\x01\0"),
-    "patched": lambda: first_member(6, b"\x20\0"),  # NotImplementedError
-    "strongly encrypted": lambda: first_member(6, b"\x40\0"),
     "an unknown method": lambda: first_member(8, b"\x4d\0"),
     "larger than 64 MB": lambda: listed(zip_of(60), 24, struct.pack("<I", 70 * MIB)),
     "a deflated bomb": lambda: bomb(DEFLATED),
