@@ -2229,7 +2229,7 @@ def try_convolution(device: torch.device, precision: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line, or else its name."""
+    """The first line of an error's message, or its class's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -2243,7 +2243,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def memory_layout(device: torch.device) -> torch.memory_format:
-    """Channels last but on GPUs without tensor cores, whose convolutions want it contiguous."""
+    """Channels last, except on GPUs without tensor cores, which are faster with contiguous."""
     old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0)
     return torch.contiguous_format if old_gpu else torch.channels_last
 
@@ -2254,8 +2254,8 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 def choose_precision(name: str, device: torch.device) -> str:
     """`auto` as fp32, tf32, bf16 or fp16: the fastest that `device` has in hardware.
 
-    bf16 from Ampere (capability 8.0) on, fp16 on Volta and Turing (T4), fp32 on Pascal (P100) and
-    on a CPU, but for those with bf16 instructions. Others emulate it, whatever torch says.
+    bf16 from Ampere (capability 8.0) on and on CPUs with bf16 instructions, fp16 on Volta and
+    Turing (T4), fp32 on Pascal (P100) and other CPUs.
     """
     if name != "auto":
         return name
@@ -2270,9 +2270,9 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in any of the forms in which torch, cuDNN and cuBLAS say so.
+    """Whether memory ran out, in any of the words of torch, cuDNN and cuBLAS.
 
-    No engine for a convolution is mostly one of them, but may be a precision that cuDNN lacks.
+    "Unable to find an engine" usually means that, but also a precision that cuDNN lacks.
     """
     said = str(error).lower()
     signs = ("out of memory", "alloc_failed", "allocation_failed", "unable to find an engine")
@@ -2283,7 +2283,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(error: BaseException, config: Config, samples: bool) -> str:
-    """What helps where memory ran out, in training or, if `samples`, in sampling."""
+    """What helps when memory ran out in training or, if `samples`, in sampling."""
     if samples:
         return "the memory is too small for this: try --device cpu."
     smaller = max(2, config.batch_size // 2)
@@ -2303,24 +2303,22 @@ ROUNDING = {"fp32": 2**-12, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-8}
 
 
 def largest_deviation(precision: str) -> float:
-    """How far apart a replayed and an eager step may end, as a share of the way that a step goes.
+    """The largest difference of a replayed and an eager step, as a share of the step's length.
 
     Adam's first step is +-lr wherever |gradient| exceeds its noise, so noise of a share e of a
-    normal gradient's deviation turns a share e / pi of the signs, each 2 lr off: together
-    2 sqrt(e / pi) of the way. Allowed is four times that: 0.07 in fp32 to 0.28 in bf16. The step
-    that is compared is the fourth, after `warm_up`, where rounding costs less: on an H200 two eager
-    steps differed by 0.009 in fp32, 0.0002 in TF32, and not at all in bf16 and fp16, a replay by no
-    more. A replay with other data goes 0.4 to 1.4, one that moves nothing 1 (tried on a CPU).
+    normal gradient's deviation flips a share e / pi of the signs, each 2 lr off: together
+    2 sqrt(e / pi) of the length. Allowed is four times that: 0.07 in fp32 to 0.28 in bf16. On an
+    H200 two eager steps differed by 0.009 in fp32, 0.0002 in TF32 and 0 in bf16 and fp16, a replay
+    by no more. A replay with other data differs by 0.4 to 1.4, one that moves nothing by 1.
     """
     return 8 * math.sqrt(ROUNDING[precision] / math.pi)
 
 
 def capture(trainer: Trainer) -> str:
-    """Make `trainer.step` replay a CUDA graph of its step, if that does what an eager step does.
+    """Let `trainer.step` replay a CUDA graph of its step, if that does the same as an eager step.
 
-    Returns "", or why the run goes on eagerly. Weights and random state stay as they were. All
-    copies are in the host's memory, and what a graph held is free again where it is not used.
-    Raises what the eager steps of the warm-up raise, as where memory is too small for them.
+    Returns "", or the reason why steps stay eager. The trainer's state does not change; copies of
+    it are kept on the host. Raises what an eager step raises, for example for too little memory.
     """
     if trainer.device.type != "cuda":
         return ""
@@ -2355,11 +2353,11 @@ def warm_up(trainer: Trainer) -> None:
 
 
 def try_graph(trainer: Trainer) -> str:
-    """Let `trainer` replay its step from now on, or return why it cannot. Changes its state."""
+    """Capture and compare; returns why steps cannot be replayed, or "". Changes the state."""
     try:
         replay = captured(trainer)
         reason = compare_steps(trainer, replay)
-    except RuntimeError as error:  # or out of memory: a graph has its own, beside that of steps
+    except RuntimeError as error:  # also out of memory: a graph needs its own
         return f"the step cannot run as a CUDA graph ({first_line(error)})"
     if not reason:
         trainer.update_networks = replay
@@ -2367,7 +2365,7 @@ def try_graph(trainer: Trainer) -> str:
 
 
 def captured(trainer: Trainer) -> Callable[[], None]:
-    """The replay of `one_step` as a CUDA graph. Raises what the step raised, not what followed."""
+    """The replay of `one_step` as a CUDA graph. Raises the step's own error, not a later one."""
     graph, stream, own = torch.cuda.CUDAGraph(), torch.cuda.Stream(trainer.device), trainer.rng
     default = torch.cuda.default_generators[trainer.device.index]  # the one that a graph knows
     default.set_state(own.get_state())
@@ -2387,7 +2385,7 @@ def captured(trainer: Trainer) -> Callable[[], None]:
     except BaseException:
         trainer.rng = trainer.batches.rng = own  # the default one may stay as in a capture
         if first:
-            raise first.pop() from None  # not what the capture's end said to it
+            raise first.pop() from None  # not the error of the capture's end
         raise
     finally:
         for group in groups:
@@ -2399,15 +2397,15 @@ RESOLUTION = 2**-18  # of float32 sums of some 10^3 products, as a share of a ve
 
 
 def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
-    """How a replayed step ends elsewhere than an eager one from the same state; "" if it does not.
+    """How a replayed step differs from an eager one from the same state; "" if it does not.
 
-    Integers and the random state must be equal. All else (weights, moments, norms' statistics, the
-    vectors of spectral norm) may be apart by rounding: by a share of the way that the step goes, or
-    where it goes nowhere, as with a learning rate of 0, by the numbers' own resolution.
+    Integers and the random state must be equal. Everything else (weights, moments, statistics of
+    norms, vectors of spectral norm) may differ by rounding: by a share of the step's length, or, if
+    that is 0, as with a learning rate of 0, by float32's resolution.
     """
     start = trainer_state(trainer)
     for name in ("opt_g.loss_scale", "opt_d.loss_scale"):
-        start["tensors"][name] *= 0.25  # a step that overflows is skipped, and shows nothing
+        start["tensors"][name] *= 0.25  # a step that overflows is skipped and would show nothing
     ends = []
     for step in (trainer.one_step, replay):
         load_trainer(trainer, start)
@@ -2430,8 +2428,8 @@ def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
         way, apart = distance(eager, first), distance(replayed, eager)
         if not apart <= bound * way + RESOLUTION * distance(first):
             return (
-                f"a replayed step ends {apart / max(way, 1e-30):.2g} of the way of {group} off an"
-                f" eager one, where rounding explains {bound:.2g}"
+                f"a replayed step differs from an eager one in {group} by"
+                f" {apart / max(way, 1e-30):.2g} of the step; rounding explains {bound:.2g}"
             )
     return ""
 
