@@ -3,7 +3,9 @@
 import hashlib
 import http.server
 import importlib.util
+import os
 import shutil
+import socket
 import threading
 import warnings
 from collections.abc import Iterator
@@ -162,6 +164,78 @@ def test_fast_features_stay_near_the_exact_ones_and_say_so(
     assert mifid.load_inception(script_file, "cpu", fast=True).precision == "float32"
 
 
+def test_the_average_of_a_block_counts_no_padding_and_the_last_block_takes_the_maximum() -> None:
+    torch.manual_seed(0)
+    x, weights = torch.randn(1, 4, 5, 5).relu(), torch.randn(2, 3, 4)
+    for last in (False, True):
+        parts = {}
+        for name, weight in zip(("branch1x1", "branch_pool"), weights):
+            parts[name] = torch.nn.Conv2d(4, 3, 1).requires_grad_(False)
+            parts[name].weight.copy_(weight[..., None, None])
+            parts[name].bias.zero_()
+        found = mifid.Mixed(parts, last=last)(x)[0]
+        for i in range(5):
+            for j in range(5):
+                window = x[0, :, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].flatten(1)
+                pooled = window.amax(1) if last else window.mean(1)
+                expected = torch.cat([weights[0] @ x[0, :, i, j], weights[1] @ pooled]).relu()
+                torch.testing.assert_close(found[:, i, j], expected)
+
+
+def test_memory_is_contiguous_in_float32_on_cuda_alone(script_file: Path) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert mifid.memory_format(cuda, torch.float32) == torch.contiguous_format
+    for device, dtype in ((cuda, torch.float16), (cpu, torch.float32), (cpu, torch.bfloat16)):
+        assert mifid.memory_format(device, dtype) == torch.channels_last
+    weight = mifid.load_inception(script_file).layers[1].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8), ({"cpu.max": "max 100000\n"}, 8), ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1), ({"cpu.max": "9900000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)  # fmt: skip
+def test_a_containers_quota_limits_the_threads(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(mifid, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert mifid.usable_cpus() == expected
+
+
+def test_a_score_uses_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, used = torch.get_num_threads(), []
+    monkeypatch.setattr(mifid, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(
+        mifid, "check_options", lambda *_, **__: used.append(torch.get_num_threads())
+    )
+    try:
+        torch.set_num_threads(3)
+        mifid.score(*np.random.default_rng(0).random((2, 30, 4)))
+        assert used == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_seconds_of_an_inner_stage_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 3.0, 10.0, 10.0, 11.0])
+    monkeypatch.setattr(mifid.time, "perf_counter", lambda: next(now))
+    watch = mifid.Stopwatch()
+    with watch("outer"), watch("inner"):
+        pass
+    with watch("outer"):
+        pass
+    assert watch == {"outer": 8.0 + 1.0, "inner": 2.0}
+
+
 # ---------------------------------------------------------------- weights
 
 
@@ -193,12 +267,10 @@ def test_weights_that_are_not_the_network_are_refused_by_name(
     (tmp_path / "text").write_text("no weights")
     (tmp_path / "empty").touch()
     (tmp_path / "cut").write_bytes(script_file.read_bytes()[:1_000_000])
-    for path in sorted(tmp_path.iterdir()):
+    for path in (*sorted(tmp_path.iterdir()), tmp_path / "absent"):
         with pytest.raises(mifid.UserError, match=path.name) as caught:
             mifid.load_inception(path, "cpu")
         assert "--weights" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(mifid.UserError, match="not there"):
-        mifid.load_inception(tmp_path / "absent", "cpu")
 
 
 def test_a_flipped_bit_in_the_file_is_noticed(script_file: Path, tmp_path: Path) -> None:
@@ -269,6 +341,18 @@ def test_a_download_is_checked_before_it_gets_its_name(
     monkeypatch.setattr(mifid, "WEIGHTS_URL", f"{server}/absent.pth")
     with pytest.raises(mifid.UserError, match="404"):
         mifid.download_weights(tmp_path / "hub/other.pth", offline=False)
+
+
+def test_a_download_without_an_answer_ends_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mifid, "DOWNLOAD_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth"
+        monkeypatch.setattr(mifid, "WEIGHTS_URL", url)
+        with pytest.raises(mifid.UserError, match=r"timed out.*another machine.*--weights"):
+            mifid.download_weights(tmp_path / "hub" / "weights.pth", offline=False)
+    assert list((tmp_path / "hub").iterdir()) == []
 
 
 def test_a_sheet_pair_is_what_the_features_saw(sample_dogs: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageOps
 from runs import SAMPLE, assert_one_sentence, run_here
 
-import mifid
 import train_dogs
 from train_dogs import find_photos, near_duplicates, prepare_crops, read_idx
 
@@ -125,17 +124,6 @@ def test_digits_are_not_mirrored_by_the_preset(digits, tmp_path):
     reals = batches.draw()[0]
     plain = crops.pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1)
     assert share == 0 and torch.equal(reals, plain)
-
-
-def test_images_are_scored_against_idx_files_as_against_the_same_pictures(digits, tmp_path):
-    place = tmp_path / "t10k-images-idx3-ubyte.gz"
-    place.write_bytes(gzip.compress(idx(digits[0])))
-    assert mifid.is_dog_set(place) and mifid.is_dog_set(tmp_path)
-    images = mifid.open_dogs(place, (64, 64), "whole").pictures
-    for picture, digit in zip(images, digits[0], strict=True):
-        buffer = io.BytesIO()
-        Image.fromarray(digit).save(buffer, "PNG")
-        assert (picture.crops()[0] == mifid.decode(buffer.getvalue())).all()
 
 
 @pytest.mark.skipif(
