@@ -10,6 +10,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_dogs
 from train_dogs import (
-    ADVERSARIAL,
+    ARCHITECTURES,
     AUGMENTS,
     D_TERMS,
     G_TERMS,
+    HEADS,
+    LOSSES,
     PRESETS,
     ROUNDING,
     Config,
@@ -32,40 +36,49 @@ from train_dogs import (
     Report,
     Trainer,
     capture,
+    checkpoint_state,
     distance,
     find_photos,
     largest_deviation,
+    load_trainer,
     prepare_crops,
+    trainer_state,
+    training_tensors,
 )
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-IMPROVED = {
-    "condition": "classes", "classify": 1.0, "labelled": 0.5, "g_norm": "virtual", "r1": 1.0,
-    "minibatch_features": 3, "history": 0.1, "loss": "matching",
-}  # fmt: skip
-EVERYTHING = {
-    "condition": "breed", "classify": 0.5, "r1": 1.0, "noise": 0.1, "augment": ",".join(AUGMENTS),
-    "augment_start": 0.5, "contrast": 2.0,
-}  # fmt: skip
+
+
+def rows() -> dict[str, dict[str, object]]:
+    """A recipe for each row of each registry behind an option, with what the row needs."""
+    found = {}
+    for field in fields(Config):
+        registry = field.metadata["choices"]()
+        for name in registry if isinstance(registry, dict) else ():
+            if name != field.default:
+                needs = dict.fromkeys(registry[name].needs, 1.0)
+                found[f"{field.name} {name}"] = {field.name: name} | needs
+    return found
+
+
+TERMS = dict.fromkeys([*D_TERMS, *G_TERMS], 0.5)
+AUGMENTED = {"noise": 0.1, "augment": ",".join(AUGMENTS)}
+EVERYTHING = TERMS | AUGMENTED | {"condition": "breed"}
+IMPROVED = PRESETS["improved"] | TERMS | {"minibatch_features": 3, "labelled": 0.5}
 RECIPES = {
     **PRESETS,
-    "r1": {"r1": 1.0},
+    **rows(),
+    **{f"term {name}": {"condition": "breed", name: 1.0} for name in TERMS},
     "everything": EVERYTHING,
-    "rals": {"loss": "rals"},
-    "bf16": EVERYTHING | {"loss": "rals", "precision": "bf16"},
-    "fp16": EVERYTHING | {"precision": "fp16"},
-    "residual r1": {"layers": "residual", "r1": 1.0},
-    "residual bf16": EVERYTHING | {"layers": "residual", "loss": "rals", "precision": "bf16"},
-    "residual fp16": EVERYTHING | {"layers": "residual", "precision": "fp16"},
-    "matching": {"loss": "matching"},
-    "history": {"history": 1.0},
-    "minibatch": {"minibatch_features": 3, "r1": 1.0},
-    "virtual": {"g_norm": "virtual"},
-    "classes": {"condition": "classes", "classify": 1.0, "labelled": 0.5},
-    "improved bf16": IMPROVED | {"precision": "bf16"},
-    "improved fp16": IMPROVED | {"precision": "fp16"},
+    "fp16": {"architecture": "paper", "precision": "fp16"},
+    **{f"improved {half}": IMPROVED | {"precision": half} for half in ("bf16", "fp16")},
 }
+for (name, half), loss in zip(product(ARCHITECTURES, ("bf16", "fp16")), cycle(LOSSES)):
+    changes = EVERYTHING | {"architecture": name, "loss": loss, "precision": half}
+    RECIPES[f"{name} {loss} {half}"] = changes
+in_float32 = [n for n, changes in RECIPES.items() if "precision" not in changes]
 recipes = pytest.mark.parametrize("recipe", RECIPES)
+float32_recipes = pytest.mark.parametrize("recipe", in_float32)  # where others would add nothing
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +87,26 @@ def dogs(own_cache: Path) -> CropSet:
     return prepare_crops(find_photos([SAMPLE]), "square", show=False)
 
 
+def config_of(recipe: str, **changes: object) -> Config:
+    """A small configuration, both of whose averages take in every step."""
+    small = {"width": 2, "latent_dim": 8, "batch_size": 4, "average_every": 1, "swa_start": 0.0}
+    return Config(**({"precision": "fp32"} | RECIPES[recipe] | small | changes))
+
+
 def trainer_of(
     recipe: str, dogs: CropSet, device: torch.device = CPU, **changes: object
 ) -> Trainer:
-    """A small trainer, both of whose averages take in every step."""
-    small = {"width": 2, "latent_dim": 8, "batch_size": 4, "average_every": 1, "swa_start": 0.0}
-    return Trainer(
-        Config(**({"precision": "fp32"} | RECIPES[recipe] | small | changes)), dogs, device
-    )
+    """A trainer of that configuration."""
+    return Trainer(config_of(recipe, **changes), dogs, device)
 
 
-def test_the_recipes_hold_every_loss_and_term():
-    for name in (*D_TERMS, *G_TERMS):
-        assert any(changes.get(name) for changes in RECIPES.values()), name
-    assert {changes.get("loss", "margin") for changes in RECIPES.values()} == set(ADVERSARIAL)
+def test_the_recipes_are_valid_and_cover_every_loss_term_and_head():
+    configs = [train_dogs.check_config(config_of(recipe)) for recipe in RECIPES]
+    assert {config.loss for config in configs} == set(LOSSES)
+    for name, term in (*D_TERMS.items(), *G_TERMS.items()):
+        assert any(getattr(config, name) and term.wanted(config) for config in configs), name
+    for name, head in HEADS.items():
+        assert any(head.wanted(config) for config in configs), name
 
 
 # ------------------------------------------------------------------- what the optimiser is handed
@@ -131,7 +150,7 @@ def test_adam_sees_gradients_laid_out_like_their_parameters_and_uses_them(
 
 
 def test_the_guard_of_layouts_sees_r1_without_its_mend(dogs, monkeypatch):
-    trainer = trainer_of("r1", dogs)
+    trainer = trainer_of("term r1", dogs)
     watch_adam(monkeypatch, trainer.config.beta1)
     monkeypatch.setattr(train_dogs, "laid_out_like", lambda gradient, parameter: gradient)
     with pytest.raises(AssertionError):
@@ -157,7 +176,7 @@ class Transposed(torch.autograd.Function):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 3, 2), (3, 2, 1, 0)])
 def test_a_gradient_of_any_strides_is_used_element_by_element(layout, order):
     weight = nn.Parameter(torch.zeros(3, 4, 2, 5).contiguous(memory_format=layout))
-    opt = Optimizer([weight], 0.001, (0.5, 0.9), scaled=False)
+    opt = Optimizer(nn.ParameterList([weight]), 0.001, Config(beta1=0.5), scaled=False)
     opt.minimise(Transposed.apply(weight, order))
     expected = torch.arange(120, dtype=torch.float32).view(3, 4, 2, 5) / 2
     torch.testing.assert_close(opt.adam.state[weight]["exp_avg"], expected)
@@ -190,21 +209,25 @@ class Watch(TorchDispatchMode):
 
 
 def step_watched(trainer: Trainer, device: torch.device) -> None:
-    """A step and its averages, and what adds up beside them."""
-    trainer.step(0.0)  # begins an order of the dogs
+    """A step that begins an epoch, and one under `Watch`."""
+    trainer.step(0.0)
     with Watch(device) as watch:
         trainer.step(0.5)
     assert watch.seen > 200
 
 
 @recipes
-def test_neither_a_step_nor_an_average_waits_for_the_device(recipe, dogs):
-    trainer = trainer_of(recipe, dogs, lr_decay_start=0.1)
-    step_watched(trainer, CPU)
+def test_a_step_and_its_averages_neither_wait_for_the_device_nor_warn(recipe, dogs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = trainer_of(recipe, dogs, lr_decay_start=0.1)
+        step_watched(trainer, CPU)
+        assert trainer.is_healthy() and trainer.read_stats()
+        trainer.averages.generator(trainer.G, "swa", 1, trainer.config)
     assert trainer.averages.swa_updates == trainer.averages.ema_updates == 2
 
 
-@recipes
+@float32_recipes
 def test_nothing_crosses_between_devices(recipe, dogs):
     step_watched(trainer_of(recipe, dogs, META), META)
 
@@ -220,9 +243,9 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_guard_of_waiting_sees_each_of_its_kind(fault, dogs, monkeypatch):
-    d_term, g_term = ADVERSARIAL["margin"]
-    faulty = d_term._replace(loss=lambda seen: FAULTS[fault](d_term.loss(seen)))
-    monkeypatch.setitem(ADVERSARIAL, "margin", (faulty, g_term))
+    row = LOSSES["margin"]
+    faulty = replace(row, d=lambda seen: FAULTS[fault](row.d(seen)))
+    monkeypatch.setitem(LOSSES, "margin", faulty)
     with pytest.raises(AssertionError):
         step_watched(trainer_of("dogs", dogs), CPU)
 
@@ -237,8 +260,8 @@ def test_the_guard_of_devices_sees_a_tensor_of_another(dogs, monkeypatch):
 
 
 def addresses(trainer: Trainer) -> dict[str, int]:
-    """Where all lies that a replay reads or writes."""
-    found = dict(trainer.tensors())
+    """The addresses of all that a replay reads or writes."""
+    found = dict(training_tensors(trainer))
     for name, network in (("G", trainer.G), ("D", trainer.D)):
         found |= {f"{name} {k}": p for k, p in network.named_parameters()}
     for name, opt in (("g", trainer.opt_g), ("d", trainer.opt_d)):
@@ -251,22 +274,21 @@ def addresses(trainer: Trainer) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in found.items() if tensor.numel()}
 
 
-@recipes
+@float32_recipes
 def test_what_a_replay_touches_never_moves(recipe, dogs, tmp_path):
     trainer, other = (trainer_of(recipe, dogs, seed=s, lr_decay_start=0.5) for s in (0, 1))
     before = addresses(trainer)
     options = train_dogs.parse(["--out", str(tmp_path)])
-    clock = train_dogs.Clock(trainer.config, 0.0, 0.0)
-    train_dogs.write_checkpoint(tmp_path, train_dogs.checkpoint_state(trainer, clock))
+    train_dogs.write_checkpoint(tmp_path, checkpoint_state(trainer, 0.0))
     trainer.step(0.0)
     trainer.step(0.75)  # half of the rates
     groups = [opt.adam.param_groups[0] for opt in (trainer.opt_g, trainer.opt_d)]
     rates = [float(group["lr"]) for group in groups]
     assert rates == pytest.approx([trainer.config.g_lr / 2, trainer.config.d_lr / 2])
     trainer.batches.shuffle()
-    trainer.read_stats(), trainer.is_healthy(), trainer.state_dict()
+    trainer.read_stats(), trainer.is_healthy(), trainer_state(trainer)
     trainer.averages.generator(trainer.G, "swa", 1, trainer.config)
-    assert trainer.load_state_dict(other.state_dict())
+    assert load_trainer(trainer, trainer_state(other))
     first = [next(iter(t.G.parameters())) for t in (trainer, other)]
     assert torch.equal(*first) and addresses(trainer) == before
     assert train_dogs.roll_back(trainer, Report(tmp_path), options)
@@ -276,8 +298,8 @@ def test_what_a_replay_touches_never_moves(recipe, dogs, tmp_path):
 def test_a_rollback_restores_the_averages_too(dogs, tmp_path):
     trainer = trainer_of("dogs", dogs)
     trainer.step(0.0)
-    saved, clock = trainer.state_dict(), train_dogs.Clock(trainer.config, 0.0, 0.0)
-    train_dogs.write_checkpoint(tmp_path, train_dogs.checkpoint_state(trainer, clock))
+    saved = trainer_state(trainer)
+    train_dogs.write_checkpoint(tmp_path, checkpoint_state(trainer, 0.0))
     with torch.no_grad():
         next(iter(trainer.G.parameters())).fill_(math.nan)
     trainer.step(0.0)
@@ -291,7 +313,7 @@ def test_a_rollback_restores_the_averages_too(dogs, tmp_path):
 
 def assert_as_before(trainer: Trainer, before: dict, but: tuple[str, ...] = ()) -> None:
     """That the state is bit-equal, random state and counters included."""
-    after = trainer.state_dict()
+    after = trainer_state(trainer)
     for name in before.keys() - {"tensors", *but}:
         same = torch.equal if name == "rng" else lambda a, b: a == b
         assert same(before[name], after[name]), name
@@ -324,7 +346,7 @@ class Graphs:
 
     @contextmanager
     def captured(self) -> Iterator[None]:
-        before, self.capturing = self.trainer.state_dict(), True
+        before, self.capturing = trainer_state(self.trainer), True
         try:
             yield
         except BaseException:
@@ -333,7 +355,7 @@ class Graphs:
             raise
         finally:
             self.capturing = False
-            self.trainer.load_state_dict(before)
+            load_trainer(self.trainer, before)
 
     def replay(self) -> None:
         self.trainer.one_step()
@@ -366,7 +388,7 @@ def pretended(
     """A trainer after a step, its pretended CUDA, and its state."""
     trainer = trainer_of(recipe, dogs)
     trainer.step(0.0)
-    return trainer, Graphs(monkeypatch, trainer), trainer.state_dict()
+    return trainer, Graphs(monkeypatch, trainer), trainer_state(trainer)
 
 
 def is_capturable(trainer: Trainer) -> list[bool]:
@@ -377,18 +399,18 @@ def is_capturable(trainer: Trainer) -> list[bool]:
 AT_END = pytest.mark.parametrize("at_end", [None, RuntimeError("the capture was invalidated")])
 
 
-@recipes
+@pytest.mark.parametrize("recipe", [*in_float32, "fp16"])
 def test_a_capture_leaves_all_as_it_was_and_its_replay_is_what_steps_do(recipe, dogs, monkeypatch):
     trainer, _, before = pretended(monkeypatch, dogs, recipe)
     assert capture(trainer) == ""
     assert_as_before(trainer, before)
-    assert trainer.update_both.__name__ == "replay"
+    assert trainer.update_networks.__name__ == "replay"
     assert not any(is_capturable(trainer))
     eager = trainer_of(recipe, dogs)
-    for k in range(7):  # more than may be in flight
+    for k in range(6 if recipe == "dogs" else 2):  # 6: more than may be in flight
         eager.step(0.0)
         trainer.step(0.0) if k else None
-    assert_as_before(trainer, eager.state_dict())
+    assert_as_before(trainer, trainer_state(eager))
 
 
 @AT_END
@@ -400,7 +422,7 @@ def test_what_the_captured_step_raised_is_the_reason_and_the_run_goes_on(at_end,
         reason = capture(trainer)
     assert "CUDA graph" in reason and "no such kernel" in reason and "\n" not in reason
     assert_as_before(trainer, before)
-    assert trainer.rng is trainer.batches.rng and trainer.update_both == trainer.one_step
+    assert trainer.rng is trainer.batches.rng and trainer.update_networks == trainer.one_step
     trainer.step(0.0)
     assert trainer.is_healthy()
 
@@ -426,7 +448,7 @@ def test_an_interrupt_or_a_memory_too_small_for_eager_steps_comes_out_and_spoils
                 capture(trainer)
         assert raised.value is error
         assert_as_before(trainer, before)
-        assert not any(is_capturable(trainer)) and trainer.update_both == trainer.one_step
+        assert not any(is_capturable(trainer)) and trainer.update_networks == trainer.one_step
 
 
 @AT_END
@@ -465,7 +487,7 @@ def test_a_memory_too_small_for_a_graph_beside_eager_steps_is_freed_and_the_run_
     assert "out of memory" in reason and "\n" not in reason
     assert graphs.emptied == 1 and made and alive == []
     assert_as_before(trainer, before)
-    assert not any(is_capturable(trainer)) and trainer.update_both == trainer.one_step
+    assert not any(is_capturable(trainer)) and trainer.update_networks == trainer.one_step
     trainer.step(0.0)
     assert trainer.is_healthy()
 
@@ -508,50 +530,51 @@ def half_a_step(trainer: Trainer) -> None:
         torch._foreach_copy_(list(trainer.G.parameters()), before)
 
 
+LOOSEST = max(ROUNDING, key=ROUNDING.get)  # what this precision's bound refuses, all refuse
+
+
 @pytest.mark.parametrize("wrong", [lambda trainer: None, other_data, half_a_step])
-@pytest.mark.parametrize("precision", ROUNDING)
-def test_a_replay_that_does_something_else_is_refused(wrong, precision, dogs, monkeypatch):
+def test_a_replay_that_does_something_else_is_refused(wrong, dogs, monkeypatch):
     trainer, graphs, before = pretended(monkeypatch, dogs)
-    trainer.precision, graphs.replay = precision, lambda: wrong(trainer)
+    trainer.precision, graphs.replay = LOOSEST, lambda: wrong(trainer)
     reason = capture(trainer)
-    assert "replayed step" in reason and trainer.update_both == trainer.one_step
+    assert "replayed step" in reason and trainer.update_networks == trainer.one_step
     assert_as_before(trainer, before)
 
 
 NOT_REPLAYED = {  # recipe: parts of the names of tensors that a replay leaves as they were
     "dogs": ["cursor", "running_mean", "running_var", "num_batches_tracked", "opt_d.0.step",
              "exp_avg", "sums", "rng"],
-    "residual r1": ["G.linear.parametrizations.weight.0._u", "._v"],
-    "history": ["d_history.count", "d_history.mean", "g_history.mean"],
+    "architecture residual": ["G.linear.parametrizations.weight.0._u", "._v"],
+    "term history": ["d_history.count", "d_history.mean", "g_history.mean"],
     "fp16": ["opt_g.loss_scale", "opt_d.loss_scale"],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("recipe", "part"), [(recipe, part) for recipe, parts in NOT_REPLAYED.items() for part in parts]
 )
-def test_whatever_a_replay_leaves_as_it_was_is_seen(recipe, part, precision, dogs, monkeypatch):
+def test_whatever_a_replay_leaves_as_it_was_is_seen(recipe, part, dogs, monkeypatch):
     trainer, graphs, before = pretended(monkeypatch, dogs, recipe)
     bare = [f"{n}.{k}" for n in "GD" for k, _ in getattr(trainer, n).named_parameters()]
 
     def replay() -> None:
-        state = trainer.state_dict()
+        state = trainer_state(trainer)
         trainer.one_step()
         if part == "rng":
             trainer.rng.set_state(state["rng"])
-        for name, tensor in trainer.tensors().items():
+        for name, tensor in training_tensors(trainer).items():
             if part in name and name not in bare:
                 with torch.no_grad():
                     tensor.copy_(state["tensors"][name])
 
-    trainer.precision, graphs.replay = precision, replay
-    assert "replayed step" in capture(trainer) and trainer.update_both == trainer.one_step
+    trainer.precision, graphs.replay = LOOSEST, replay
+    assert "replayed step" in capture(trainer) and trainer.update_networks == trainer.one_step
     assert_as_before(trainer, before)
 
 
-@pytest.mark.parametrize("recipe", ["dogs", "second-private", "improved", "history", "r1"])
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("recipe", ["dogs", "second-private", "improved", "everything"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rounding_of_the_gradients_alone_is_not_refused(precision, recipe, dogs, monkeypatch):
     trainer, graphs, _ = pretended(monkeypatch, dogs, recipe)
     lay_out, rounding = train_dogs.laid_out_like, ROUNDING[precision]
@@ -576,7 +599,7 @@ def test_the_bound_is_four_times_what_such_noise_does_to_adams_first_step(precis
     ends = []
     for g in (gradient, gradient + noise * torch.randn(gradient.shape, generator=chance)):
         weight = nn.Parameter(torch.zeros_like(g))
-        opt = Optimizer([weight], 1.0, (0.9, 0.999), scaled=False)
+        opt = Optimizer(nn.ParameterList([weight]), 1.0, Config(beta1=0.9), scaled=False)
         opt.adam.param_groups[0]["eps"] = 1e-12
         opt.minimise((weight * g).sum())
         ends.append(weight.detach())
@@ -609,18 +632,18 @@ class OtherGenerator:
 def test_a_state_of_another_kind_of_device_goes_on_with_fresh_randomness(dogs):
     trainer, other = trainer_of("dogs", dogs), trainer_of("dogs", dogs, seed=9)
     other.step(0.0)
-    state = other.state_dict()
-    assert trainer.load_state_dict(state | {"rng": torch.zeros(16, dtype=torch.uint8)}) is False
+    state = trainer_state(other)
+    assert load_trainer(trainer, state | {"rng": torch.zeros(16, dtype=torch.uint8)}) is False
     assert_as_before(trainer, state, ("rng",))
-    fresh = trainer.state_dict()["rng"]
+    fresh = trainer_state(trainer)["rng"]
     assert not any(
-        torch.equal(fresh, t.state_dict()["rng"]) for t in (other, trainer_of("dogs", dogs))
+        torch.equal(fresh, trainer_state(t)["rng"]) for t in (other, trainer_of("dogs", dogs))
     )
     trainer.step(0.0)
-    assert trainer.is_healthy() and trainer.load_state_dict(state) is True
+    assert trainer.is_healthy() and load_trainer(trainer, state) is True
     trainer.rng = OtherGenerator()
-    assert trainer.load_state_dict(state) is False and len(trainer.rng.seeds) == 1
-    assert trainer.load_state_dict(state | {"rng": trainer.rng.get_state()}) is True
+    assert load_trainer(trainer, state) is False and len(trainer.rng.seeds) == 1
+    assert load_trainer(trainer, state | {"rng": trainer.rng.get_state()}) is True
 
 
 def test_a_run_of_a_gpu_is_resumed_and_its_finished_zip_written_again(
@@ -635,13 +658,3 @@ def test_a_run_of_a_gpu_is_resumed_and_its_finished_zip_written_again(
     assert run_here(tmp_path, steps=STEPS + 3, images=2) == 0
     assert "fresh randomness" in capsys.readouterr().out
     assert load(tmp_path / "checkpoint.pt")["trainer"]["steps_done"] == STEPS + 3
-
-
-@recipes
-def test_a_step_warns_of_nothing(recipe, dogs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        trainer = trainer_of(recipe, dogs)
-        trainer.step(0.0)
-        assert trainer.is_healthy() and trainer.read_stats()
-        trainer.averages.generator(trainer.G, "swa", 1, trainer.config)
