@@ -3501,25 +3501,27 @@ def check_config(config: Config) -> Config:
         if choices and value not in choices:
             raise UserError(f"{flag} {value} is unknown: give one of {', '.join(choices)}.")
         if isinstance(choices, dict):
-            check_row(config, f"{flag} {value}", choices[value])
+            check_row(config, flag, value, choices[value])
     parse_crops(config.crops)
     parse_augment(config.augment)
     return config
 
 
-def check_row(config: Config, choice: str, row: Row) -> None:
+def check_row(config: Config, flag: str, choice: str, row: Row) -> None:
     """Raise `UserError` where `config` lacks what a row needs, or has what it excludes."""
     for name in row.needs:
         if not getattr(config, name):
             raise UserError(
-                f"{choice} needs {flag_of(name)}: give it too, as in {flag_of(name)} 1."
+                f"{flag} {choice} needs {flag_of(name)}: give it too, as in {flag_of(name)} 1."
             )
     for excluded in row.without:
         name, _, value = excluded.partition("=")
-        now = getattr(config, name)
-        if str(now) == value if value else now != Config.__dataclass_fields__[name].default:
+        now, default = getattr(config, name), Config.__dataclass_fields__[name].default
+        if str(now) == value if value else now != default:
+            other = f"another {flag_of(name)}" if value else f"{flag_of(name)} {default}"
             raise UserError(
-                f"{choice} cannot be combined with {flag_of(name)} {now}: leave one of them out."
+                f"{flag} {choice} cannot be combined with {flag_of(name)} {now}: give another"
+                f" {flag}, or {other}."
             )
 
 

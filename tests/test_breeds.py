@@ -1,10 +1,11 @@
-"""Breeds: the networks that are told them, the loss that tells them apart, and drawing of one."""
+"""Breeds: conditional networks, the classifier, drawing chosen breeds, and walks between them."""
 
 # ruff: noqa: F811 (fixtures that are imported from runs)
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from runs import (
     SAMPLE,
     assert_one_sentence,
     finished_run,  # noqa: F401
     light,  # noqa: F401
     light_runs,
-    load,
+    log_of,
     pixels,
     run_here,
     sha,
@@ -28,22 +30,24 @@ from torch import Tensor, nn
 
 import train_dogs
 from train_dogs import (
+    WALK_FRAMES,
     BreedBatchNorm2d,
+    BreedGenerator,
     Config,
     CropSet,
-    Discriminator,
     Generator,
     Trainer,
     UserError,
     build_networks,
     draw_labels,
     draw_latents,
-    find_breed,
+    estimate_norms,
+    find_breeds,
     find_photos,
-    make_generator,
+    load_generator,
     prepare_crops,
     sample_images,
-    seed_for,
+    write_walk,
 )
 
 CPU = torch.device("cpu")
@@ -51,7 +55,7 @@ NAMES = [
     "n90000001-Drawn_spaniel", "n90000002-Drawn_shepherd", "n90000003-Drawn_terrier",
     "n90000004-Drawn_dachshund", "n90000005-Drawn_dalmatian", "n90000006-Drawn_spitz",
 ]  # fmt: skip
-TOLD = {"condition": "breed", "classify": 0.5}
+BREED = {"condition": "breed", "classify": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def dogs(own_cache: Path) -> CropSet:
 
 
 def small(**changes: object) -> Config:
-    """A configuration that trains in milliseconds, told of breeds."""
+    """A configuration that trains in milliseconds, conditioned on breeds."""
     tiny = {"width": 1, "latent_dim": 4, "batch_size": 6, "precision": "fp32"}
     return Config(**(tiny | {"condition": "breed"} | changes))
 
@@ -69,7 +73,7 @@ def small(**changes: object) -> Config:
 # ------------------------------------------------------------------------------------- G's norms
 
 
-def told_norm(breeds: int, channels: int) -> BreedBatchNorm2d:
+def breed_norm(breeds: int, channels: int) -> BreedBatchNorm2d:
     """One with gains and biases far apart."""
     norm = BreedBatchNorm2d(channels, breeds)
     nn.init.normal_(norm.weight)
@@ -77,7 +81,7 @@ def told_norm(breeds: int, channels: int) -> BreedBatchNorm2d:
     return norm
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     batch=st.integers(2, 8), channels=st.integers(1, 5), breeds=st.integers(1, 4),
     seed=st.integers(0, 10**6),
@@ -86,7 +90,7 @@ def test_statistics_are_of_the_whole_batch_and_gain_and_bias_of_each_dogs_breed(
     batch, channels, breeds, seed
 ):
     torch.manual_seed(seed)
-    norm, ordinary = told_norm(breeds, channels), nn.BatchNorm2d(channels, affine=False)
+    norm, ordinary = breed_norm(breeds, channels), nn.BatchNorm2d(channels, affine=False)
     x = (3 * torch.randn(batch, channels, 3, 3) + 5).requires_grad_()
     breed, weights = torch.randint(breeds, (batch,)), torch.randn(batch, channels, 3, 3)
     for training in (True, False):  # in the end by the running statistics
@@ -107,59 +111,61 @@ def test_statistics_are_of_the_whole_batch_and_gain_and_bias_of_each_dogs_breed(
         torch.testing.assert_close(norm.get_buffer(f"norm.{name}"), buffer)
 
 
-def test_at_first_all_breeds_are_one_and_both_networks_are_those_that_are_told_nothing():
-    told, plain = (build_networks(small(condition=c), CPU, 6) for c in ("breed", "none"))
+def test_conditional_networks_begin_as_the_unconditional_ones():
+    (G, D), (plain_G, plain_D) = (
+        build_networks(small(condition=c), CPU, 6) for c in ("breed", "none")
+    )
     z, images, breeds = torch.randn(6, 4), torch.rand(6, 3, 64, 64) * 2 - 1, torch.arange(6)
-    torch.testing.assert_close(told[0](z, breeds), plain[0](z))
-    assert torch.equal(told[1](images, 3, breeds).logits, plain[1](images, 3).logits)
-    assert plain[0].breeds == 0 and plain[1].projection is plain[1].classifier is None
-    assert told[1].classifier is None  # telling apart is a thing of its own
+    torch.testing.assert_close(G(z, breeds), plain_G(z))
+    assert torch.equal(D(images, 3, breeds).logits, plain_D(images, 3).logits)
+    assert (G.breeds, plain_G.breeds, len(D.heads), len(plain_D.heads)) == (6, 0, 1, 0)
+    assert torch.equal(plain_G.eval()(z), plain_G(z, breeds))  # it ignores labels
 
 
-def test_g_wants_labels_where_it_was_made_for_them_and_ignores_them_elsewhere():
-    G, z = Generator(4, 1).eval(), torch.randn(3, 4)
-    assert torch.equal(G(z), G(z, torch.tensor([0, 1, 5])))
-    with pytest.raises(ValueError, match="labels"):
-        Generator(4, 1, breeds=6)(z)
-
-
-def test_a_dogs_image_depends_on_its_breed():
-    G = Generator(4, 1, breeds=3)
+def varied(breeds: int) -> BreedGenerator:
+    """A conditional G in eval mode whose breeds are far apart."""
+    torch.manual_seed(0)
+    G = BreedGenerator(4, 4, "paper", breeds)
     for module in G.modules():
         if isinstance(module, BreedBatchNorm2d):
             nn.init.normal_(module.weight)
-    z = torch.randn(1, 4).expand(3, 4)
-    with torch.no_grad():
-        images = G.eval()(z, torch.tensor([0, 1, 0]))
+            nn.init.normal_(module.bias)
+    return G.eval()
+
+
+@torch.no_grad()
+def test_a_dogs_image_depends_on_its_breed():
+    images = varied(3)(torch.randn(1, 4).expand(3, 4), torch.tensor([0, 1, 0]))
     assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])
 
 
 # --------------------------------------------------------------------------------- D's projection
 
 
+@torch.no_grad()
 def test_the_projection_is_the_inner_product_of_breed_and_pooled_features():
     torch.manual_seed(0)
-    D = Discriminator(1, breeds=5)
-    nn.init.normal_(D.projection)
+    _, D = build_networks(small(), CPU, 5)
+    (head,) = D.heads
+    nn.init.normal_(head.embedding)
     images, breed = torch.rand(6, 3, 64, 64) * 2 - 1, torch.tensor([4, 0, 0, 3, 2, 4])
-    heads: list[Tensor] = []
-    D.head.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
-    with torch.no_grad():
-        said = D(images, 4, breed)
-        (features,) = heads
-        for k in range(6):
-            head, told = float(D.head.bias), 0.0
-            for c in range(features.shape[1]):
-                head += float((features[k, c] * D.head.weight[0, c]).sum())
-                told += float(D.projection[breed[k], c]) * float(features[k, c].mean())
-            assert float(said.logits[k]) == pytest.approx(head + told, abs=1e-4)
-            assert abs(told) > 1e-3  # it counts
+    inputs: list[Tensor] = []
+    D.linear.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    verdict = D(images, 4, breed)
+    (features,) = inputs
+    for k in range(6):
+        logit, added = float(D.linear.bias), 0.0
+        for c in range(features.shape[1]):
+            logit += float((features[k, c] * D.linear.weight[0, c]).sum())
+            added += float(head.embedding[breed[k], c]) * float(features[k, c].mean())
+        assert float(verdict.logits[k]) == pytest.approx(logit + added, abs=1e-4)
+        assert abs(added) > 1e-3  # it counts
 
 
 # ----------------------------------------------------------------------------------- in a step
 
 
-def test_a_fake_is_of_the_breed_of_its_real_and_d_is_told_so(dogs, monkeypatch):
+def test_a_fake_has_the_breed_of_its_real_and_d_gets_both_labels(dogs, monkeypatch):
     trainer, given_to_g, given_to_d, rows = Trainer(small(), dogs, CPU), [], [], []
     draw = train_dogs.draw_reals
     trainer.G.register_forward_pre_hook(lambda _, inputs: given_to_g.append(inputs[1]))
@@ -174,7 +180,7 @@ def test_a_fake_is_of_the_breed_of_its_real_and_d_is_told_so(dogs, monkeypatch):
         assert torch.equal(given_to_g[step], breed)
         assert torch.equal(given_to_d[2 * step], torch.cat([breed, breed]))
         assert torch.equal(given_to_d[2 * step + 1], breed)
-    assert (trainer.D.projection != 0).any()  # it is learnt
+    assert (trainer.D.heads[0].embedding != 0).any()  # it is learnt
 
 
 def cross_entropy(logits: Tensor, breed: Tensor) -> float:
@@ -184,23 +190,24 @@ def cross_entropy(logits: Tensor, breed: Tensor) -> float:
     return float(-np.log(chances).mean())
 
 
-def test_d_tells_apart_the_breeds_of_reals_alone_and_g_is_asked_for_the_breed_it_was_told(dogs):
+def test_d_classifies_reals_alone_and_g_is_trained_to_draw_the_breed_of_its_label(dogs):
     trainer = Trainer(small(classify=0.5, g_lr=0.0), dogs, CPU)
-    said, told = [], []
-    trainer.G.register_forward_pre_hook(lambda _, inputs: told.append(inputs[1]))
-    trainer.D.register_forward_hook(lambda _, inputs, verdict: said.append(verdict))
-    before = trainer.D.classifier.weight.detach().clone()
+    verdicts, labels = [], []
+    trainer.G.register_forward_pre_hook(lambda _, inputs: labels.append(inputs[1]))
+    trainer.D.register_forward_hook(lambda _, inputs, verdict: verdicts.append(verdict))
+    classifier = trainer.D.heads[1].linear.weight
+    before = classifier.detach().clone()
     trainer.step(0.0)
-    d_step, g_step = said
-    assert [len(v.classes) for v in said] == [12, 6] and d_step.classes.shape[1] == 6
+    of_d, of_g = verdicts
+    assert of_d.classes.shape == (12, 6) and of_g.classes.shape == (6, 6)
     stats = trainer.read_stats()
     expected = {
-        "d_classify": cross_entropy(d_step.classes[:6], told[0]),
-        "g_classify": cross_entropy(g_step.classes, told[0]),
-        "g_loss": float(np.logaddexp(0, -g_step.logits.detach().numpy()).mean()),
+        "d_classify": cross_entropy(of_d.classes[:6], labels[0]),
+        "g_classify": cross_entropy(of_g.classes, labels[0]),
+        "g_loss": float(np.logaddexp(0, -of_g.logits.detach().numpy()).mean()),
     }  # the adversarial part is logged alone
     assert {k: stats[k] for k in expected} == pytest.approx(expected, rel=1e-5)
-    assert not torch.equal(trainer.D.classifier.weight, before)
+    assert not torch.equal(classifier, before)
 
 
 # --------------------------------------------------------------------------------- as in the data
@@ -212,9 +219,9 @@ def test_g_keeps_the_share_of_each_breed(dogs):
     assert Trainer(small(), dogs, CPU).G.frequency.tolist() == pytest.approx(expected.tolist())
 
 
-def of_shares(*shares: float) -> Generator:
+def of_shares(*shares: float) -> BreedGenerator:
     """A G whose breeds occur so often."""
-    G = Generator(2, 1, breeds=len(shares))
+    G = BreedGenerator(2, 1, "paper", len(shares))
     G.frequency.copy_(torch.tensor(shares))
     return G
 
@@ -231,7 +238,7 @@ def test_breeds_are_drawn_as_often_as_in_the_data():
         after = drawn[1:][drawn[:-1] == 1].numpy()  # what follows a breed is any breed
         assert abs((after == 1).mean() - 0.4) < 0.03
     assert not torch.equal(draw_labels(G, 99, 0), draw_labels(G, 99, 1))
-    assert (draw_labels(Generator(2, 1), 50, 0) == 0).all()  # of a G that is told nothing
+    assert (draw_labels(Generator(2, 1), 50, 0) == 0).all()  # of an unconditional G
 
 
 @given(count=st.integers(1, 400), other=st.integers(1, 400), seed=st.integers(0, 2**32 - 1))
@@ -245,74 +252,139 @@ def test_breed_k_is_the_same_however_many_are_drawn(count, other, seed):
 
 
 @pytest.fixture(scope="module")
-def told_run(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Path:
-    """A finished run that was told breeds, with breeds far apart; copy it to change it."""
-    out = tmp_path_factory.mktemp("told")
+def breed_run(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Path:
+    """A finished conditional run, with breeds far apart; copy it to change it."""
+    out = tmp_path_factory.mktemp("breeds")
     with light_runs():
-        assert run_here(out, steps=14, images=12, g_lr=0.02, **TOLD) == 0
+        assert run_here(out, steps=14, images=12, g_lr=0.02, **BREED) == 0
     return out
 
 
-def test_breed_alone_draws_that_breed_by_its_full_or_short_name(told_run, tmp_path):
-    state = load(told_run / "generator.pt")
-    assert state["breeds"] == NAMES
-    G = make_generator(state["shape"])
-    G.load_state_dict(state["state_dict"])
-    G = G.to(memory_format=train_dogs.memory_layout(CPU)).eval()
-    latents = draw_latents(12, 16, seed_for(0, "submission"))
-    (expected,) = sample_images(G, latents, torch.full((12,), 2))
-    out = Path(shutil.copytree(told_run, tmp_path / "out"))
-    for name in ("N90000003-DRAWN_TERRIER", "drawn terrier"):
-        assert run_here(out, breed=name, images=12, data=None) == 0
-        assert np.array_equal(pixels(out / "images.zip"), expected), name
-    assert sha(out / "generator.pt") == sha(told_run / "generator.pt")
-    all_breeds, breeds = pixels(told_run / "images.zip"), draw_labels(G, 12, 0).tolist()
-    same = [bool(np.array_equal(a, b)) for a, b in zip(all_breeds, expected)]
-    assert same == [b == 2 for b in breeds] and 0 < sum(same) < 12
+def test_breed_draws_those_breeds_in_turn_by_their_full_or_short_names(breed_run, tmp_path):
+    G, saved = load_generator(breed_run / "generator.pt", CPU)
+    assert saved["breeds"] == NAMES
+    latents = draw_latents(12, saved["config"], "submission")
+    out = Path(shutil.copytree(breed_run, tmp_path / "out"))
+    for names, breeds in (
+        ("N90000003-DRAWN_TERRIER", [2]), ("drawn terrier,Drawn_spitz, n90000001-Drawn_spaniel",
+         [2, 5, 0]),
+    ):  # fmt: skip
+        labels = torch.tensor(breeds).repeat(12)[:12]
+        (expected,) = sample_images(G, latents, labels)
+        assert run_here(out, breed=names, images=12, data=None) == 0
+        assert np.array_equal(pixels(out / "images.zip"), expected), names
+        # Row k has the same latent as in the run's own zip, and so the same image if its breed is.
+        own = draw_labels(G, 12, 0)
+        same = [bool((a == b).all()) for a, b in zip(pixels(breed_run / "images.zip"), expected)]
+        assert same == (own == labels).tolist() and 0 < sum(same) < 12
+    assert sha(out / "generator.pt") == sha(breed_run / "generator.pt")
 
 
-@pytest.mark.parametrize("name", ["Poodle", "terrier"])
-def test_an_unknown_breed_is_refused_with_the_names(name, told_run, tmp_path, capsys):
-    out = Path(shutil.copytree(told_run, tmp_path / "out"))
+@pytest.mark.parametrize("names", ["Poodle", "Drawn_spitz,terrier"])
+def test_an_unknown_breed_is_refused_with_the_names(names, breed_run, tmp_path, capsys):
+    out = Path(shutil.copytree(breed_run, tmp_path / "out"))
     before = {p: sha(p) for p in out.rglob("*") if p.is_file()}
-    assert run_here(out, breed=name, images=12, data=None) == 2
-    spoken = [n.partition("-")[2] for n in NAMES]
-    assert_one_sentence(capsys.readouterr().err, "--breed", name, *spoken)
+    assert run_here(out, breed=names, images=12, data=None) == 2
+    short = [n.partition("-")[2] for n in NAMES]
+    assert_one_sentence(capsys.readouterr().err, "--breed", names.split(",")[-1], *short)
     assert {p: sha(p) for p in out.rglob("*") if p.is_file()} == before
 
 
-def test_a_breed_of_a_run_that_was_told_none_is_refused(finished_run, tmp_path, capsys):
+def test_a_breed_of_an_unconditional_run_is_refused(finished_run, tmp_path, capsys):
     out = Path(shutil.copytree(finished_run, tmp_path / "out"))
-    assert run_here(out, breed="Drawn_spitz", images=12, data=None) == 2
+    assert run_here(out, breed="Drawn_spitz", data=None) == 2
     assert_one_sentence(capsys.readouterr().err, "--breed", "--condition breed")
     assert sha(out / "images.zip") == sha(finished_run / "images.zip")
 
 
 def test_a_name_means_the_one_breed_that_is_called_so():
     breeds = ["n1-Shih-Tzu", "n2-toy_poodle", "n3-Pug", "n4-Pug", "spitz"]
-    for name, index in {
-        "Shih-Tzu": 0, "shih-tzu": 0, "Toy Poodle": 1, "n3-pug": 2, "N4-Pug": 3, "SPITZ": 4,
+    for names, indices in {
+        "Shih-Tzu": [0], "shih-tzu": [0], "Toy Poodle": [1], "n3-pug": [2], "N4-Pug,SPITZ": [3, 4],
+        "": [],
     }.items():  # fmt: skip
-        assert find_breed(name, breeds, True) == index
-    assert find_breed("", breeds, True) is None and find_breed("", breeds, False) is None
+        assert find_breeds(names, breeds, 5) == indices
+    assert find_breeds("", breeds, 0) == []
     with pytest.raises(UserError, match="toy_poodle"):
-        find_breed("Pug", breeds, True)  # which of the two?
+        find_breeds("Pug", breeds, 5)  # which of the two?
 
 
-def test_classify_without_condition_is_refused(tmp_path, capsys):
-    assert run_here(tmp_path / "out", classify=0.1, steps=2) == 2
-    assert_one_sentence(capsys.readouterr().err, "--classify", "--condition breed")
-    assert not (tmp_path / "out").exists()
+def test_the_plan_the_end_and_the_log_of_a_run_name_the_same_p100_hours(breed_run):
+    logged = log_of(breed_run)
+    (hours,) = [line["p100_hours"] for line in logged if "p100_hours" in line]
+    lines = [line["text"] for line in logged if "P100-hours" in line.get("text", "")]
+    assert len(lines) == 2 and all(f"P100-hours: {hours:.3g}" in line for line in lines)
 
 
-def test_a_run_in_two_parts_writes_the_zip_of_one_in_one(tmp_path, monkeypatch):
+def test_a_conditional_run_in_two_parts_writes_the_zip_of_one_in_one(tmp_path, monkeypatch):
     monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
     changes = {
-        **TOLD, "augment": "color,translation,cutout", "noise": 1 / 128,
-        "ema_beta": 0.9, "average": "ema", "images": 9, "batch_size": 3,
+        **BREED, "augment": "color,translation,cutout", "noise": 1 / 128, "ema_beta": 0.9,
+        "average": "ema", "images": 9, "batch_size": 3, "architecture": "paper",
     }  # fmt: skip
-    assert run_here(tmp_path / "whole", steps=30, **changes) == 0
-    for steps in (15, 30):
+    assert run_here(tmp_path / "whole", steps=12, **changes) == 0
+    for steps in (5, 12):
         assert run_here(tmp_path / "parts", steps=steps, **changes) == 0
     whole, parts = (tmp_path / name / "images.zip" for name in ("whole", "parts"))
     assert sha(whole) == sha(parts)
+
+
+# ---------------------------------------------------------------------------------------- the walk
+
+
+@pytest.fixture
+def walk(monkeypatch: pytest.MonkeyPatch) -> Callable[..., np.ndarray]:
+    """Returns the frames that `write_walk` draws, before they are compressed: uint8 (80, 8, 10, 64,
+    64, 3), as rows and columns of images."""
+
+    def frames_of(G: nn.Module, config: Config, breeds: Sequence[int] = ()) -> np.ndarray:
+        kept: list[Image.Image] = []
+        monkeypatch.setattr(
+            train_dogs, "save_picture", lambda path, frames, **_: kept.extend(frames)
+        )
+        write_walk(G, config, breeds)
+        return np.stack(kept).reshape(len(kept), 8, 64, 10, 64, 3).swapaxes(2, 3)
+
+    return frames_of
+
+
+@pytest.mark.parametrize("latents", ["normal", "uniform"])
+def test_a_walk_is_closed_and_each_column_is_a_tenth_of_it_ahead(latents, walk):
+    config = small(condition="none", architecture="paper", latents=latents)
+    G, _ = build_networks(config, CPU)
+    estimate_norms(G, 1, config)
+    frames = walk(G, config)
+    assert len(frames) == WALK_FRAMES == 80
+    for k in range(80):  # frame k + 8 is frame k, moved on by one column
+        ahead = frames[(k + 8) % 80]
+        assert np.array_equal(ahead[:, :-1], frames[k][:, 1:])
+        assert np.array_equal(ahead[:, -1], frames[k][:, 0])
+    first = frames[:, 0, 0].astype(int)
+    moves = np.abs(first - np.roll(first, 1, 0)).mean((1, 2, 3))
+    assert moves.max() < 0.2 * np.abs(first - np.roll(first, 40, 0)).mean((1, 2, 3)).max()
+
+
+@pytest.mark.parametrize("kind", ["dcgan", "residual"])
+def test_a_walk_through_breeds_shows_each_of_them_and_keeps_a_rows_latent(kind, walk, monkeypatch):
+    monkeypatch.setattr(train_dogs, "WALK_FRAMES", 20)
+    if kind == "dcgan":
+        config, G = small(), varied(6)
+    else:
+        config = small(architecture="residual", latent_dim=5)
+        G = estimate_norms(build_networks(config, CPU, 6)[0], 1, config)
+    breeds, latents = [4, 0, 3, 5], draw_latents(8, config, "sheet")
+    column = walk(G, config, breeds)[:, :, 0]
+    labels = torch.tensor(breeds).repeat_interleave(8)
+    (expected,) = sample_images(G, latents.repeat(4, 1), labels)
+    assert np.array_equal(column[::5], expected.reshape(4, 8, 64, 64, 3))
+    for k in range(20):
+        assert not np.array_equal(column[k], column[k - 1])
+
+
+def test_walk_writes_an_animation_and_leaves_the_zip(breed_run, tmp_path):
+    out = Path(shutil.copytree(breed_run, tmp_path / "out"))
+    assert run_here(out, "--walk", data=None) == 0
+    with Image.open(out / "walk.webp") as animation:
+        assert (animation.format, animation.size) == ("WEBP", (640, 512))
+        assert animation.n_frames == 80
+    assert sha(out / "images.zip") == sha(breed_run / "images.zip")
