@@ -751,7 +751,8 @@ class Trainer:
             memory_layout(device),
             choose_precision(config.precision, device),
         )
-        torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+        if device.type != "meta":  # FLOPs are counted while a run's setting holds
+            torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
         self.G, self.D = build_networks(config, device, len(crops.breeds))
         if self.G.breeds:
             breeds = torch.arange(self.G.breeds, device=device)
