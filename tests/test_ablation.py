@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 from dog_sets import as_folders, make_dogs
-from runs import SAMPLE, left_over, light, load, pixels  # noqa: F401
+from runs import SAMPLE, left_over, load, pixels
 
 import mifid
 import train_dogs
 from train_dogs import Config, Trainer
+
+pytestmark = pytest.mark.usefixtures("light")
 
 BASE = "width=1,latent_dim=4,batch_size=4,average_every=1,swa_start=0.25,precision=fp32"
 STEPS = 6

@@ -1,7 +1,5 @@
 """Breeds: the networks that are told them, the loss that tells them apart, and drawing of one."""
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import shutil
@@ -15,8 +13,6 @@ from hypothesis import strategies as st
 from runs import (
     SAMPLE,
     assert_one_sentence,
-    finished_run,  # noqa: F401
-    light,  # noqa: F401
     light_runs,
     load,
     pixels,
@@ -45,6 +41,8 @@ from train_dogs import (
     sample_images,
     seed_for,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 NAMES = [

@@ -15,7 +15,6 @@ from runs import (
     SCRIPT,
     assert_one_sentence,
     left_over,
-    light,  # noqa: F401
     load,
     pixels,
     resumed_steps,
@@ -34,6 +33,8 @@ from train_dogs import (
     prepare_crops,
     sample_images,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:

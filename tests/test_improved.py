@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import SAMPLE, assert_one_sentence, light, load, run_here, sha  # noqa: F401
+from runs import SAMPLE, assert_one_sentence, load, run_here, sha
 from torch import Tensor, nn
 
 import train_dogs
@@ -33,6 +33,8 @@ from train_dogs import (
     g_matching,
     prepare_crops,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 CLASSES = {"condition": "classes", "classify": 1.0}

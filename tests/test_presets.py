@@ -3,8 +3,6 @@
 Oracles: the papers' own numbers, plain networks with ordinary batch norms, scipy's distributions.
 """
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import json
@@ -22,8 +20,6 @@ from runs import (
     SAMPLE,
     STEPS,
     assert_one_sentence,
-    finished_run,  # noqa: F401
-    light,  # noqa: F401
     load,
     pixels,
     run_here,
@@ -50,6 +46,8 @@ from train_dogs import (
     prepare_crops,
     stepped_beta,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SAMPLE, assert_one_sentence, light, load, run_here, sha  # noqa: F401
+from runs import SAMPLE, assert_one_sentence, run_here, sha
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -38,6 +38,8 @@ from train_dogs import (
     sample_images,
     settle,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 PRESET = Config(**PRESETS["second-private"])

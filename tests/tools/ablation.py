@@ -1,10 +1,10 @@
 """One change at a time: train it, score it, and say in a table what it costs and what it gains.
 
-    python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0,1 base breed augment
-    python tests/ablation.py --data DOGS --out runs --points 12 base@8.5
-    python tests/ablation.py --data DOGS --out runs --tenth --seeds 0,1 base no-margin r1
-    python tests/ablation.py --data DOGS --floor base box square+whole
-    python tests/ablation.py --out runs --table
+    python tests/tools/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0,1 base breed augment
+    python tests/tools/ablation.py --data DOGS --out runs --points 12 base@8.5
+    python tests/tools/ablation.py --data DOGS --out runs --tenth --seeds 0,1 base no-margin r1
+    python tests/tools/ablation.py --data DOGS --floor base box square+whole
+    python tests/tools/ablation.py --out runs --table
 
 A change is a name of `CHANGES` or fields of the configuration, as in `margin=1,smoothing=0.05`; the
 same fields for all by `--base width=16`. Each run costs `--hours` P100-hours by arithmetic, or what
@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mifid
 import train_dogs
