@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from dog_sets import as_folders, make_dogs
-from runs import SAMPLE, left_over, load, pixels
+from runs import ROOT, SAMPLE, left_over, load, pixels
 
 import mifid
 import train_dogs
@@ -353,3 +354,27 @@ def test_a_mixture_is_half_of_each_seed(tmp_path, monkeypatch, capsys):
     assert np.array_equal(mixed, np.concatenate([first[:20], second[:20]])) and len(first) == 40
     rows = capsys.readouterr().out.splitlines()[-3:]
     assert [row.split("|")[3].strip() for row in rows] == ["seed 0", "seed 1", "half of each"]
+
+
+def test_the_notebook_holds_the_tables_of_its_lines_and_its_commands_are_understood(capsys):
+    notebook = (ROOT / "data" / "EXPERIMENTS.md").read_text("utf-8")
+    assert ablation.main(["--table", str(ROOT / "data" / "experiments.jsonl")]) == 0
+    rows = [row for row in capsys.readouterr().out.splitlines() if row]
+    assert len(rows) > 10 and [row for row in rows if row not in notebook] == []
+    commands = re.findall(r"^python tests/tools/ablation.py (.*)$", notebook, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        args = ablation.parse(command.split())
+        for change in args.changes:
+            ablation.Run(args, change, 0)
+    assert "(gone)" in notebook  # options of which only the numbers are left
+
+
+def test_the_notebook_names_only_files_that_exist():
+    for path in (ROOT / "data" / "EXPERIMENTS.md", ROOT / "tests" / "README.md"):
+        text = path.read_text("utf-8")
+        folder = path.parent if path.parent.name == "tests" else ROOT
+        names = set(re.findall(r"[\w/]*\b(?:tools|bench)/\w+\.py", text))
+        assert names and all((folder / n).exists() or (ROOT / n).exists() for n in names), names
+        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text):
+            assert (path.parent / picture).is_file()

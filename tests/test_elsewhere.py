@@ -20,6 +20,14 @@ import train_dogs
 
 pytestmark = pytest.mark.usefixtures("light")
 
+# `elsewhere.py` with the light settings that the runs of this process have.
+SCRIPT = """
+import sys; sys.path[:0] = ["tests/tools"]
+import elsewhere, train_dogs
+train_dogs.NORM_BATCHES, train_dogs.SHEETS = 8, ()
+sys.exit(elsewhere.main(sys.argv[1:]))
+"""
+
 
 def options(**changes: object) -> list[str]:
     """Those of a tiny run, without --data and --out."""
@@ -40,8 +48,7 @@ def test_a_lossless_pack_trains_the_same_images_where_no_photos_are(tmp_path):
     for name in ("train_dogs.py", "tests/tools/elsewhere.py"):
         shutil.copy(ROOT / name, there / name)
     shutil.move(tmp_path / "crops.zip", there)
-    script = "import train_dogs; train_dogs.NORM_BATCHES, train_dogs.SHEETS = 8, ()\n"
-    command = [sys.executable, "-c", RUNNER + script + "sys.exit(elsewhere.main(sys.argv[1:]))"]
+    command = [sys.executable, "-c", SCRIPT]
     command += ["run", "crops.zip", "results", *options()]
     one = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(there / "cache")}
     done = subprocess.run(
@@ -60,9 +67,6 @@ def test_a_lossless_pack_trains_the_same_images_where_no_photos_are(tmp_path):
     names = {"log.jsonl", "config.json", "progress.webp", "images_0.zip"}
     assert {p.name for p in results.iterdir()} - names <= {"step_0000006.png"}
     assert not (there / "cache").exists()  # no photo was looked for
-
-
-RUNNER = "import sys; sys.path[:0] = ['tests/tools']; import elsewhere\n"
 
 
 def test_a_pack_has_every_field_of_the_crops_and_jpeg_stays_near(tmp_path):
