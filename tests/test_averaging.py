@@ -1,7 +1,5 @@
 """The submitted generator: SWA, EMA, re-estimated norms, and images that depend on z alone."""
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import math
@@ -16,8 +14,6 @@ from hypothesis import strategies as st
 from runs import (
     SAMPLE,
     STEPS,
-    finished_run,  # noqa: F401
-    light,  # noqa: F401
     load,
     pixels,
     pngs,
@@ -41,6 +37,8 @@ from train_dogs import (
     sample_images,
     seed_for,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 

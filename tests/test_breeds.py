@@ -1,7 +1,5 @@
 """Breeds: conditional networks, the classifier, drawing chosen breeds, and walks between them."""
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import shutil
@@ -17,8 +15,6 @@ from PIL import Image
 from runs import (
     SAMPLE,
     assert_one_sentence,
-    finished_run,  # noqa: F401
-    light,  # noqa: F401
     light_runs,
     log_of,
     pixels,
@@ -49,6 +45,8 @@ from train_dogs import (
     sample_images,
     write_walk,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 NAMES = [

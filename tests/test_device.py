@@ -14,7 +14,6 @@ from runs import (
     SCRIPT,
     assert_one_sentence,
     left_over,
-    light,  # noqa: F401
     load,
     pixels,
     resumed_steps,
@@ -35,6 +34,8 @@ from train_dogs import (
     sample_images,
     trainer_state,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from dog_sets import Dog, as_folders, as_pictures, make_dog, make_dogs, tar_folder, zip_folder
 from PIL import Image
-from runs import assert_one_sentence, light  # noqa: F401
+from runs import assert_one_sentence
 from torchvision.datasets import ImageFolder
 
 import train_dogs
 from train_dogs import PhotoSet, UserError, find_photos, prepare_crops
+
+pytestmark = pytest.mark.usefixtures("light")
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 MIB = 1 << 20

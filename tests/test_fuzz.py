@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("fcntl")  # it forks
-FUZZ = Path(__file__).with_name("fuzz.py")
+FUZZ = Path(__file__).parent / "tools" / "fuzz.py"
 
 
 def fuzz(*argv: str) -> tuple[int, dict[str, int], str]:

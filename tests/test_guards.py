@@ -1,7 +1,5 @@
 """What a CUDA graph and its fused optimiser need, guarded on a CPU, for every preset and term."""
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import copy
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SAMPLE, STEPS, finished_run, light, load, run_here, sha  # noqa: F401
+from runs import SAMPLE, STEPS, load, run_here, sha
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,6 +43,8 @@ from train_dogs import (
     trainer_state,
     training_tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

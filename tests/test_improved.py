@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import SAMPLE, light, load, run_here, sha  # noqa: F401
+from runs import SAMPLE, load, run_here, sha
 from torch import Tensor, nn
 
 import train_dogs
@@ -36,6 +36,8 @@ from train_dogs import (
     prepare_crops,
     training_tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 CLASSES = {"condition": "classes", "classify": 1.0}

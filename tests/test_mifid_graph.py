@@ -3,7 +3,6 @@
 Oracles: the encoder of `frozen_graph.py`; a table of the graph's names, here; the real tensors,
 whose fingerprint is known.
 """
-# ruff: noqa: F811 (fixtures of another module)
 
 from __future__ import annotations
 
@@ -20,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from frozen_graph import constant, field, graph_of, varint
-from test_mifid_network import pictures, script_file, tensors  # noqa: F401
 
 import mifid
 

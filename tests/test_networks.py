@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from runs import light  # noqa: F401
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +27,8 @@ from train_dogs import (
     logit,
     objectives,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

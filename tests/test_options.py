@@ -1,7 +1,5 @@
 """The command line: flags, presets, help, the dry run, exit codes, and what a run leaves behind."""
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import contextlib
@@ -29,8 +27,6 @@ from runs import (
     STEPS,
     arguments,
     assert_one_sentence,
-    finished_run,  # noqa: F401
-    light,  # noqa: F401
     load,
     log_of,
     pixels,
@@ -40,6 +36,8 @@ from runs import (
 
 import train_dogs
 from train_dogs import Config, UserError, main, parse
+
+pytestmark = pytest.mark.usefixtures("light")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 SPANS = {name: f.metadata["span"] for name, f in FIELDS.items()}

@@ -1,7 +1,5 @@
 """Precision: which a device gets, steps in half of it, the loss scale, and sampling in float32."""
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import math
@@ -15,8 +13,6 @@ from runs import (
     SAMPLE,
     STEPS,
     all_finite,
-    finished_run,  # noqa: F401
-    light,  # noqa: F401
     load,
     log_of,
     run_here,
@@ -40,6 +36,8 @@ from train_dogs import (
     prepare_crops,
     trainer_state,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

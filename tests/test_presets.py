@@ -3,8 +3,6 @@
 Oracles: the papers' own numbers, plain networks with ordinary batch norms, scipy's distributions.
 """
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import json
@@ -21,8 +19,6 @@ from hypothesis import strategies as st
 from runs import (
     SAMPLE,
     STEPS,
-    finished_run,  # noqa: F401
-    light,  # noqa: F401
     load,
     pixels,
     run_here,
@@ -48,6 +44,8 @@ from train_dogs import (
     prepare_crops,
     stepped_beta,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,11 @@ import pytest
 from dog_sets import BOX, SIZE, Dog, annotate, as_folders, encode, make_dog, make_dogs, paint
 from dog_sets import photo_of as photo
 from PIL import Image
-from runs import light  # noqa: F401
 
 import train_dogs
 from train_dogs import BadItem, UserError, find_photos, prepare_crops
+
+pytestmark = pytest.mark.usefixtures("light")
 
 LEFT, RIGHT = (200, 30, 40), (20, 60, 190)
 SMALL = ["--device", "cpu", "--width", "1", "--latent-dim", "4", "--images", "4", "--steps", "1"]

@@ -31,7 +31,9 @@ def test_every_command_line_of_the_program_is_understood():
 def test_every_flag_that_is_named_exists():
     known = set(re.findall(r"--[a-z][a-z-]+", train_dogs.make_parser().format_help()))
     known |= set(re.findall(r'"(--[a-z][a-z-]+)"', (ROOT / "mifid.py").read_text("utf-8")))
-    known |= set(re.findall(r'"(--[a-z][a-z-]+)"', (ROOT / "tests/ablation.py").read_text("utf-8")))
+    known |= set(
+        re.findall(r'"(--[a-z][a-z-]+)"', (ROOT / "tests/tools/ablation.py").read_text("utf-8"))
+    )
     known |= {"--no-index", "--find-links", "--accelerator", "--swa-every"}  # pip's, kaggle's, old
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()
 

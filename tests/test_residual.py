@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import SAMPLE, assert_one_sentence, light, run_here, sha  # noqa: F401
+from runs import SAMPLE, assert_one_sentence, run_here, sha
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -39,6 +39,8 @@ from train_dogs import (
     trainer_state,
     training_tensors,
 )
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 PRESET = Config(**PRESETS["second-private"])

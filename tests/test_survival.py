@@ -1,7 +1,5 @@
 """Kills, signals, damage, full disks and budgets: what a run survives and leaves behind."""
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import json
@@ -33,9 +31,7 @@ from runs import (
     arguments,
     assert_one_sentence,
     environment,
-    finished_run,  # noqa: F401
     left_over,
-    light,  # noqa: F401
     light_runs,
     load,
     log_of,
@@ -51,6 +47,8 @@ from runs import (
 
 import train_dogs
 from train_dogs import Config, Trainer, UserError, read_checkpoint, read_state
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CUT = 3 * STEPS // 4  # where SWA has begun, in the middle of an order of the dogs
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -1,7 +1,5 @@
 """A step, the schedule, determinism, sickness and collapse."""
 
-# ruff: noqa: F811 (fixtures that are imported from runs)
-
 from __future__ import annotations
 
 import math
@@ -20,8 +18,6 @@ from runs import (
     SAMPLE,
     STEPS,
     all_finite,
-    finished_run,  # noqa: F401
-    light,  # noqa: F401
     load,
     log_of,
     pixels,
@@ -32,6 +28,8 @@ from test_networks import PlainDiscriminator, in_order
 
 import train_dogs
 from train_dogs import Clock, Config, CropSet, Seen, Trainer, find_photos, prepare_crops
+
+pytestmark = pytest.mark.usefixtures("light")
 
 CPU = torch.device("cpu")
 

@@ -1,30 +1,33 @@
-"""One change at a time: train it, score it, and say in a table what it costs and what it gains.
+"""One change at a time: train it, score it, and print what it costs and what it gains.
 
-    python tests/ablation.py --data DOGS --out runs --hours 0.85 --seeds 0,1 base breed augment
-    python tests/ablation.py --data DOGS --out runs --points 12 base@8.5
-    python tests/ablation.py --data DOGS --out runs --tenth --seeds 0,1 base no-margin r1
-    python tests/ablation.py --data DOGS --floor base box square+whole
-    python tests/ablation.py --out runs --table
+    python tests/tools/ablation.py --data DOGS --out runs --seeds 0,1 base breed augment
+    python tests/tools/ablation.py --data DOGS --out runs --points 12 base@8.5
+    python tests/tools/ablation.py --data DOGS --out runs --tenth --seeds 0,1 base no-margin r1
+    python tests/tools/ablation.py --data DOGS --out runs --mixture --seeds 0,1 base
+    python tests/tools/ablation.py --data DOGS --floor base box square+whole
+    python tests/tools/ablation.py --table data/experiments.jsonl
 
-A change is a name of `CHANGES` or fields of the configuration, as in `margin=1,smoothing=0.05`; the
-same fields for all by `--base width=16`. Each run costs `--hours` P100-hours by arithmetic, or what
-stands behind its @, so that changes compare at equal FLOPs on any device. It keeps the generators
-of `--averages` at the end (and at `--points` before it, for the curve), as `train_dogs.py --breed`
-and `--sample-only` read them, and scores `--images` of each by both rules of mifid.py. Lines are
-appended to `OUT/results.jsonl`, one for each generator scored. What is done is not done again, and
-training goes on from its checkpoint: stop it at any time and give the same command.
+A change is a name of `CHANGES` or fields of the configuration, as in `margin=1,smoothing=0.05`;
+`--base width=16` sets fields for all of them. Each run costs `--hours` P100-hours by counted FLOPs,
+or the number after its @, so that changes compare at equal cost on any device. The generators of
+`--averages` are kept at the end (and at `--points` before it), in the format of `generator.pt`, and
+`--images` of each are scored by both rules of mifid.py. Each score is a line of
+`OUT/results.jsonl`; `--log FILE` appends a copy, without the configuration, to a file that can be
+committed. A finished run is not repeated, and an interrupted one continues from its checkpoint:
+stop it at any time and give the same command again.
 
 `--tenth` trains on a tenth of the photos, chosen by a hash of their names, and scores against the
-others: there over-fitting is real, within hours. `--floor` trains nothing: it scores real dogs,
-cropped as each change says, against photos that show others: what a perfect generator of those
-crops would reach. For a machine without the photos: `--pack dogs.pt` writes the crops that the
-changes need and the references' features to one file, which is then its `--data`. `--fast` scores
-in half precision, as mifid.py's does; such scores compare with each other alone.
+others: there over-fitting shows within hours. `--floor` trains nothing: it scores real dogs,
+cropped as each change does it, against other photos: the score of a perfect generator of such
+crops. `--mixture` scores images half from each of two seeds, next to each seed alone at the same
+count. `--fast` scores in half precision; compare such scores only with each other. `--table FILE`
+prints the tables of the lines in a file.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import statistics
@@ -32,14 +35,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mifid
 import train_dogs
@@ -50,9 +53,10 @@ CHANGES: dict[str, dict[str, object]] = {
     "square+whole": {"crops": "square:1,whole:1"},
     "square+context": {"crops": "square:1,context:1"},
     "box": {"crops": "box"},
+    "head": {"crops": "head"},
+    "head+square+context": {"crops": "head:2,square:1,context:1"},  # first-public's
     "translation": {"augment": "translation"},
     "augment": {"augment": "color,translation,cutout"},
-    "late-translation": {"augment": "translation", "augment_start": 0.5},
     "breed": {"condition": "breed"},
     "breed+classify": {"condition": "breed", "classify": 0.1},
     "decay": {"lr_decay_start": 0.5},
@@ -78,7 +82,7 @@ def fields_of(text: str) -> dict[str, object]:
 
 
 class Run:
-    """One change at one seed: its configuration, its folder, and what it is called in the log."""
+    """One change at one seed: its configuration, its folder, and the fields that identify it."""
 
     def __init__(self, args: argparse.Namespace, change: str, seed: int) -> None:
         self.change, _, own_hours = change.partition("@")
@@ -93,7 +97,7 @@ class Run:
         self.folder = args.out / digest(self.key)
 
     def generator(self, step: int, average: str) -> Path:
-        """Where the generator of an average at a step lies."""
+        """The file of an average's generator at a step."""
         return self.folder / f"generator_{step:07d}_{average}.pt"
 
     def __str__(self) -> str:
@@ -103,32 +107,12 @@ class Run:
 # --------------------------------------------------------------------------------------------- dogs
 
 
-class Dogs:
-    """What is trained on and what scores compare with: of photos, or of a file that was packed."""
-
-    def __init__(self, data: Path, tenth: bool, fast: bool = False) -> None:
-        self.packed, self.tenth, self.fast = {}, tenth, fast
-        if data.suffix == ".pt":
-            self.packed = torch.load(data, weights_only=True, mmap=True)
-            self.tenth, self.fast = self.packed["tenth"], self.packed["fast"]
-            return
-        self.seen = self.unseen = train_dogs.find_photos([data])
-        if tenth:
-            self.seen, self.unseen = split(self.seen, lambda n: int(digest(n), 16) % 10 == 0)
-
-    def crops(self, kinds: str) -> train_dogs.CropSet:
-        """What `kinds` show of those to train on."""
-        if not self.packed:
-            return train_dogs.prepare_crops(self.seen, kinds)
-        if kinds not in self.packed["crops"]:
-            sys.exit(f"these dogs were packed without --crops {kinds}: pack them again.")
-        return train_dogs.CropSet(**self.packed["crops"][kinds])
-
-    def references(self, model: mifid.Inception) -> dict[str, np.ndarray]:
-        """The features of those to compare with, by rule."""
-        if not self.packed:
-            return references(self.unseen, model)
-        return {rule: kept.numpy() for rule, kept in self.packed["references"].items()}
+def find_dogs(data: Path, tenth: bool) -> tuple[PhotoSet, PhotoSet]:
+    """The photos to train on, and those to compare with: the same, or the other nine tenths."""
+    photos = train_dogs.find_photos([data])
+    if not tenth:
+        return photos, photos
+    return split(photos, lambda name: int(digest(name), 16) % 10 == 0)
 
 
 def split(photos: PhotoSet, chosen: Callable[[str], bool]) -> tuple[PhotoSet, PhotoSet]:
@@ -140,32 +124,39 @@ def split(photos: PhotoSet, chosen: Callable[[str], bool]) -> tuple[PhotoSet, Ph
 def references(photos: PhotoSet, model: mifid.Inception) -> dict[str, np.ndarray]:
     """Features of whole frames and of boxes, as mifid.py's two rules squash them; cached."""
     names = [(p.name, p.picture.size, p.picture.stamp) for p in photos.photos]
+    views = cache(partial(squashed, photos))  # a photo is read once for both rules
     found = {}
     for rule in ("whole", "box") if photos.annotated else ("whole",):
         key = digest([rule, names, model.precision])
         path = train_dogs.cache_folder() / f"reference_{key}.npz"
-        found[rule] = kept_features(path, model, partial(squashed, photos, rule))
+        found[rule] = kept_features(path, model, lambda rule=rule: views()[rule])
     return found
 
 
-def squashed(photos: PhotoSet, rule: str) -> np.ndarray:
-    """uint8 (n, 64, 64, 3): every readable photo whole, or every box by itself."""
+def squashed(photos: PhotoSet) -> dict[str, np.ndarray]:
+    """uint8 (n, 64, 64, 3) by rule: every readable photo whole, and every box by itself."""
 
-    def views(photo: Photo) -> list[np.ndarray]:
+    def small(picture: Image.Image) -> np.ndarray:
+        return np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS))
+
+    def views(photo: Photo) -> tuple[list[np.ndarray], list[np.ndarray]]:
         try:
             picture, boxes = train_dogs.read_photo(photo)
         except train_dogs.BadItem:
-            return []
-        frames = [picture] if rule == "whole" else [picture.crop([*map(round, b)]) for b in boxes]
-        return [np.asarray(f.resize((64, 64), Image.Resampling.LANCZOS)) for f in frames]
+            return [], []
+        return [small(picture)], [small(picture.crop([*map(round, box)])) for box in boxes]
 
-    return np.stack([v for found in train_dogs.in_threads(views, photos.photos) for v in found])
+    found = {"whole": [], "box": []}
+    for frames, boxes in train_dogs.in_threads(views, photos.photos):
+        found["whole"] += frames
+        found["box"] += boxes
+    return {rule: np.stack(some) for rule, some in found.items() if some}
 
 
 def kept_features(
     path: Path, model: mifid.Inception, images: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """The features in `path`; made of `images` and written there where there are none."""
+    """The features in `path`; if it does not exist, they are computed from `images` and kept."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         mifid.save_arrays(path, features=mifid.extract_features(model, images()))
@@ -244,11 +235,14 @@ class Scorer:
         self.device, self.model = device, mifid.load_inception(device=device, fast=fast)
         self.features = found(self.model)
 
+    def features_of(self, path: Path, config: Config, count: int) -> np.ndarray:
+        """float32 (count, 2048), of the images that the generator in `path` submits; kept."""
+        kept = path.with_name(f"{path.stem}_{count}_{self.model.precision}.npz")
+        return kept_features(kept, self.model, partial(submitted, path, config, count))
+
     def score(self, path: Path, config: Config, count: int) -> dict[str, object]:
         """`compare` for the images that a submission of the generator in `path` would hold."""
-        kept = path.with_name(f"{path.stem}_{count}_{self.model.precision}.npz")
-        images = partial(submitted, path, config, count)
-        return self.compare(kept_features(kept, self.model, images))
+        return self.compare(self.features_of(path, config, count))
 
     def compare(self, features: np.ndarray) -> dict[str, object]:
         """FID by each rule, and the other numbers of the public one, for N x 2048 features."""
@@ -257,16 +251,20 @@ class Scorer:
             for rule, reals in self.features.items()
         }
         line = {name: found["whole"][name] for name in SCORES}
+        if len(features) >= 2 * mifid.GROUPS:  # of fewer the jackknife has no error
+            reals = mifid.gaussian_of(self.features["whole"])
+            _, line["fid_error"], line["fid_unbiased"] = mifid.fid_with_error(features, reals)
         return line | {"fid_box": found["box"]["fid"] if "box" in found else None}
 
 
 SCORES = (
-    "fid", "memorization_distance", "mifid", "unseen_distance", "n_generated", "n_reference",
+    "fid", "fid_error", "fid_unbiased", "memorization_distance", "mifid", "unseen_distance",
+    "n_generated", "n_reference",
 )  # fmt: skip
 
 
 def submitted(path: Path, config: Config, count: int) -> np.ndarray:
-    """uint8 (count, 64, 64, 3): what the generator in `path` draws; a sheet is laid beside it."""
+    """uint8 (count, 64, 64, 3): images of the generator in `path`; a sheet is saved next to it."""
     device = train_dogs.choose_device(config.device)
     state = train_dogs.load_state(path, "state_dict")
     G = train_dogs.make_generator(state["shape"])
@@ -281,17 +279,14 @@ def submitted(path: Path, config: Config, count: int) -> np.ndarray:
 
 
 def show_floor(args: argparse.Namespace) -> str:
-    """Markdown: real dogs of some photos, cropped as the changes say, against the other photos."""
+    """Markdown: real dogs of some photos, cropped as the changes do it, against other photos."""
     found = train_dogs.find_photos([args.data])
     order = np.random.default_rng(args.seeds[0]).permutation(len(found.photos))
     names = {found.photos[k].name for k in order[: min(args.images, len(order) // 2)]}
     drawn, others = split(found, names.__contains__)
     device = train_dogs.choose_device(args.device)
     scorer = Scorer(device, partial(references, others), args.fast)
-    text = [
-        "| crops | images | FID, whole frames | FID, boxes | distance |",
-        "|---|---|---|---|---|",
-    ]
+    text = heading("crops", "images")
     for change in args.changes:
         crops = Run(args, change, 0).config.crops
         dogs = train_dogs.prepare_crops(drawn, crops)
@@ -300,73 +295,114 @@ def show_floor(args: argparse.Namespace) -> str:
         reals = [train_dogs.draw_reals(dogs, part, chance) for part in rows.split(1000)]
         images = np.concatenate([train_dogs.to_bytes(real) for real in reals])
         x = scorer.compare(mifid.extract_features(scorer.model, images))
-        cells = [spread([x], *of) for of in COLUMNS]
-        text.append(f"| {crops} | {len(images):,} | {' | '.join(cells)} |")
+        text.append(row([x], crops, f"{len(images):,}"))
+    return "\n".join(text)
+
+
+def show_mixture(args: argparse.Namespace, scorer: Scorer) -> str:
+    """Markdown: images half from each of the first two seeds, and from each seed alone."""
+    text = heading("change", "weights", "images of")
+    for change in args.changes:
+        runs = [Run(args, change, seed) for seed in args.seeds[:2]]
+        for average in args.averages:
+            paths = [run.generator(run.steps, average) for run in runs]
+            if not all(path.exists() for path in paths):
+                sys.exit(f"ablation: {change}, {average}: train seeds {args.seeds} first")
+            both = [scorer.features_of(p, r.config, args.images) for p, r in zip(paths, runs)]
+            half = args.images // 2
+            sets = {f"seed {run.config.seed}": x for run, x in zip(runs, both)}
+            sets["half of each"] = np.concatenate([x[:half] for x in both])
+            for name, x in sets.items():
+                text.append(row([scorer.compare(x)], change, average, name))
     return "\n".join(text)
 
 
 # ---------------------------------------------------------------------------------------- the table
 
-COLUMNS = (("fid", 1), ("fid_box", 1), ("memorization_distance", 3))  # and their digits
+COLUMNS = {  # title: name and digits
+    "FID, whole photos": ("fid", 1),
+    "without its bias": ("fid_unbiased", 1),
+    "FID, boxes": ("fid_box", 1),
+    "distance": ("memorization_distance", 3),
+}
 
 
-def read_lines(out: Path) -> list[dict]:
-    """What was scored so far."""
-    path = out / "results.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def heading(*names: str) -> list[str]:
+    """The first two lines of a table: `names`, then the scores."""
+    titles = [*names, *COLUMNS]
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
 
 
-def append_line(out: Path, line: dict) -> None:
+def row(rows: Sequence[dict], *cells: object) -> str:
+    """A line of a table: `cells`, then the scores of one or several runs."""
+    return f"| {' | '.join(map(str, [*cells, *(spread(rows, *x) for x in COLUMNS.values())]))} |"
+
+
+def spread(rows: Sequence[dict], name: str, digits: int) -> str:
+    """Mean, and least to most over the seeds; of one run the value, with its error if known."""
+    values = [x[name] for x in rows if x.get(name) is not None]
+    if not values:
+        return "-"
+    numbers = (statistics.mean(values), min(values), max(values))
+    mean, least, most = (f"{v:.{digits}f}" for v in numbers)
+    if len(values) > 1:
+        return f"{mean} ({least} to {most})"
+    error = rows[0].get(f"{name}_error")
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The scores in a file."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def append_line(path: Path, line: dict) -> None:
     """Add a line; the file is whole at any time."""
-    lines = [*read_lines(out), line]
-    with train_dogs.whole_file(out / "results.jsonl") as part:
-        part.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    lines = [*read_lines(path), line]
+    with train_dogs.whole_file(path) as part:
+        part.write_text("".join(json.dumps(x) + "\n" for x in lines), "utf-8")
 
 
 def grouped(lines: Sequence[dict], *names: str) -> dict[str, list[dict]]:
     """Lines by the values of some fields."""
     groups: dict[str, list[dict]] = {}
     for x in lines:
-        groups.setdefault(json.dumps([x[name] for name in names]), []).append(x)
+        groups.setdefault(json.dumps([x.get(name) for name in names]), []).append(x)
     return groups
 
 
-def show_tables(out: Path) -> str:
-    """Markdown: what each change scored at the end of its runs, and the curves of long ones."""
+def show_tables(lines: Sequence[dict]) -> str:
+    """Markdown: the scores of each change at the end of its runs, and the curves of long ones.
+
+    A table holds only scores that compare: of equal cost, against the same photos.
+    """
     text = []
-    for mine in grouped(read_lines(out), "preset", "base", "tenth", "hours", "n", "fast").values():
-        x = mine[0]
-        where = "a tenth against the others, " if x["tenth"] else ""
+    same = ("preset", "base", "reference", "hours", "n", "fast")
+    for mine in grouped(lines, *same).values():
+        x, base = mine[0], ",".join(f"{k}={v}" for k, v in mine[0]["base"].items())
+        cost = f", {x['hours']} P100-hours a run" if x.get("hours") else ""
         text.append(
-            f"\n{x['preset']} with {x['base']}, {where}{x['hours']} P100-hours a run,"
-            f" {x['n']:,} images scored{' by --fast' * x['fast']}\n\n"
-            "| change | weights | seeds | images | FID, whole frames | FID, boxes | distance |\n"
-            "|---|---|---|---|---|---|---|"
+            f"\n`--preset {x['preset']}`{f', `{base}`' if base else ''}{cost}: {x['n']:,} images"
+            f" against {x.get('reference')}{', `--fast`' * x['fast']}\n"
         )
-        ends = grouped([x for x in mine if x["step"] == x["steps"]], "change", "average").values()
-        for rows in sorted(ends, key=lambda rows: statistics.mean(x["fid"] for x in rows)):
-            x, cells = rows[0], [spread(rows, *of) for of in COLUMNS]
-            start = f"{x['change']} | {x['average']} | {len(rows)} | {x['images']:,}"
-            text.append(f"| {start} | {' | '.join(cells)} |")
-        curves = {x["change"] for x in mine if x["step"] < x["steps"]}
+        text += heading("change", "weights", "seeds", "images")
+        ends, earlier = [], []
+        for run in grouped(mine, "change", "average", "seed").values():
+            *before, end = sorted(run, key=lambda x: x["step"])
+            ends.append(end)
+            earlier += [*before, end] if before else []
+        rows = grouped(ends, "change", "average", "images").values()
+        for some in sorted(rows, key=lambda some: statistics.mean(x["fid"] for x in some)):
+            x = some[0]
+            text.append(row(some, x["change"], x["average"], len(some), f"{x['images']:,}"))
         text += [
             f"{x['change']}, seed {x['seed']}, {x['average']}: {x['images']:,} images,"
             f" {x['p100_hours']:.3f} P100-hours, FID {x['fid']:.1f},"
             f" distance {x['memorization_distance']:.3f}"
-            for x in sorted(mine, key=lambda x: (x["change"], x["seed"], x["average"], x["step"]))
-            if x["change"] in curves
+            for x in earlier
         ]
     return "\n".join(text)
-
-
-def spread(rows: Sequence[dict], name: str, digits: int) -> str:
-    """Mean, and least to most over the seeds."""
-    values = [x[name] for x in rows if x[name] is not None]
-    if not values:
-        return "-"
-    numbers = (statistics.mean(values), min(values), max(values))
-    mean, least, most = (f"{v:.{digits}f}" for v in numbers)
-    return mean if len(values) == 1 else f"{mean} ({least} to {most})"
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -396,20 +432,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tenth", action="store_true", help="train on a tenth of the photos")
     parser.add_argument("--fast", action="store_true", help="score in half precision")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--pack", type=Path, help="write crops and references to this .pt")
+    parser.add_argument("--log", type=Path, help="append a copy of each score to this file")
     parser.add_argument("--floor", action="store_true", help="score real crops and stop")
-    parser.add_argument("--table", action="store_true", help="show the tables and stop")
+    parser.add_argument("--mixture", action="store_true", help="score two seeds mixed and stop")
+    parser.add_argument("--table", type=Path, help="print the tables of this file and stop")
     args = parser.parse_args(argv)
     if not (args.table or args.data):
         parser.error("give --data, the folder of dogs to train on")
-    if args.floor and args.data.suffix == ".pt":
-        parser.error("--floor needs photos: give their folder as --data")
+    if args.mixture and len(args.seeds) < 2:
+        parser.error("--mixture needs two seeds: give --seeds 0,1")
     return args
 
 
 def missing(run: Run, args: argparse.Namespace) -> list[dict]:
-    """The generators of a run that are not yet scored, as they are called in the log."""
-    log = read_lines(args.out)
+    """The generators of a run that are not yet scored: the fields that identify their lines."""
+    log = read_lines(args.out / "results.jsonl")
     names = [
         run.key | {"step": step, "average": average, "n": args.images, "fast": args.fast}
         for step in marks(run.steps, args.points)
@@ -422,37 +459,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train and score what is not yet scored; print the tables."""
     args = parse(argv)
     if args.table or args.floor:
-        print(show_tables(args.out) if args.table else show_floor(args))
+        print(show_tables(read_lines(args.table)) if args.table else show_floor(args))
         return 0
     torch.backends.cudnn.benchmark = True
-    dogs, scorer = Dogs(args.data, args.tenth, args.fast), None
-    device, args.tenth, args.fast = train_dogs.choose_device(args.device), dogs.tenth, dogs.fast
-    if args.pack:
-        kinds = {Run(args, change, 0).config.crops for change in args.changes}
-        found = Scorer(device, dogs.references, args.fast).features.items()
-        pack = {"tenth": dogs.tenth, "fast": dogs.fast}
-        pack["crops"] = {kind: vars(dogs.crops(kind)) for kind in kinds}
-        pack["references"] = {rule: torch.from_numpy(features) for rule, features in found}
-        train_dogs.save(args.pack, pack)
+    device = train_dogs.choose_device(args.device)
+    seen, unseen = find_dogs(args.data, args.tenth)
+    scorer = cache(lambda: Scorer(device, partial(references, unseen), args.fast))
+    if args.mixture:
+        print(show_mixture(args, scorer()))
         return 0
     # All changes at one seed first: a stop leaves whole comparisons.
     for run in [Run(args, change, seed) for seed in args.seeds for change in args.changes]:
         if not (left := missing(run, args)):
             continue
-        seconds = train(run, dogs.crops(run.config.crops), args.averages, args.points)
+        dogs = train_dogs.prepare_crops(seen, run.config.crops)
+        seconds = train(run, dogs, args.averages, args.points)
         for name in left:
             path = run.generator(name["step"], name["average"])
             if not path.exists():  # an average that had not begun
                 continue
-            scorer = scorer or Scorer(device, dogs.references, args.fast)
             line = name | {"steps": run.steps, "images": name["step"] * run.config.batch_size}
             line |= {"p100_hours": name["step"] * run.step_hours, "seconds": round(seconds, 1)}
             line |= {"device": train_dogs.describe_device(device)}
-            line |= {"config": train_dogs.plain(run.config)}
-            line |= scorer.score(path, run.config, args.images)
-            append_line(args.out, line)
+            line |= {"date": datetime.date.today().isoformat()}
+            line |= scorer().score(path, run.config, args.images)
+            kept_out = " not trained on" * args.tenth
+            line |= {"reference": f"{line['n_reference']:,} whole photos{kept_out}"}
+            if args.log:
+                append_line(args.log, line)
+            append_line(args.out / "results.jsonl", line | {"config": train_dogs.plain(run.config)})
             print(f"{run}, {path.stem}: FID {line['fid']:.2f}", flush=True)
-    print(show_tables(args.out))
+    print(show_tables(read_lines(args.out / "results.jsonl")))
     return 0
 
 

@@ -1,7 +1,7 @@
 """What D has learnt of dogs without being told: a linear classifier of breeds on its features.
 
-    python tests/probe.py output                 # the run's own dogs
-    python tests/probe.py output --data DOGS --device cuda
+    python tests/tools/probe.py output                 # the run's own dogs
+    python tests/tools/probe.py output --data DOGS --device cuda
 
 As Radford et al. 2015 (arXiv 1511.06434, section 5.1) did for CIFAR-10: the outputs of all of D's
 layers, each max-pooled to 4 x 4, in one vector; here with ridge regression to the breeds'
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dogs
 from train_dogs import Config, PhotoSet, UserError

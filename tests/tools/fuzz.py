@@ -1,7 +1,7 @@
 """Broken inputs for both programs: seeded, each in a child with a limit of time and memory.
 
-    python tests/fuzz.py                    # 1,540 inputs, one core, one seed
-    python tests/fuzz.py --seed 1 --families checkpoints npz --count 50
+    python tests/tools/fuzz.py                    # 1,620 inputs, one core, one seed
+    python tests/tools/fuzz.py --seed 1 --families checkpoints npz --count 50
 
 Each input begins as a valid one, of a family below, and is then damaged. A program has `done` its
 work (code 0), `refused` it (code 2 and one sentence that names the program), or it is `wrong`: a
@@ -39,7 +39,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from dog_sets import BOX, annotate, encode, paint
 from frozen_graph import graph_of

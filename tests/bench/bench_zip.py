@@ -1,6 +1,6 @@
 """How much faster `write_zip` is than saving each PNG to a folder and archiving that.
 
-    python tests/bench_zip.py [--images 10000] [--repeats 3]
+    python tests/bench/bench_zip.py [--images 10000] [--repeats 3]
 
 Both write the same pictures: crops of the drawn sample with smooth noise over them, which compress
 about as generated dogs do. Then the choices that the PNG encoder leaves: size and time.
@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np

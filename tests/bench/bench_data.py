@@ -1,6 +1,6 @@
 """How much faster the crops are prepared than by the plain way, and how close they come to it.
 
-    python tests/bench_data.py [--data PATH] [--kind square] [--repeats 5]
+    python tests/bench/bench_data.py [--data PATH] [--kind square] [--repeats 5]
 
 The plain way is one process and one loop: open, convert to RGB, crop to whole pixels, resize. Both
 read the same photos, alternate, and start warm; the prepared way works on an empty cache each time.
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np

@@ -1,7 +1,7 @@
 """How fast the dogs train: a step of `train_dogs.py` against the plain DCGAN loop.
 
-    python tests/bench_train.py                     # the default recipe on the best device here
-    python tests/bench_train.py --all --widths 16   # every preset at one width
+    python tests/bench/bench_train.py  # the default recipe on the best device here
+    python tests/bench/bench_train.py --all --widths 16   # every preset at one width
 
 All train the same networks from the same crops, which lie on the device:
 
@@ -35,7 +35,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dogs
 from train_dogs import Config, CropSet, Discriminator, SplitBatchNorm2d, Trainer, capture

@@ -1,6 +1,6 @@
 """The README's drawn figures, made by the program's own functions: the margin loss, split norm.
 
-python tests/draw_figures.py      # writes data/margin.png and data/split_norm.png
+python tests/tools/draw_figures.py      # writes data/margin.png and data/split_norm.png
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train_dogs

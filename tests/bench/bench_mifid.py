@@ -1,6 +1,6 @@
 """mifid.py beside torch-fidelity, pytorch-fid and torchmetrics: one run, same images, same weights.
 
-    python tests/bench_mifid.py [--images 128] [--rounds 3]
+    python tests/bench/bench_mifid.py [--images 128] [--rounds 3]
 
 Prints images/s of the features, seconds of the FID and of the distance, the largest
 difference of the features, and each peer's time over mifid.py's with its spread over the rounds.
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import mifid
 
 PEERS = ("torch-fidelity", "pytorch-fid", "torchmetrics")

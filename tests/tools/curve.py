@@ -1,7 +1,7 @@
 """A run over its images: FID on the way, D's outputs, losses, variety; as one picture.
 
-    python tests/curve.py output                                        # what its log tells
-    python tests/curve.py output --checkpoints kept/*.pt --images 5000  # and the FID of each
+    python tests/tools/curve.py output                                        # what its log tells
+    python tests/tools/curve.py output --checkpoints kept/*.pt --images 5000  # and the FID of each
 
 Copies of `checkpoint.pt`, taken while it trains, are what `--checkpoints` wants: of each the
 averaged generator draws images, which are scored against the run's own photos, whole, by mifid.py.
@@ -22,7 +22,7 @@ import numpy as np
 from draw_figures import BLUE, GREY, INK, ORANGE, SCALE, font
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mifid
 import train_dogs

@@ -6,7 +6,7 @@ turned and tilted, tongue, tail, collar, size, scene, and what the frame cuts of
 of closed curves, painted back to front at four times the size. Picture k depends on `SEED` and k
 alone, so that any one can be redrawn without the rest.
 
-    python tests/draw_sample.py [--to data/sample] [--sheet FILE.png]
+    python tests/tools/draw_sample.py [--to data/sample] [--sheet FILE.png]
 
 Points are complex numbers, x + iy with y down: a curve turns by a product and moves by a sum. The
 unit is about the height of a dog, whose paws stand at 0 and whose head is around -0.62i.
@@ -355,7 +355,7 @@ def annotation(picture: Picture) -> str:
 \t<folder>{picture.breed.wnid[1:]}</folder>
 \t<filename>{picture.stem}</filename>
 \t<source>
-\t\t<database>drawn by tests/draw_sample.py</database>
+\t\t<database>drawn by tests/tools/draw_sample.py</database>
 \t</source>
 \t<size>
 \t\t<width>{picture.width}</width>
@@ -379,7 +379,7 @@ def contact_sheet(images: Sequence[Image.Image], columns: int, side: int) -> Ima
 
 
 def main() -> None:
-    here = Path(__file__).resolve().parent.parent / "data" / "sample"
+    here = Path(__file__).resolve().parents[2] / "data" / "sample"
     parser = argparse.ArgumentParser(description="Draw the sample data set.")
     parser.add_argument("--to", type=Path, default=here, help="folder to write (data/sample)")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet, as PNG")

@@ -1,0 +1,51 @@
+"""The mutation tool on a toy project; and its own list names files and tests that exist."""
+
+from pathlib import Path
+
+import mutants
+import pytest
+from mutants import Mutant
+from runs import ROOT
+
+TOY = {
+    "killed": Mutant("toy.py", "a + b", "a - b", "test_toy.py"),
+    "survived": Mutant("toy.py", "a * b", "a * b * 1.0", "test_toy.py"),
+    "stale": Mutant("toy.py", "a / b", "b / a", "test_toy.py"),
+    "broken": Mutant("toy.py", "def plus", "def", "test_toy.py"),
+}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A program of two functions, and their tests."""
+    (tmp_path / "toy.py").write_text(
+        "def plus(a, b):\n    return a + b\n\n\ndef times(a, b):\n    return a * b\n"
+    )
+    (tmp_path / "test_toy.py").write_text(
+        "from toy import plus, times\n\n\ndef test_both():\n"
+        "    assert plus(2, 3) == 5 and times(2, 3) == 6\n"
+    )
+    return tmp_path
+
+
+def test_each_end_of_a_mutant_is_counted_and_the_project_is_left_as_it_was(toy, capsys):
+    before = {p.name: p.read_text() for p in toy.iterdir()}
+    assert mutants.main([], TOY, toy) == 1
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [[name, name] for name in TOY]
+    assert total == "1 killed, 1 survived, 1 stale, 1 broken"
+    assert {p.name: p.read_text() for p in toy.iterdir()} == before
+    assert mutants.main(["--only", "killed"], TOY, toy) == 0
+
+
+def test_tests_that_fail_without_a_fault_judge_nothing(toy, capsys):
+    (toy / "test_toy.py").write_text("def test_nothing():\n    assert False\n")
+    assert mutants.main([], TOY, toy) == 1
+    assert capsys.readouterr().out == "the tests fail without a fault: test_toy.py\n"
+
+
+def test_the_list_names_tests_that_exist(capsys):
+    assert mutants.main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(mutants.MUTANTS) >= 10
+    for mutant in mutants.MUTANTS.values():
+        assert all((ROOT / word).is_file() for word in (mutant.file, *mutant.tests.split()))
