@@ -121,7 +121,7 @@ def plain_discriminator(D: Discriminator) -> nn.Sequential:
             ordinary.load_state_dict(norm.state_dict(), strict=False)
             layers.append(ordinary)
         layers.append(nn.LeakyReLU(0.2, inplace=True))
-    return nn.Sequential(*layers, D.head)
+    return nn.Sequential(*layers, D.linear)
 
 
 class PlainLoop:

@@ -180,11 +180,11 @@ def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: i
     config, checkpoint = run.config, run.folder / "checkpoint.pt"
     trainer, seconds = Trainer(config, dogs, train_dogs.choose_device(config.device)), 0.0
     if checkpoint.exists():
-        state = train_dogs.load_state(checkpoint, "trainer")
-        train_dogs.load_trainer(trainer, state)
+        state = train_dogs.read_checkpoint(checkpoint, trainer)
+        train_dogs.load_trainer(trainer, state["trainer"])
         seconds = state["seconds_used"]
     if trainer.steps_done < run.steps and (reason := train_dogs.capture(trainer)):
-        print(f"{run}: {reason}: going on by a slower way", flush=True)
+        print(f"{run}: {reason}: going on with eager steps", flush=True)
     begin = saved = time.monotonic()
     wanted, start = marks(run.steps, points), trainer.steps_done
     while True:
@@ -196,8 +196,8 @@ def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: i
         done = trainer.steps_done == run.steps
         if (done and start < run.steps) or time.monotonic() > saved + 60:
             saved = time.monotonic()
-            clock = train_dogs.Clock(config, begin, seconds)
-            train_dogs.save(checkpoint, train_dogs.checkpoint_state(trainer, clock, done))
+            used = seconds + saved - begin
+            train_dogs.save(checkpoint, train_dogs.checkpoint_state(trainer, used, done))
             stats = {k: round(v, 3) for k, v in trainer.read_stats().items()}
             print(f"{run}: {trainer.steps_done / run.steps:.0%} {stats}", flush=True)
         if done:
@@ -212,11 +212,7 @@ def keep_generator(run: Run, trainer: Trainer, average: str) -> None:
     if path.exists() or not begun:
         return
     G = averages.generator(trainer.G, average, train_dogs.NORM_BATCHES, trainer.config)
-    state = {"format": train_dogs.FORMAT, "config": train_dogs.plain(trainer.config)}
-    state |= {"weights": average, "shape": G.shape, "breeds": trainer.crops.breeds}
-    state |= {"steps_done": trainer.steps_done}
-    weights = {k: v.cpu() for k, v in G.state_dict().items()}
-    train_dogs.save(path, state | {"state_dict": weights})
+    train_dogs.save(path, train_dogs.generator_state(trainer, G, average))
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -266,12 +262,8 @@ SCORES = (
 def submitted(path: Path, config: Config, count: int) -> np.ndarray:
     """uint8 (count, 64, 64, 3): images of the generator in `path`; a sheet is saved next to it."""
     device = train_dogs.choose_device(config.device)
-    state = train_dogs.load_state(path, "state_dict")
-    G = train_dogs.make_generator(state["shape"])
-    G.load_state_dict(state["state_dict"])
-    G = G.to(device, memory_format=train_dogs.memory_layout(device)).eval()
-    seed = train_dogs.seed_for(config.seed, "submission")
-    z = train_dogs.draw_latents(count, G.latent_dim, seed, config.truncation)
+    G, _ = train_dogs.load_generator(path, device)
+    z = train_dogs.draw_latents(count, config, "submission")
     labels = train_dogs.draw_labels(G, count, config.seed)
     images = np.concatenate(list(train_dogs.sample_images(G, z, labels)))
     train_dogs.save_picture(path.with_suffix(".png"), [train_dogs.draw_sheet(images[:100])])

@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mifid
 import train_dogs
-from train_dogs import Config, Trainer, UserError
+from train_dogs import Trainer, UserError
 
 WIDTH, HEIGHT = 250, 170  # of a panel's axes, in pixels
 LEFT, TOP, GAP = 46, 42, 76
@@ -60,17 +60,15 @@ def smoothed(points: list[tuple[float, float]], count: int = 60) -> list[tuple[f
 
 def score(checkpoint: Path, images: int, fast: bool, data: Sequence[str]) -> dict[str, object]:
     """FID, its error and the distance of the averaged generator in a checkpoint."""
-    state = train_dogs.load_state(checkpoint, "trainer")
-    known = {k: v for k, v in state["config"].items() if v is not None}  # None: no time limit
-    config = Config(**(known | {"data": tuple(data or known["data"])}))
+    saved = train_dogs.read_state(checkpoint, lambda state: state["config"])
+    config = replace(saved, data=tuple(data or saved.data))
     photos = train_dogs.find_photos(config.data)
     crops = train_dogs.prepare_crops(photos, config.crops, dedupe=config.dedupe)
     trainer = Trainer(config, crops, train_dogs.choose_device(config.device))
-    train_dogs.load_trainer(trainer, state)
+    train_dogs.load_trainer(trainer, train_dogs.read_checkpoint(checkpoint, trainer)["trainer"])
     choice = trainer.averages.choose(config.average)
     G = trainer.averages.generator(trainer.G, choice, train_dogs.NORM_BATCHES, config)
-    seed = train_dogs.seed_for(config.seed, "submission")
-    latents = train_dogs.draw_latents(images, G.latent_dim, seed, config.truncation)
+    latents = train_dogs.draw_latents(images, config, "submission")
     labels = train_dogs.draw_labels(G, images, config.seed)
     made = np.concatenate(list(train_dogs.sample_images(G, latents, labels)))
     found = mifid.score(made, config.data[0], fast=fast)

@@ -5,6 +5,7 @@ python tests/tools/draw_figures.py      # writes data/margin.png and data/split_
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def real_loss(logit: float, margin: float) -> tuple[float, float]:
     nothing = torch.zeros(1, 0)
     verdicts = Verdict(real, nothing, nothing), Verdict(torch.tensor([-50.0]), nothing, nothing)
     config = Config(margin=margin)
-    seen = Seen(nothing, *verdicts, torch.zeros(1).long(), nothing, None, config, 1.0)
-    loss = train_dogs.ADVERSARIAL["margin"][0].loss(seen)
+    seen = Seen(nothing, nothing, nothing, *verdicts, torch.zeros(1).long(), config, 1.0)
+    loss = train_dogs.d_margin(seen)
     (slope,) = torch.autograd.grad(loss, real)
     return loss.item(), slope.item()
 
@@ -52,7 +53,7 @@ def margin_figure() -> Image.Image:
 
     def curve(origin: float, which: int, margin: float, colour: str, top: float) -> None:
         share = [0.02 + 0.96 * k / 300 for k in range(301)]
-        values = [abs(real_loss(train_dogs.logit(p), margin)[which]) for p in share]
+        values = [abs(real_loss(math.log(p / (1 - p)), margin)[which]) for p in share]
         points = [
             ((origin + 300 * p) * SCALE, (bottom - 210 * min(v / top, 1.05)) * SCALE)
             for p, v in zip(share, values)

@@ -53,7 +53,7 @@ MEMORY = 1536 << 20  # bytes that a child may have resident
 
 Rng = random.Random
 GOOD = [encode(paint(k)) for k in range(18)]  # two more than a run needs
-TINY = ["--layers", "paper", "--width", "1", "--latent-dim", "4", "--batch-size", "2"]
+TINY = ["--architecture", "paper", "--width", "1", "--latent-dim", "4", "--batch-size", "2"]
 TINY += ["--images", "2", "--precision", "fp32", "--hours", "inf", "--device", "cpu"]
 # What stands in the place of a number or a word sooner or later.
 NASTY = (

@@ -40,16 +40,10 @@ RIDGES = (0.003, 0.03, 0.3, 3.0)  # of the mean squared length of a feature vect
 
 def load_discriminators(out: Path) -> tuple[Config, dict[str, nn.Module]]:
     """The run's configuration, and its D as trained and as begun."""
-    state = train_dogs.load_state(out / "checkpoint.pt", "trainer")
-    known = {k: v for k, v in state["config"].items() if v is not None}  # None: no time limit
-    config = Config(**(known | {"data": tuple(known["data"])}))
-    tensors = state["trainer"]["tensors"]
-    weights = {k[2:]: v for k, v in tensors.items() if k.startswith("D.")}
-    # As many breeds as the run had matter only where D was told them.
-    told = next((len(v) for k, v in weights.items() if k.startswith("projection")), 0)
-    if config.condition == "classes":
-        told = len(weights["head.weight"]) - 1
-    _, begun = train_dogs.build_networks(config, torch.device("cpu"), told)
+    state = train_dogs.read_state(out / "checkpoint.pt", lambda state: state)
+    config, trainer = state["config"], state["trainer"]
+    weights = {k[2:]: v for k, v in trainer["tensors"].items() if k.startswith("D.")}
+    _, begun = train_dogs.build_networks(config, torch.device("cpu"), len(trainer["breeds"]))
     trained = copy.deepcopy(begun)
     trained.load_state_dict(weights)
     return config, {"D as trained": trained, "D as begun": begun}
