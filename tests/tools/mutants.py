@@ -141,7 +141,7 @@ def main(
     args = parser.parse_args(argv)
     if args.list:
         for name, mutant in mutants.items():
-            print(f"{name}: {mutant.file}: {mutant.old} -> {mutant.new} ({mutant.tests})")
+            print(f"{name}: {mutant.file}: {mutant.old!r} -> {mutant.new!r} ({mutant.tests})")
         return 0
     skipped = shutil.ignore_patterns(".git", "__pycache__", "output", ".venv", ".*_cache")
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
