@@ -284,8 +284,8 @@ def test_sick_steps_are_taken_back_and_reported_three_times_at_most(
     lines = log_of(out)
     backs = [line["rollbacks"] for line in lines if line.get("rollbacks")]
     assert backs == list(range(1, rollbacks + 1))
-    said = capsys.readouterr().out
-    assert said.count("not finite") == rollbacks and ("finishing" in said) == (rollbacks == 4)
+    printed = capsys.readouterr().out
+    assert printed.count("not finite") == rollbacks and ("finishing" in printed) == (rollbacks == 4)
     submitted = next(line for line in reversed(lines) if "submitted" in line)
     assert submitted["step"] in end
     assert (submitted["submitted"] == "none") == (submitted["step"] < 2)
@@ -344,11 +344,11 @@ def test_a_collapsed_generator_and_a_d_that_has_won_are_warned_of(dogs, tmp_path
         trainer.step(0.0)
         trainer.steps_done = steps_done
         train_dogs.check_samples(run)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     warnings = [line["text"] for line in log_of(tmp_path) if line.get("text", "")[:4] == "warn"]
     assert ["collapsed" in text for text in warnings] == [False, True, False]
     assert ["certain" in text for text in warnings] == [True, False, True]
-    assert all(text in said for text in warnings)
+    assert all(text in printed for text in warnings)
     assert [line["variety"] for line in log_of(tmp_path) if "variety" in line] == [0, 0]
 
 
