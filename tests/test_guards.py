@@ -1,4 +1,4 @@
-"""What a CUDA graph and its fused optimiser need, guarded on a CPU, for each row of each registry."""
+"""What a CUDA graph and its fused optimiser need, guarded on a CPU, for every row of a registry."""
 
 # ruff: noqa: F811 (fixtures that are imported from runs)
 
