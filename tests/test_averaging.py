@@ -26,6 +26,7 @@ import train_dogs
 from train_dogs import (
     Averages,
     BreedBatchNorm2d,
+    BreedGenerator,
     Config,
     Generator,
     Trainer,
@@ -90,19 +91,20 @@ def test_which_weights_are_submitted_is_a_rule(average, swa_updates, ema_updates
     assert averages.choose(average) == submitted
 
 
-@pytest.mark.parametrize("average", ["swa", "ema", "none"])
-def test_average_chooses_which_weights_are_submitted(average, finished_run, tmp_path):
+def test_average_chooses_which_weights_are_submitted(finished_run, tmp_path):
     out = Path(shutil.copytree(finished_run, tmp_path / "out"))
-    assert run_here(out, steps=STEPS, average=average) == 0  # finished: only submitted anew
     tensors = load(out / "checkpoint.pt")["trainer"]["tensors"]
-    generator = load(out / "generator.pt")
     names = [name for name, _ in Generator(16, 1).named_parameters()]
-    key = {"none": "G.{name}"}.get(average, average + ".{i}")
-    expected = [tensors[key.format(i=i, name=name)] for i, name in enumerate(names)]
-    assert generator["weights"] == average
-    assert all(torch.equal(generator["state_dict"][n], t) for n, t in zip(names, expected))
-    same = sha(out / "images.zip") == sha(finished_run / "images.zip")
-    assert same == (average == "swa")
+    keys = {"ema": "ema.{i}", "none": "G.{name}", "swa": "swa.{i}"}
+    for average, key in keys.items():
+        (out / "images.zip").unlink()
+        assert run_here(out, steps=STEPS, average=average) == 0  # finished: only submitted anew
+        generator = load(out / "generator.pt")
+        expected = [tensors[key.format(i=i, name=name)] for i, name in enumerate(names)]
+        assert generator["weights"] == average
+        assert all(torch.equal(generator["state_dict"][n], t) for n, t in zip(names, expected))
+        same = sha(out / "images.zip") == sha(finished_run / "images.zip")
+        assert same == (average == "swa")
 
 
 # --------------------------------------------------------------------------- batch-norm statistics
@@ -130,7 +132,7 @@ def inputs_of_norms(G: Generator, batches: list[tuple[Tensor, Tensor]]) -> list[
 
 def assert_statistics(G: Generator, latents: Tensor, labels: Tensor) -> None:
     """That the norms hold the means over these batches of 128, of means and of variances."""
-    twin = make_generator(G.shape)
+    twin = make_generator(G.constructor)
     twin.load_state_dict(G.state_dict())
     seen = inputs_of_norms(twin, list(zip(latents.split(128), labels.split(128))))
     for norm, xs in zip(norms(G), seen, strict=True):
@@ -143,13 +145,13 @@ def assert_statistics(G: Generator, latents: Tensor, labels: Tensor) -> None:
 @pytest.mark.parametrize("breeds", [0, 3])
 def test_re_estimated_statistics_are_the_means_over_latents_and_breeds_of_their_own(breeds):
     torch.manual_seed(0)
-    G = Generator(6, 2, breeds=breeds)
+    G = BreedGenerator(6, 2, "deep", breeds) if breeds else Generator(6, 2)
     for module in G.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.fill_(9)  # what was there before must not matter
         if isinstance(module, BreedBatchNorm2d):
             nn.init.normal_(module.weight)
-    assert estimate_norms(G, 4, seed=3) is G and not G.training
+    assert estimate_norms(G, 4, Config(latent_dim=6, seed=3)) is G and not G.training
     z, chance = (torch.Generator().manual_seed(seed_for(3, use)) for use in ("norms", "breeds"))
     labels = (torch.rand(4 * 128, generator=chance) * max(1, breeds)).long()
     assert_statistics(G, torch.randn(4 * 128, 6, generator=z), labels)
@@ -157,7 +159,8 @@ def test_re_estimated_statistics_are_the_means_over_latents_and_breeds_of_their_
 
 def test_uses_of_a_seed_never_share_their_randomness():
     for seed in (0, 1, 2**32 - 1):
-        z = [draw_latents(1, 4, seed_for(seed, use)) for use in train_dogs.SEED_USES]
+        config = Config(latent_dim=4, seed=seed)
+        z = [draw_latents(1, config, use) for use in train_dogs.SEED_USES]
         assert len(torch.unique(torch.cat(z), dim=0)) == len(z) > 1
 
 
@@ -165,13 +168,13 @@ def test_uses_of_a_seed_never_share_their_randomness():
 def submitted(finished_run) -> Generator:
     """The generator that a whole run left, as anyone would load it."""
     state = load(finished_run / "generator.pt")
-    G = make_generator(state["shape"])
+    G = make_generator(state["generator"])
     G.load_state_dict(state["state_dict"])
     return G.eval()
 
 
 def test_generator_pt_holds_the_statistics_of_its_own_averaged_weights(submitted):
-    z = draw_latents(train_dogs.NORM_BATCHES * 128, 16, seed_for(0, "norms"))
+    z = draw_latents(train_dogs.NORM_BATCHES * 128, Config(latent_dim=16), "norms")
     assert_statistics(submitted, z, torch.zeros(len(z), dtype=torch.int64))
 
 
@@ -198,19 +201,25 @@ def test_without_re_estimation_the_images_would_be_others(submitted, finished_ru
 # ----------------------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.parametrize("latents", ["normal", "uniform"])
 @given(count=st.integers(1, 300), other=st.integers(1, 300))
-def test_latent_k_is_the_same_however_many_are_drawn(count, other):
-    a, b = draw_latents(count, 5, 8), draw_latents(other, 5, 8)
+def test_latent_k_is_the_same_however_many_are_drawn(latents, count, other):
+    config = Config(latent_dim=5, seed=8, latents=latents)
+    a, b = (draw_latents(n, config, "submission") for n in (count, other))
     n = min(count, other)
     assert len(a) == count and torch.equal(a[:n], b[:n])
 
 
-def test_latents_are_standard_normal_and_differ_by_seed():
-    z = draw_latents(2000, 8, 1)
+@pytest.mark.parametrize(("latents", "deviation"), [("normal", 1.0), ("uniform", 1 / 3**0.5)])
+def test_latents_are_normal_or_uniform_and_differ_by_seed(latents, deviation):
+    z, other = (
+        draw_latents(2000, Config(latent_dim=8, seed=seed, latents=latents), "submission")
+        for seed in (1, 2)
+    )
     assert z.shape == (2000, 8) and z.dtype == torch.float32
-    assert abs(float(z.mean())) < 0.03 and abs(float(z.std()) - 1) < 0.03
-    assert len(torch.unique(z, dim=0)) == 2000
-    assert not torch.equal(z, draw_latents(2000, 8, 2))
+    assert abs(float(z.mean())) < 0.03 and abs(float(z.std()) - deviation) < 0.03
+    assert (float(z.abs().max()) <= 1) is (latents == "uniform")
+    assert len(torch.unique(z, dim=0)) == 2000 and not torch.equal(z, other)
 
 
 class Echo(nn.Module):
@@ -228,7 +237,7 @@ class Echo(nn.Module):
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 300])
 def test_every_forward_has_128_latents_and_images_come_in_their_order(count):
-    G, latents = Echo(), draw_latents(300, 2, 4)[:count] / 4
+    G, latents = Echo(), draw_latents(count, Config(latent_dim=2), "sheet") / 4
     labels = torch.arange(count) % 9
     images = np.concatenate(list(sample_images(G, latents, labels)))
     assert G.calls == [(128, 128, torch.float32, False)] * math.ceil(count / 128)

@@ -206,7 +206,7 @@ def test_out_of_memory_leaves_whole_files_and_each_remedy_that_it_names_works(
     assert run_here(out, "--fresh", steps=6, images=4, batch_size=4) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train_dogs, "sample_images", hungry)
-        err = refused("--sample-only", data=None)
+        err = refused("--sample-only", data=None, batch_size=4)
     assert_one_sentence(err, "--device cpu")
     assert "--batch-size" not in err
 

@@ -1,4 +1,4 @@
-"""What a CUDA graph and its fused optimiser need, guarded on a CPU, for every preset and term."""
+"""What a CUDA graph and its fused optimiser need, guarded on a CPU, for every row of a registry."""
 
 from __future__ import annotations
 
@@ -453,7 +453,7 @@ def test_an_interrupt_or_a_memory_too_small_for_eager_steps_comes_out_and_spoils
 
 @AT_END
 @pytest.mark.parametrize("number", [k for k in ALL if k not in EAGER])
-def test_a_memory_too_small_for_a_graph_beside_eager_steps_is_freed_and_the_run_goes_on(
+def test_memory_of_a_graph_that_does_not_fit_is_freed_and_the_run_goes_on_eagerly(
     number, at_end, dogs, monkeypatch
 ):
     trainer, graphs, before = pretended(monkeypatch, dogs)

@@ -12,20 +12,28 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_dogs
 from train_dogs import (
+    ARCHITECTURES,
+    LAYERS,
+    LOSSES,
+    BatchNorm2d,
     Config,
     Discriminator,
     Generator,
+    Objective,
     Seen,
     SplitBatchNorm2d,
     Verdict,
     build_networks,
+    d_hinge,
     d_margin,
     d_rals,
+    g_hinge,
     g_logistic,
     g_rals,
-    logit,
-    objectives,
+    make_generator,
+    past_margin,
 )
 
 pytestmark = pytest.mark.usefixtures("light")
@@ -69,12 +77,6 @@ def test_split_bn_equals_two_separate_forwards(num_real, num_fake, channels, siz
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("wrong", [-1, 5])
-def test_split_bn_must_be_told_a_possible_number_of_reals(wrong):
-    with pytest.raises(ValueError, match="num_real"):
-        SplitBatchNorm2d(2)(torch.randn(4, 2, 3, 3), wrong)
-
-
 # --------------------------------------------------------------------------------- the networks
 
 
@@ -99,19 +101,26 @@ def test_g_and_d_at_width_48_have_the_size_of_the_model_they_follow():
         assert round(gmacs(D, torch.empty(1, 3, 64, 64), 1), 2) == 0.40
 
 
-@pytest.mark.parametrize("layers", ["deep", "paper"])
-@given(width=st.integers(1, 4), latent_dim=st.integers(1, 20), batch=st.integers(2, 5))
-def test_g_makes_images_and_d_a_verdict_on_each(layers, width, latent_dim, batch):
-    images = Generator(latent_dim, width, layers)(torch.randn(batch, latent_dim))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("width", "latent_dim", "batch"), [(1, 5, 2), (3, 20, 5)])
+def test_g_makes_images_and_d_a_verdict_on_each(architecture, width, latent_dim, batch):
+    config = Config(architecture=architecture, width=width, latent_dim=latent_dim)
+    G, D = build_networks(config, CPU)
+    images = G(torch.randn(batch, latent_dim))
     assert images.shape == (batch, 3, 64, 64) and images.abs().max() <= 1
-    D = Discriminator(width, layers)
-    assert list(D.buffers()) == []  # no running statistics: it is never evaluated
+    twin = make_generator(G.constructor)
+    assert [p.shape for p in twin.parameters()] == [p.shape for p in G.parameters()]
     for num_real in (0, 2, batch):
-        said = D(images, num_real)
-        assert said.logits.shape == (batch,) and said.logits.dtype == torch.float32
-        assert said.features.shape[::2] == (batch, 4) and said.classes.shape == (batch, 0)
-        for part, rows in zip(said.split(2), (slice(2), slice(2, None))):
-            assert all(torch.equal(a, b[rows]) for a, b in zip(part, said))
+        verdict = D(images, num_real)
+        assert verdict.logits.shape == (batch,) and verdict.logits.dtype == torch.float32
+        assert verdict.features.shape[::2] == (batch, 4) and verdict.classes.shape == (batch, 0)
+        for part, rows in zip(verdict.split(2), (slice(2), slice(2, None))):
+            assert all(torch.equal(a, b[rows]) for a, b in zip(part, verdict))
+
+
+@pytest.mark.parametrize("architecture", LAYERS)
+def test_a_dcgans_d_has_no_running_statistics_as_it_is_never_evaluated(architecture):
+    assert list(Discriminator(1, architecture).buffers()) == []
 
 
 @pytest.mark.parametrize(("d_width", "expected"), [(0, 6), (3, 3)])
@@ -129,7 +138,7 @@ def in_order(D: nn.Module) -> list[Tensor]:
 
 
 class PlainDiscriminator(nn.Module):
-    """D written anew with ordinary batch norms, for forwards of one kind."""
+    """A deep D with ordinary batch norms, for reals or fakes alone."""
 
     def __init__(self, D: Discriminator, width: int) -> None:
         super().__init__()
@@ -195,7 +204,7 @@ def test_initial_weights_are_pytorchs_own_or_normal_by_init_std():
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.weight.numel() > 1000:
                 assert float(module.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
-            if isinstance(module, (nn.BatchNorm2d, SplitBatchNorm2d)):
+            if isinstance(module, (BatchNorm2d, SplitBatchNorm2d)):
                 assert float(module.weight.detach().mean()) == pytest.approx(1, abs=0.02)
                 assert float(module.bias.detach().abs().max()) == 0
 
@@ -216,17 +225,22 @@ def seen(reals: Tensor, fakes: Tensor, **config: object) -> Seen:
     """What a loss reads, of logits alone."""
     none = torch.empty(0)
     real, fake = (Verdict(logits, none, none) for logits in (reals, fakes))
-    return Seen(none, real, fake, none, none, None, Config(**config), 1.0)
+    return Seen(none, none, none, real, fake, none, Config(**config), 1.0)
 
 
-@pytest.mark.parametrize("layers", ["deep", "paper"])
-def test_d_is_blind_to_a_factor_of_all_fakes(layers):
-    """Split norm divides it out, so that G is held to the photos' contrast by a term of its own."""
+@pytest.mark.parametrize("architecture", LAYERS)
+def test_d_cannot_see_a_factor_of_all_fakes(architecture):
+    """Leaky ReLU is positively homogeneous and split norm removes scale."""
     torch.manual_seed(0)
-    D = Discriminator(2, layers).double()
+    D = Discriminator(2, architecture).double()
     reals, fakes = torch.rand(2, 5, 3, 64, 64, dtype=torch.float64) * 2 - 1
     plain, pale = (D(torch.cat([reals, k * fakes]), 5).logits for k in (1.0, 0.5))
     torch.testing.assert_close(plain, pale, rtol=1e-2, atol=1e-3)  # but for the norms' epsilon
+
+
+def logit(probability: float) -> float:
+    """The inverse of the sigmoid."""
+    return math.log(probability / (1 - probability))
 
 
 def real_side(values: list[float], margin: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -318,7 +332,42 @@ def test_rals_is_the_papers_sum_and_g_swaps_the_sides(reals, fakes):
     assert float(g_rals(given_both).detach()) == pytest.approx(by_loop(fakes, reals), abs=1e-9)
 
 
-def test_rals_is_0_only_where_each_side_lies_1_from_the_others_mean():
+@given(some, some, st.floats(0, 0.5))
+def test_smoothing_of_rals_is_the_mean_over_labels_that_are_right_or_wrong(reals, fakes, s):
+    """A real's label is -1 with probability s: only a constant, 2 s (1 - s), is left out."""
+    r, f = double(reals), double(fakes)
+    gap = r - f.mean()
+    over_labels = (1 - s) * (gap - 1).square().mean() + s * (gap + 1).square().mean()
+    expected = (over_labels + (f - r.mean() + 1).square().mean()) / 2 - 2 * s * (1 - s)
+    loss = d_rals(seen(r, f, smoothing=s))
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+
+
+@given(some, some)
+def test_hinge_is_its_papers_sum_and_gs_gradient_the_same_everywhere(reals, fakes):
+    r, f = double(reals), double(fakes)
+    by_loop = mean([max(0.0, 1 - x) for x in reals]) + mean([max(0.0, 1 + x) for x in fakes])
+    assert float(d_hinge(seen(r, f)).detach()) == pytest.approx(by_loop, abs=1e-12)
+    (gradient,) = torch.autograd.grad(g_hinge(seen(r[:0], f)), f)
+    torch.testing.assert_close(gradient, torch.full_like(f, -1 / len(f)))
+
+
+def test_ds_hinge_has_gradient_0_past_1_and_1_before():
+    r, f = double([1.5, 0.5]), double([-1.5, -0.5])
+    gradients = torch.autograd.grad(d_hinge(seen(r, f)), [r, f])
+    assert [g.tolist() for g in gradients] == [[0, -0.5], [0, 0.5]]
+
+
+def test_past_margin_counts_reals_of_which_d_is_certain_by_each_loss():
+    r, f = torch.tensor([logit(0.79), logit(0.81), 1.6]), torch.tensor([0.3, 0.5])
+    assert LOSSES["margin"].certain is past_margin
+    assert past_margin(seen(r, f, margin=0.8)).tolist() == [False, True, True]
+    assert past_margin(seen(r, f, margin=1.0)).tolist() == [False, True, True]  # as for 0.8
+    certain = {name: LOSSES[name].certain(seen(r, f)).tolist() for name in ("hinge", "rals")}
+    assert certain == {"hinge": [True, True, True], "rals": [False, True, True]}
+
+
+def test_rals_is_0_only_where_each_side_is_1_from_the_others_mean():
     for loss, (reals, fakes) in ((d_rals, (2.5, 1.5)), (g_rals, (1.5, 2.5))):
         r, f = double([reals] * 3), double([fakes] * 2)
         assert loss(seen(r, f)) == 0
@@ -340,27 +389,28 @@ def test_huge_logits_give_finite_losses_and_gradients(size):
     assert float(gradient) == (0.0 if size > 0 else -1.0)
 
 
-@given(margins)
-def test_logit_is_the_inverse_of_the_sigmoid(margin):
-    assert 1 / (1 + math.exp(-logit(margin))) == pytest.approx(margin)
-    assert logit(1.0) == math.inf
+def objectives(**changes: object) -> list[Objective]:
+    """Those of D and of G."""
+    return [Objective(Config(**changes), nn.Identity(), letter) for letter in "dg"]
 
 
-def test_an_objective_weighs_its_terms_and_tells_each_by_name():
-    said = Verdict(torch.tensor([0.3, -0.2]), torch.empty(0), torch.tensor([[1.0, 2], [0, 1]]))
-    labels = torch.tensor([0, 1])
-    config, networks = Config(condition="breed", classify=0.25), (nn.Identity(), nn.Identity())
-    none = torch.empty(0)
-    both = Seen(none, said, said, labels, none, None, config, 1.0)
-    for objective, name, first in zip(objectives(config, *networks), "dg", (d_margin, g_logistic)):
+def test_an_objective_weighs_its_terms_and_names_each():
+    verdict = Verdict(torch.tensor([0.3, -0.2]), torch.empty(0), torch.tensor([[1.0, 2], [0, 1]]))
+    labels, none = torch.tensor([0, 1]), torch.empty(0)
+    config = {"condition": "breed", "classify": 0.25}
+    both = Seen(none, none, none, verdict, verdict, labels, Config(**config), 1.0)
+    classify = F.cross_entropy(verdict.classes, labels)
+    for objective, letter, first in zip(objectives(**config), "dg", (d_margin, g_logistic)):
         loss, values = objective(both)
-        assert list(objective.terms) == [f"{name}_loss", f"{name}_classify"]
-        told_apart = F.cross_entropy(said.classes, labels)
-        torch.testing.assert_close(torch.stack(values), torch.stack([first(both), told_apart]))
-        torch.testing.assert_close(loss, first(both) + 0.25 * told_apart)
-    assert [list(o.terms) for o in objectives(Config(r1=2.0), *networks)] == [
-        ["d_loss", "d_r1"],
-        ["g_loss"],
-    ]
-    assert [o.reads_reals for o in objectives(Config(), *networks)] == [False, False]
-    assert objectives(Config(loss="rals"), *networks)[1].reads_reals
+        assert list(objective.terms) == [f"{letter}_loss", f"{letter}_classify"]
+        torch.testing.assert_close(torch.stack(values), torch.stack([first(both), classify]))
+        torch.testing.assert_close(loss, first(both) + 0.25 * classify)
+    assert [list(o.terms) for o in objectives(r1=2.0)] == [["d_loss", "d_r1"], ["g_loss"]]
+
+
+def test_g_is_shown_reals_only_for_a_loss_or_a_term_that_reads_them(monkeypatch):
+    shown = [loss for loss in LOSSES if objectives(loss=loss)[1].reads_reals]
+    assert shown == ["matching", "rals"]
+    row = train_dogs.Term(lambda seen: seen.reals.mean(), reads_reals=True)
+    monkeypatch.setitem(train_dogs.G_TERMS, "noise", row)
+    assert objectives(noise=0.5)[1].reads_reals and not objectives()[1].reads_reals

@@ -133,8 +133,8 @@ def test_images_and_logits_are_float32_and_tanh_does_not_round_to_1(dogs):
     nn.init.constant_(trainer.G.to_rgb.bias, 3.5)  # tanh 0.998, which bf16 would make 1
     with trainer.autocast():
         images = trainer.G(torch.randn(8, 8))
-        said = trainer.D(images, 4)
-    assert images.dtype == said.logits.dtype == said.classes.dtype == torch.float32
+        verdict = trainer.D(images, 4)
+    assert images.dtype == verdict.logits.dtype == verdict.classes.dtype == torch.float32
     assert images.median() > 0.99 and (images < 1).all()
 
 
