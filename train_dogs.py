@@ -1987,7 +1987,7 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
 
     Returns, for each dog and each kind, uint8 of shape (views, 64, 64, 3). JPEGs are decoded at the
     smallest DCT scale that leaves every crop at least 128 px: twice the resolution it ends with,
-    which keeps the median PSNR against full decoding above 45 dB (`tests/bench_data.py`).
+    which keeps the median PSNR against full decoding above 45 dB (`tests/bench/bench_data.py`).
     Raises `BadItem` if the photo gives no dog.
     """
     picture, frame, boxes, reasons = open_photo(photo)

@@ -256,3 +256,8 @@ def test_the_zip_of_3_images_holds_the_first_3_of_the_zip_of_200(finished_run, t
     assert list(few.items()) == list(many.items())[:3] and len(many) == 200
     assert list(pngs(finished_run / "images.zip").items()) == list(many.items())[:40]
     assert len(np.unique(pixels(tmp_path / "200" / "images.zip"), axis=0)) == 200
+
+
+def test_neighbouring_seeds_share_no_seed_of_any_use():
+    seeds = [seed_for(seed, use) for seed in range(100) for use in train_dogs.SEED_USES]
+    assert len(set(seeds)) == len(seeds)

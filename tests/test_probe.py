@@ -97,5 +97,5 @@ def test_a_run_is_probed_against_its_own_beginning_and_the_pixels(preset, tmp_pa
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(train_dogs.UserError, match="is not there"):
+    with pytest.raises(train_dogs.UserError, match="cannot be read"):
         probe.main([str(tmp_path)])

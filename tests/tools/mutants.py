@@ -58,8 +58,8 @@ MUTANTS = {
     ),
     "square-outside-the-frame": Mutant(
         "train_dogs.py",
-        "y = min(max((top + bottom - side) / 2, 0), height - side)",
-        "y = (top + bottom - side) / 2",
+        "top = min(max(y - side / 2, 0), height - side)",
+        "top = y - side / 2",
         CROPS,
     ),
     "head-at-the-bottom": Mutant(
