@@ -230,13 +230,13 @@ PRESETS: dict[str, dict[str, object]] = {  # the fields that differ from the def
     # The drawn dogs of data/sample in three minutes of two CPU cores.
     "sample": {
         "architecture": "paper", "latent_dim": 64, "width": 16, "augment": "translation",
-        "batch_size": 16, "g_lr": 5e-4, "d_lr": 5e-4, "beta1": 0.5, "lr_decay_start": 0.6,
-        "average": "ema", "average_every": 10, "ema_beta": 0.998, "steps": 8_000, "images": 1_000,
+        "batch_size": 16, "beta1": 0.5, "lr_decay_start": 0.6, "average": "ema",
+        "average_every": 10, "ema_beta": 0.998, "steps": 8_000, "images": 1_000,
     },
     # Pictures in MNIST's format on a CPU: few filters, and G learns four times as fast as D.
     "mnist": {
         "architecture": "paper", "latent_dim": 64, "width": 4, "d_width": 8, "mirror": 0.0,
-        "augment": "translation", "batch_size": 32, "g_lr": 1e-3, "d_lr": 2.5e-4, "beta1": 0.5,
+        "augment": "translation", "g_lr": 1e-3, "d_lr": 2.5e-4, "beta1": 0.5,
         "lr_decay_start": 0.6, "average": "ema", "average_every": 10, "ema_beta": 0.998,
         "steps": 40_000,
     },
@@ -3501,8 +3501,10 @@ def check_config(config: Config) -> Config:
             raise UserError(f"{flag} {value} is out of range: give {least} to {most}.")
         if choices and value not in choices:
             raise UserError(f"{flag} {value} is unknown: give one of {', '.join(choices)}.")
-        if isinstance(choices, dict):
-            check_row(config, flag, value, choices[value])
+    for f in fields(Config):
+        if isinstance(rows := f.metadata["choices"](), dict):
+            choice = getattr(config, f.name)
+            check_row(config, flag_of(f.name), choice, rows[choice])
     parse_crops(config.crops)
     parse_augment(config.augment)
     return config

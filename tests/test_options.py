@@ -40,12 +40,14 @@ from train_dogs import Config, UserError, main, parse
 pytestmark = pytest.mark.usefixtures("light")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-SPANS = {name: f.metadata["span"] for name, f in FIELDS.items()}
-NEEDS = {  # the options without which a field is refused
+RANGES = {name: f.metadata["range"] for name, f in FIELDS.items()}
+NEEDS = {  # the options without which a field, or what `another` gives for it, is refused
     "classify": ["--condition", "breed"],
     "labelled": ["--condition", "classes", "--classify", "1"],
-    "augment_start": ["--augment", "cutout"],
 }
+REGISTRIES = {n: f.metadata["choices"]() for n, f in FIELDS.items()}
+REGISTRIES = {n: rows for n, rows in REGISTRIES.items() if isinstance(rows, dict)}
+ROWS = [(name, choice) for name, rows in REGISTRIES.items() for choice in rows]
 TEXTS = {"data": "x", "out": "y", "crops": "box", "augment": "cutout", "device": "cpu"}
 
 
@@ -58,8 +60,8 @@ def another(name: str) -> str:
     """A word for a field that is valid and not its default."""
     f = FIELDS[name]
     if type(f.default) not in (int, float):
-        return TEXTS.get(name) or next(c for c in f.metadata["among"] if c != f.default)
-    least, most = SPANS[name]
+        return TEXTS.get(name) or next(c for c in f.metadata["choices"]() if c != f.default)
+    least, most = RANGES[name]
     return repr(type(f.default)(next(v for v in (3, 0.25) if least <= v <= most)))
 
 
@@ -72,9 +74,9 @@ def test_every_field_of_the_configuration_is_a_flag_with_hyphens():
 
 
 def test_actions_are_off_unless_asked_for():
-    options = parse(["--dry-run", "--fresh", "--sample-only", "--resume", "x.pt", "--breed", "Pug"])
-    assert options[2:] == (True, True, "x.pt", True, "Pug")
-    assert parse([])[2:] == (False, False, "", False, "")
+    words = ["--dry-run", "--fresh", "--sample-only", "--walk", "--resume", "x.pt"]
+    assert parse([*words, "--breed", "Pug"])[2:] == (True, True, "x.pt", True, True, "Pug")
+    assert parse([])[2:] == (False, False, "", False, False, "")
 
 
 def test_data_may_be_repeated_and_keeps_its_order():
@@ -114,7 +116,7 @@ def test_steps_alone_lift_the_time_limit_and_with_a_budget_they_do_not():
 BAD = [
     ["--width", "4.5"], ["--width", "wide"], ["--margin", "nan"], ["--hours", "nan"],
     ["--hours", "0"], ["--minutes", "0"], ["--part-hours", "0"], ["--g-lr", "inf"],
-    ["--hours", "1", "--minutes", "60"], ["--average", "mean"], ["--loss", "hinge"],
+    ["--hours", "1", "--minutes", "60"], ["--average", "mean"], ["--loss", "wgan"],
     ["--crops", "tail"], ["--crops", "box:0"], ["--crops", ""], ["--augment", "color,color"],
     ["--classify", "1"], ["--preset", "cats"], ["--device", "tpu"], ["--device", "cuda:x"],
     ["--device", "cuda:²"], ["--device", "cuda:12345678901234567890"], ["--wid", "4"],
@@ -131,7 +133,7 @@ def test_a_wrong_option_is_one_sentence_and_exit_code_2(words, capsys, tmp_path)
 
 def test_values_beyond_either_end_are_refused_with_the_range_and_the_ends_are_not():
     tried = 0
-    for name, (least, most) in SPANS.items():
+    for name, (least, most) in RANGES.items():
         kind = type(FIELDS[name].default)
         for end, sign in ((least, -1), (most, 1)):
             if kind not in (int, float) or not math.isfinite(end):
@@ -147,6 +149,36 @@ def test_values_beyond_either_end_are_refused_with_the_range_and_the_ends_are_no
                 assert getattr(parse([f"{flag(name)}={kind(end)!r}", *more]).config, name) == end
             tried += 1
     assert tried > 40
+
+
+@pytest.mark.parametrize(("name", "choice"), ROWS)
+def test_a_row_refuses_what_it_excludes_and_what_it_lacks(name, choice):
+    row, chosen = REGISTRIES[name][choice], [flag(name), choice]
+    needed = [word for n in row.needs for word in (flag(n), "1")]
+    if name != "condition" or choice == "none":
+        parse([*chosen, *needed])
+    for missing in row.needs:
+        with pytest.raises(UserError, match=f"{flag(name)} {choice} needs {flag(missing)}"):
+            parse(chosen)
+    for excluded in row.without:
+        other, _, value = excluded.partition("=")
+        words = [flag(other), value or another(other)]
+        with pytest.raises(UserError, match=flag(other)) as refused:
+            parse([*chosen, *needed, *words])
+        assert str(refused.value).count("give") >= 1  # the remedy
+
+
+@pytest.mark.parametrize("gone", train_dogs.GONE)
+def test_a_flag_that_is_gone_says_so_in_a_sentence(gone, capsys):
+    for words in ([gone, "1"], [gone + "=1"]):
+        assert main(words) == 2
+        assert_one_sentence(capsys.readouterr().err, f"{gone} is gone", "data/EXPERIMENTS.md")
+
+
+def test_a_renamed_flag_works_and_says_its_new_name(capsys):
+    for words in (["--layers", "paper"], ["--layers=paper"]):
+        assert parse(words).config.architecture == "paper"
+        assert capsys.readouterr().err == "--layers is now called --architecture.\n"
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +201,9 @@ def test_help_gives_every_field_its_meaning_and_default_below_its_group(help_ent
         assert flag(name) in help_entries[f.metadata["group"]]
         if f.default not in ("", ()):
             assert text.endswith(f"default {f.default}"), (name, text)
-        for choice in f.metadata["among"]:
+        for choice in f.metadata["choices"]():
             assert choice in text, (name, text)
+            assert name not in REGISTRIES or f"{choice} ({REGISTRIES[name][choice].text})" in text
     for name in ("--preset", "--dry-run", "--fresh", "--resume", "--sample-only", "--minutes"):
         assert len(help_entries[name].split()) >= 3
     assert all(name in help_entries["--preset"] for name in (*train_dogs.PRESETS, "default dogs"))
@@ -224,13 +257,13 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(condition, tmp_path, capsy
     assert "CPU" in text and torch.__version__ in text  # device
     assert "120 photos, 135 dogs of 6 breeds" in text and "sample" in text  # data found
     assert json.loads(text[text.index("{") : text.index("}") + 1]) == train_dogs.plain(config)
-    for network in train_dogs.build_networks(config, torch.device("cpu"), 6):  # parameters
+    for name, network in zip("GD", train_dogs.build_networks(config, torch.device("cpu"), 6)):
         count = sum(p.numel() for p in network.parameters())
-        assert f"{count:,} parameters" in text
-    flops = train_dogs.flops_per_image(config)
+        assert f"{name} {count:,}" in text
+    flops = train_dogs.flops_per_image(config, breeds=6)
     assert f"{flops / 1e9:.3f} GFLOP" in text
     hours = config.steps * config.batch_size * flops / 7.4e12 / 3600
-    assert re.findall(r"^P100-hours: (.*)$", text, re.MULTILINE) == [f"{hours:.3g}"]
+    assert re.findall(r"P100-hours: (\S+)$", text, re.MULTILINE) == [f"{hours:.3g}"]
 
 
 # ------------------------------------------------------------------------------ what a run leaves
@@ -268,7 +301,7 @@ def test_generator_pt_is_loaded_in_the_readmes_four_lines_and_draws_the_images_o
     names: dict = {}
     exec(lines, names)  # noqa: S102 (the very text that the README shows)
     assert names["images"].shape[1:] == (3, 64, 64)
-    z = train_dogs.draw_latents(40, 16, train_dogs.seed_for(0, "submission"))
+    z = train_dogs.draw_latents(40, Config(latent_dim=16), "submission")
     with torch.no_grad():
         images = names["G"](z).mul(127.5).add(127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
     difference = images.numpy() - pixels(finished_run / "images.zip")
@@ -353,7 +386,7 @@ def test_a_run_leaves_no_trace_in_the_data_and_results_below_it_are_no_data(tmp_
     for _ in range(2):
         assert run_here(Path("output"), "--fresh", data=".", steps=2, images=3) == 0
         found = next(line["text"] for line in log_of(dogs / "output") if "dogs of" in str(line))
-        assert found.startswith("135 dogs of 6 breeds")
+        assert found.startswith("120 photos, 135 dogs of 6 breeds")
     shutil.rmtree(dogs / "output")
     assert [s[:3] for s in snapshot(dogs)[1:]] == [s[:3] for s in before[1:]]
 

@@ -34,8 +34,13 @@ def test_every_flag_that_is_named_exists():
     known |= set(
         re.findall(r'"(--[a-z][a-z-]+)"', (ROOT / "tests/tools/ablation.py").read_text("utf-8"))
     )
-    known |= {"--no-index", "--find-links", "--accelerator", "--swa-every"}  # pip's, kaggle's, old
+    known |= {"--accelerator"}  # kaggle's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()
+
+
+def test_the_loss_of_your_own_is_that_of_the_program():
+    (block,) = (text for kind, text in BLOCKS if kind == "python" and "d_hinge" in text)
+    assert block in (ROOT / "train_dogs.py").read_text("utf-8")
 
 
 def test_every_picture_is_there():
