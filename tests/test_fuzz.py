@@ -19,6 +19,7 @@ def fuzz(*argv: str) -> tuple[int, dict[str, int], str]:
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stdout
 
 
+@pytest.mark.slow
 def test_broken_inputs_are_refused_in_a_sentence_or_done(tmp_path: Path) -> None:
     code, counts, out = fuzz("--count", "4", "--seed", "11", "--keep", str(tmp_path / "kept"))
     assert (code, counts.get("wrong", 0)) == (0, 0), out

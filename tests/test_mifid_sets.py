@@ -503,7 +503,7 @@ def test_a_reference_with_a_few_bad_photos_skips_and_counts_them(
     source = write_zip(tmp_path / "r.zip", members | {"bad.png": BAD["truncated"][0]})
     code, out, err = run(generated, source, "--json")
     assert code == 0 and json.loads(out)["n_reference"] == len(dogs)
-    assert "1 pictures" in err and "truncated" in err
+    assert "1 pictures" in err and "damaged" in err
     assert "1 pictures" in run(generated, source)[2]  # from the cache as well
     source = write_zip(tmp_path / "r.zip", members | {f"b{i}.png": b"x" for i in range(3)})
     assert "3 of the 27" in refusal(run, generated, source)

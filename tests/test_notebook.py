@@ -122,6 +122,7 @@ def test_a_shell_below_the_kernels_is_a_notebook_too_and_a_terminals_is_not(monk
     assert not train_dogs.in_notebook()
 
 
+@pytest.mark.slow
 def test_main_takes_options_shows_a_bar_and_returns(pasted, notebook):
     out = notebook.folder / "run"
     status, said = notebook.run(f"code = main({arguments(out, steps=20, images=6)})")

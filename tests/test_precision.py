@@ -169,6 +169,7 @@ def losses(dogs: CropSet) -> dict[str, list[dict[str, float]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
 def test_half_the_precision_has_nearly_the_same_losses_and_learns_as_well(name, losses):
     for stat in ("d_loss", "g_loss"):

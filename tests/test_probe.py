@@ -80,6 +80,7 @@ def test_no_photo_lies_in_two_folds(own_cache):
     assert [folds.count(k) for k in range(probe.FOLDS)] == dealt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["sample", "second-private", "improved"])
 def test_a_run_is_probed_against_its_own_beginning_and_the_pixels(preset, tmp_path, capsys):
     out = tmp_path / "out"

@@ -773,6 +773,7 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(stopped, finished_run
     assert_same_result(stopped, finished_run)
 
 
+@pytest.mark.slow
 def test_a_run_whose_reader_leaves_goes_on_and_stderr_is_empty_even_of_torchs_warnings(
     finished_run, tmp_path
 ):
