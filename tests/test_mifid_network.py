@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import mifid
 
@@ -47,9 +46,7 @@ def resized_by_torch_fidelity(pictures: np.ndarray) -> torch.Tensor:
 # ---------------------------------------------------------------- features
 
 
-def test_the_torchscript_network_itself_gives_the_same_features(
-    script_file: Path, pictures: np.ndarray, features: np.ndarray
-) -> None:
+def test_the_torchscript_network_itself_gives_the_same_features(script_file, pictures, features):
     planes = (resized_by_torch_fidelity(pictures[::4]) - 128) / 128
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
@@ -58,9 +55,7 @@ def test_the_torchscript_network_itself_gives_the_same_features(
     assert np.abs(features[::4] - theirs).max() < 1e-4
 
 
-def test_torch_fidelitys_network_gives_the_same_features_and_fid(
-    pth_file: Path, pictures: np.ndarray, features: np.ndarray
-) -> None:
+def test_torch_fidelitys_network_gives_the_same_features_and_fid(pth_file, pictures, features):
     theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
     network = theirs.FeatureExtractorInceptionV3(
@@ -75,9 +70,7 @@ def test_torch_fidelitys_network_gives_the_same_features_and_fid(
     assert ours == pytest.approx(fid["frechet_inception_distance"], rel=1e-4)
 
 
-def test_the_inception_score_is_that_of_torch_fidelitys_logits(
-    pth_file: Path, script_file: Path, pictures: np.ndarray
-) -> None:
+def test_the_inception_score_is_that_of_torch_fidelitys_logits(pth_file, script_file, pictures):
     theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     network = theirs.FeatureExtractorInceptionV3(
         "inception", ["logits_unbiased"], feature_extractor_weights_path=str(pth_file)
@@ -93,17 +86,17 @@ def test_the_inception_score_is_that_of_torch_fidelitys_logits(
     assert "inception_score" not in bare and "no classifier" in " ".join(bare["notes"])
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (31, 80), (299, 299), (400, 310)])
-def test_the_resize_is_tensorflows(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(64, 64), (31, 80), (400, 310)])
+def test_the_resize_is_tensorflows(shape):
     pictures = np.random.default_rng(1).integers(0, 256, (2, *shape, 3), np.uint8)
     rows, columns = (mifid.resize_matrix(n, 299, torch.device("cpu")) for n in shape)
     ours = rows @ torch.from_numpy(pictures).permute(0, 3, 1, 2).float() @ columns.T
     assert (ours - resized_by_torch_fidelity(pictures)).abs().max() < 1e-3  # of 255
 
 
-def test_features_depend_neither_on_the_batch_nor_on_the_layout(
-    model: mifid.Inception, pictures: np.ndarray, features: np.ndarray
-) -> None:
+def test_features_depend_neither_on_the_batch_nor_on_the_layout_of_uint8_images(
+    model, pictures, features
+):
     order = np.random.default_rng(2).permutation(12)
     shuffled = mifid.extract_features(model, pictures[order], batch_size=5)
     np.testing.assert_allclose(shuffled, features[order], atol=2e-5)
@@ -112,17 +105,14 @@ def test_features_depend_neither_on_the_batch_nor_on_the_layout(
     assert isinstance(channels_first, torch.Tensor)
     np.testing.assert_allclose(channels_first.numpy(), features[:4], atol=2e-5)
     assert mifid.extract_features(model, pictures[:0]).shape == (0, 2048)
-
-
-@pytest.mark.parametrize("bad", [np.zeros((2, 64, 64, 3)), np.zeros((2, 64, 64), np.uint8)])
-def test_images_of_another_kind_are_refused(model: mifid.Inception, bad: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="uint8"):
-        mifid.extract_features(model, bad)
+    for bad in (pictures[:2] / 255, pictures[0]):
+        with pytest.raises(ValueError, match="uint8"):
+            mifid.extract_features(model, bad)
 
 
 def test_fast_features_stay_near_the_exact_ones_and_say_so(
-    script_file: Path, pictures: np.ndarray, features: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    script_file, pictures, features, monkeypatch
+):
     monkeypatch.setattr(mifid, "has_bfloat16", lambda: True)
     model = mifid.load_inception(script_file, "cpu", fast=True)
     assert model.precision == "bfloat16"
@@ -134,7 +124,7 @@ def test_fast_features_stay_near_the_exact_ones_and_say_so(
     assert mifid.load_inception(script_file, "cpu", fast=True).precision == "float32"
 
 
-def test_the_average_of_a_block_counts_no_padding_and_the_last_block_takes_the_maximum() -> None:
+def test_the_average_of_a_block_counts_no_padding_and_the_last_block_takes_the_maximum():
     torch.manual_seed(0)
     x, weights = torch.randn(1, 4, 5, 5).relu(), torch.randn(2, 3, 4)
     for last in (False, True):
@@ -152,7 +142,7 @@ def test_the_average_of_a_block_counts_no_padding_and_the_last_block_takes_the_m
                 torch.testing.assert_close(found[:, i, j], expected)
 
 
-def test_memory_is_contiguous_in_float32_on_cuda_alone(script_file: Path) -> None:
+def test_memory_is_contiguous_in_float32_on_cuda_alone(script_file):
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert mifid.memory_format(cuda, torch.float32) == torch.contiguous_format
     for device, dtype in ((cuda, torch.float16), (cpu, torch.float32), (cpu, torch.bfloat16)):
@@ -165,14 +155,12 @@ def test_memory_is_contiguous_in_float32_on_cuda_alone(script_file: Path) -> Non
     ("files", "expected"),
     [
         ({}, 8), ({"cpu.max": "max 100000\n"}, 8), ({"cpu.max": "250000 100000\n"}, 2),
-        ({"cpu.max": "50000 100000\n"}, 1), ({"cpu.max": "9900000 100000\n"}, 8),
+        ({"cpu.max": "50000 100000\n"}, 1),
         ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
     ],
 )  # fmt: skip
-def test_a_containers_quota_limits_the_threads(
-    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_containers_quota_limits_the_threads(files, expected, tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -181,7 +169,7 @@ def test_a_containers_quota_limits_the_threads(
     assert mifid.usable_cpus() == expected
 
 
-def test_a_score_uses_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_uses_no_more_threads_than_cpus(monkeypatch):
     before, used = torch.get_num_threads(), []
     monkeypatch.setattr(mifid, "usable_cpus", lambda: 1)
     monkeypatch.setattr(
@@ -195,28 +183,12 @@ def test_a_score_uses_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch)
         torch.set_num_threads(before)
 
 
-def test_seconds_of_an_inner_stage_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([0.0, 1.0, 3.0, 10.0, 10.0, 11.0])
-    monkeypatch.setattr(mifid.time, "perf_counter", lambda: next(now))
-    watch = mifid.Stopwatch()
-    with watch("outer"), watch("inner"):
-        pass
-    with watch("outer"):
-        pass
-    assert watch == {"outer": 8.0 + 1.0, "inner": 2.0}
-
-
 # ---------------------------------------------------------------- weights
 
 
 def test_both_forms_with_and_without_classifier_are_the_same_network(
-    model: mifid.Inception,
-    pth_file: Path,
-    tensors: dict[str, torch.Tensor],
-    pictures: np.ndarray,
-    features: np.ndarray,
-    tmp_path: Path,
-) -> None:
+    model, pth_file, tensors, pictures, features, tmp_path
+):
     torch.save(tensors, tmp_path / "bare.pth", _use_new_zipfile_serialization=False)
     for path in (pth_file, tmp_path / "bare.pth"):
         other = mifid.load_inception(path, "cpu")
@@ -225,9 +197,7 @@ def test_both_forms_with_and_without_classifier_are_the_same_network(
         np.testing.assert_allclose(again, features[:4], atol=2e-5)
 
 
-def test_weights_that_are_not_the_network_are_refused_by_name(
-    tensors: dict[str, torch.Tensor], script_file: Path, tmp_path: Path
-) -> None:
+def test_weights_that_are_not_the_network_are_refused_by_name(tensors, script_file, tmp_path):
     tampered = dict(tensors)
     key = "Mixed_6d.branch7x7_2.conv.weight"
     tampered[key] = tampered[key] * 1.0001
@@ -236,29 +206,22 @@ def test_weights_that_are_not_the_network_are_refused_by_name(
         torch.save(content, tmp_path / name)
     (tmp_path / "text").write_text("no weights")
     (tmp_path / "empty").touch()
-    (tmp_path / "cut").write_bytes(script_file.read_bytes()[:1_000_000])
+    data = bytearray(script_file.read_bytes())
+    (tmp_path / "cut").write_bytes(data[:1_000_000])
+    data[len(data) // 2] ^= 1
+    (tmp_path / "flipped").write_bytes(data)
     for path in (*sorted(tmp_path.iterdir()), tmp_path / "absent"):
         with pytest.raises(mifid.UserError, match=path.name) as caught:
             mifid.load_inception(path, "cpu")
         assert "--weights" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_flipped_bit_in_the_file_is_noticed(script_file: Path, tmp_path: Path) -> None:
-    data = bytearray(script_file.read_bytes())
-    data[len(data) // 2] ^= 1
-    (tmp_path / "flipped.pt").write_bytes(data)
-    with pytest.raises(mifid.UserError, match="flipped.pt"):
-        mifid.load_inception(tmp_path / "flipped.pt", "cpu")
-
-
-def test_weights_are_looked_for_in_the_stated_order(
-    script_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_are_looked_for_in_the_stated_order(script_file, tmp_path, monkeypatch):
     monkeypatch.setattr(mifid, "KAGGLE", tmp_path / "kaggle")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.delenv("MIFID_WEIGHTS", raising=False)
     assert mifid.find_weights() == script_file
-    on_kaggle = tmp_path / "kaggle/input/some-dataset/deeper" / mifid.WEIGHTS_NAME
+    on_kaggle = tmp_path / "kaggle/input/some-dataset/deeper" / mifid.GRAPH_NAME
     in_hub = tmp_path / "hub/checkpoints" / mifid.WEIGHTS_NAME
     for path in (in_hub, on_kaggle, tmp_path / "from_variable", tmp_path / "given"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -295,9 +258,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_a_download_is_checked_before_it_gets_its_name(
-    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_is_checked_before_it_gets_its_name(server, tmp_path, monkeypatch):
     body = np.random.default_rng(3).bytes(3_000_000)
     (tmp_path / "weights.pth").write_bytes(body)
     target = tmp_path / "hub" / mifid.WEIGHTS_NAME
@@ -313,9 +274,7 @@ def test_a_download_is_checked_before_it_gets_its_name(
         mifid.download_weights(tmp_path / "hub/other.pth", offline=False)
 
 
-def test_a_download_without_an_answer_ends_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_download_without_an_answer_ends_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(mifid, "DOWNLOAD_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth"
@@ -323,10 +282,3 @@ def test_a_download_without_an_answer_ends_with_the_remedy(
         with pytest.raises(mifid.UserError, match=r"timed out.*another machine.*--weights"):
             mifid.download_weights(tmp_path / "hub" / "weights.pth", offline=False)
     assert list((tmp_path / "hub").iterdir()) == []
-
-
-def test_a_sheet_pair_is_what_the_features_saw(sample_dogs: Path) -> None:
-    file = next(iter(sorted(sample_dogs.rglob("*.jpg"))))
-    with Image.open(file) as photo:
-        expected = np.asarray(photo.convert("RGB").resize((64, 64), Image.LANCZOS))
-    assert (mifid.decode(file.read_bytes(), exact=False) == expected).all()

@@ -60,9 +60,10 @@ def refusal(run: Run, *arguments: object) -> str:
     return err
 
 
-def png(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+def png(pixels: np.ndarray | Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -103,9 +104,7 @@ def numbers(out: str) -> list[float]:
 # ---------------------------------------------------------------- sets in, numbers out
 
 
-def test_json_is_one_object_and_the_report_says_the_same(
-    run: Run, generated: Path, reference: Path
-) -> None:
+def test_json_is_one_object_and_the_report_says_the_same(run, generated, reference):
     code, out, err = run(generated, reference, "--json")
     result = json.loads(out)
     assert code == 0 and out.count("\n") == 1
@@ -115,38 +114,16 @@ def test_json_is_one_object_and_the_report_says_the_same(
     fid, distance = result["fid"], result["memorization_distance"]
     assert fid > 0 and 0 < distance < 0.1  # drawn dogs are alike: the penalty's case
     assert result["mifid"] == pytest.approx(fid / distance)
-    assert {"reading", "network", "distance", "trace"} == set(result["seconds"])
-    assert all(0 < spent < 600 for spent in result["seconds"].values())
     assert "2,048" in err  # few images: the plain warning
     code, out, err = run(generated, reference)
-    for words in (
-        "FID",
-        "MiFID",
-        "whole",
-        "reading",
-        "network",
-        "trace",
-        result["weights_sha256"][:12],
-        " 5 ",
-        " 7 ",
-    ):
+    for words in ("FID", "MiFID", "whole", result["weights_sha256"][:12], " 5 ", " 7 "):
         assert words in out
     assert f"{result['fid']:.6f}" in out and result["verdict"] in out
 
 
-def test_the_threshold_decides_what_is_penalised(
-    run: Run, generated: Path, reference: Path
-) -> None:
-    for threshold, penalised in ((0.5, True), (1e-5, False)):
-        result = json.loads(run(generated, reference, "--json", "--threshold", threshold)[1])
-        fid, distance = result["fid"], result["memorization_distance"]
-        assert result["mifid"] == pytest.approx(fid / distance if penalised else fid)
-        assert result["threshold"] == threshold and ("penalised" in result["verdict"]) == penalised
-
-
 def test_zip_folder_and_npz_of_the_same_images_score_the_same(
-    run: Run, dogs: list[bytes], reference: Path, generated: Path, tmp_path: Path
-) -> None:
+    run, dogs, reference, generated, tmp_path
+):
     folder = tmp_path / "folder"
     (folder / "deeper").mkdir(parents=True)
     for i, data in enumerate(dogs[:5]):
@@ -163,67 +140,47 @@ def test_zip_folder_and_npz_of_the_same_images_score_the_same(
     assert json.loads(out)["weights_sha256"] is not None
 
 
-def test_arrays_are_scored_like_files(dogs: list[bytes], generated: Path, reference: Path) -> None:
-    pixels = np.stack([mifid.decode(data, exact=True) for data in dogs[:12]])
-    by_file = mifid.score(generated, reference, cache=False)
-    by_array = mifid.score(pixels[:5], pixels[5:])
-    again = mifid.score(
-        np.repeat(pixels[:5], 2, axis=0), pixels[5:]
-    )  # its reference from the cache
-    assert any("5 pictures of the generated array are exact copies" in n for n in again["notes"])
-    assert by_array["fid"] == pytest.approx(by_file["fid"], rel=1e-5)
-    assert by_array["memorization_distance"] == pytest.approx(by_file["memorization_distance"])
-
-
-def test_a_copy_of_the_reference_is_infinite_and_null_in_json(run: Run, reference: Path) -> None:
+def test_a_copy_of_the_reference_is_infinite_and_null_in_json(run, reference):
     code, out, _ = run(reference, reference, "--json")
     result = json.loads(out)
-    assert code == 0 and result["mifid"] is None and "copy" in result["note"]
+    assert code == 0 and result["mifid"] is None and "copy" in result["verdict"]
     assert result["memorization_distance"] < 1e-6
     assert mifid.score(reference, reference)["mifid"] == math.inf
     code, out, _ = run(reference, reference)
     assert "inf" in out and "copy" in out
 
 
-def test_stanford_dogs_are_read_whole_or_by_box(
-    run: Run, sample_dogs: Path, generated: Path
-) -> None:
-    pytest.importorskip("train_dogs")
-    code, out, _ = run(generated, sample_dogs, "--limit", 4, "--json")
-    whole = json.loads(out)
-    assert code == 0 and whole["n_reference"] == 4 == whole["n_generated"]
-    code, out, _ = run(generated, sample_dogs, "--limit", 4, "--crop", "box", "--json")
-    box = json.loads(out)
-    assert code == 0 and box["reference_rule"] == "box" and box["n_reference"] == 4
-    assert box["fid"] != whole["fid"]
-
-
-def test_whole_and_box_crops_are_pillows(sample_dogs: Path) -> None:
+def test_stanford_dogs_are_read_whole_or_by_box_as_pillow_crops_them(run, sample_dogs, generated):
     train_dogs = pytest.importorskip("train_dogs")
+    for rule in ("whole", "box"):
+        code, out, _ = run(generated, sample_dogs, "--limit", 4, "--crop", rule, "--json")
+        result = json.loads(out)
+        assert code == 0 and result["reference_rule"] == rule
+        assert result["n_reference"] == 4 == result["n_generated"]
     photo = train_dogs.find_photos([sample_dogs]).photos[3]
-    with Image.open(io.BytesIO(photo.picture.read())) as opened:
-        full = opened.convert("RGB")
+    full = Image.open(io.BytesIO(photo.picture.read())).convert("RGB")
     (box, *_) = train_dogs.read_photo(photo)[1]
     for rule, part in (("whole", full), ("box", full.crop(box))):
         picture = mifid.open_reference(sample_dogs, (64, 64), rule).pictures[3]
+        expected = np.asarray(part.resize((64, 64), Image.LANCZOS))
         assert picture.name == photo.name
-        assert (
-            picture.decode(picture.read())[0] == np.asarray(part.resize((64, 64), Image.LANCZOS))
-        ).all()
+        assert (picture.decode(picture.read())[0] == expected).all()
 
 
 def test_without_train_dogs_folders_and_zips_of_pngs_and_jpegs_are_read_alike(
-    run: Run, sample_dogs: Path, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, sample_dogs, generated, tmp_path, monkeypatch
+):
     pytest.importorskip("train_dogs")
     wide = np.random.default_rng(4).integers(0, 256, (48, 64, 4), np.uint8)
     members = {f"{i}.jpg": f.read_bytes() for i, f in enumerate(sample_dogs.rglob("*.jpg"))}
+    exif = Image.Exif()
     for orientation in range(1, 9):
-        for suffix, pixels in (("png", wide), ("jpg", wide[..., :3]), ("jpg", wide[..., 0])):
-            exif, file = Image.Exif(), io.BytesIO()
-            exif[0x0112] = orientation
-            Image.fromarray(pixels).save(file, {"png": "PNG", "jpg": "JPEG"}[suffix], exif=exif)
-            members[f"t{orientation}{pixels.ndim}.{suffix}"] = file.getvalue()
+        exif[0x0112] = orientation
+        members |= {
+            f"t{orientation}.png": png(wide, exif=exif),
+            f"t{orientation}.jpg": png(wide[..., :3], "JPEG", exif=exif),
+            f"grey{orientation}.jpg": png(wide[..., 0], "JPEG", exif=exif),
+        }
     photos = write_zip(tmp_path / "photos.zip", members)
     for rule in ("whole", "centre"):
         with monkeypatch.context() as alone:
@@ -240,7 +197,7 @@ def test_without_train_dogs_folders_and_zips_of_pngs_and_jpegs_are_read_alike(
     assert code == 0 and json.loads(out)["n_reference"] == 5
 
 
-def test_idx_files_are_references_like_the_same_pictures(tmp_path: Path) -> None:
+def test_idx_files_are_references_like_the_same_pictures(tmp_path):
     pytest.importorskip("train_dogs")
     digits = np.random.default_rng(5).integers(0, 256, (5, 28, 28), np.uint8)
     place = tmp_path / "t10k-images-idx3-ubyte.gz"
@@ -251,23 +208,11 @@ def test_idx_files_are_references_like_the_same_pictures(tmp_path: Path) -> None
             assert (picture.decode(picture.read())[0] == mifid.decode(png(digit))).all()
 
 
-def test_a_reference_of_photos_is_squashed_by_lanczos(
-    run: Run, sample_dogs: Path, dogs: list[bytes], generated: Path, tmp_path: Path
-) -> None:
-    files = sorted(sample_dogs.rglob("*.jpg"))[10:16]
-    photos = write_zip(tmp_path / "p.zip", {file.name: file.read_bytes() for file in files})
-    squashed = write_zip(tmp_path / "s.zip", {f.name: d for f, d in zip(files, dogs[10:16])})
-    results = [numbers(run(generated, path, "--json")[1]) for path in (photos, squashed)]
-    assert results[0] == pytest.approx(results[1], rel=1e-6)
-
-
-def test_all_prints_the_other_metrics(
-    run: Run, dogs: list[bytes], generated: Path, reference: Path
-) -> None:
-    write_zip(generated.parent / "six.zip", {f"{i}.png": data for i, data in enumerate(dogs[:6])})
-    code, out, _ = run(generated, reference, "--all")
-    assert code == 2  # five neighbours need six images
-    code, out, _ = run(reference, generated.parent / "six.zip", "--all")
+def test_all_prints_the_other_metrics(run, dogs, reference, tmp_path):
+    images = {f"{i}.png": data for i, data in enumerate(dogs[:10])}
+    ten = write_zip(tmp_path / "ten.zip", images)
+    assert "10 images" in refusal(run, reference, ten, "--all")  # the reference has 7
+    code, out, _ = run(ten, ten, "--all")
     assert code == 0
     for name in ("KID", "precision", "recall", "density", "coverage"):
         assert name in out
@@ -281,8 +226,8 @@ def cached(folder: Path) -> list[Path]:
 
 
 def test_a_second_scoring_computes_no_reference_features(
-    run: Run, generated: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, generated, reference, tmp_path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     computed: list[str] = []
     compute = mifid.compute_features
@@ -294,7 +239,7 @@ def test_a_second_scoring_computes_no_reference_features(
     monkeypatch.setattr(mifid, "compute_features", spy)
 
     def scores() -> dict[str, object]:
-        return json.loads(run(generated, reference, "--json")[1]) | {"seconds": None}
+        return json.loads(run(generated, reference, "--json")[1])
 
     first = scores()
     assert scores() == first
@@ -311,8 +256,8 @@ def test_a_second_scoring_computes_no_reference_features(
 
 
 def test_other_content_rule_or_precision_is_another_entry(
-    run: Run, sample_dogs: Path, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, sample_dogs, generated, tmp_path, monkeypatch
+):
     pytest.importorskip("train_dogs")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(mifid, "has_bfloat16", lambda: True)
@@ -328,7 +273,7 @@ def test_other_content_rule_or_precision_is_another_entry(
         assert len(cached(tmp_path)) == count
 
 
-def test_two_processes_share_the_cache(generated: Path, reference: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_cache(generated, reference, tmp_path):
     command = [sys.executable, str(ROOT / "mifid.py"), str(generated), str(reference), "--json"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     runs = [
@@ -342,8 +287,8 @@ def test_two_processes_share_the_cache(generated: Path, reference: Path, tmp_pat
 
 
 def test_a_cache_that_cannot_be_written_costs_only_a_note(
-    run: Run, generated: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run, generated, reference, tmp_path, monkeypatch
+):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     code, _, err = run(generated, reference)
@@ -353,9 +298,7 @@ def test_a_cache_that_cannot_be_written_costs_only_a_note(
 # ---------------------------------------------------------------- sheet
 
 
-def test_the_sheet_shows_each_copy_beside_its_original(
-    run: Run, dogs: list[bytes], reference: Path, tmp_path: Path
-) -> None:
+def test_the_sheet_shows_each_copy_beside_its_original(run, dogs, reference, tmp_path):
     images = {f"{i}.png": data for i, data in enumerate(dogs[:4])} | {"copy.png": dogs[9]}
     source, sheet = write_zip(tmp_path / "g.zip", images), tmp_path / "sheet.png"
     assert run(source, reference, "--sheet", sheet)[0] == 0
@@ -370,69 +313,54 @@ def test_the_sheet_shows_each_copy_beside_its_original(
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
 
 
-def test_a_sheet_of_features_alone_is_refused(
-    run: Run, generated: Path, reference: Path, tmp_path: Path
-) -> None:
-    saved = tmp_path / "f.npz"
-    run(generated, reference, "--save-features", saved)
-    assert "no picture" in refusal(run, saved, reference, "--sheet", tmp_path / "s.png")
+def test_a_sheet_of_features_alone_or_in_a_place_that_is_no_file_is_refused(
+    run, generated, reference, tmp_path
+):
+    np.savez(tmp_path / "f.npz", features=np.ones((5, 2048)))
+    assert "no picture" in refusal(
+        run, tmp_path / "f.npz", reference, "--sheet", tmp_path / "s.png"
+    )
     assert "make it first" in refusal(run, generated, reference, "--sheet", tmp_path / "no/s.png")
+    if hasattr(os, "mkfifo"):  # a rename would replace the pipe
+        os.mkfifo(tmp_path / "pipe")
+        for option in ("--sheet", "--save-features"):
+            assert "pipe" in refusal(run, generated, reference, option, tmp_path / "pipe")
 
 
 # ---------------------------------------------------------------- bad input
 
 
-def grey(mode: str) -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, (64, 64)).save(file, "PNG")
-    return file.getvalue()
-
-
 def bomb() -> bytes:
-    """A PNG of a few hundred bytes that declares 60,000 x 60,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    """A PNG whose header declares 60,000 x 60,000 pixels."""
+    data = bytearray(png(NOISE))
+    data[16:24] = struct.pack(">2I", 60_000, 60_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 BAD = {
     "small": (png(NOISE[:32]), "64x32 pixels, not 64x64"),
-    "grey": (grey("L"), "grey"),
-    "alpha": (grey("RGBA"), "alpha"),
-    "palette": (grey("P"), "palette"),
-    "text": (b"hello", "not a PNG or JPEG"),
+    "grey": (png(Image.new("L", (64, 64))), "mode L"),
+    "alpha": (png(Image.new("RGBA", (64, 64))), "mode RGBA"),
+    "palette": (png(Image.new("P", (64, 64))), "mode P"),
     "empty": (b"", "not a PNG or JPEG"),
-    "truncated": (png(NOISE)[:6000], "truncated"),
-    "bomb": (bomb(), "pixels"),
+    "truncated": (png(NOISE)[:6000], "damaged"),
+    "bomb": (bomb(), "very large"),
     "bitmap": (png(NOISE, "BMP"), "not a PNG or JPEG"),
     "deep": (png(NOISE[..., 0].astype(np.uint16)), "not RGB"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_generated_image_is_refused_by_name(
-    kind: str, run: Run, dogs: list[bytes], reference: Path, tmp_path: Path
-) -> None:
+def test_a_bad_generated_image_is_refused_by_name(kind, run, dogs, reference, tmp_path):
     data, words = BAD[kind]
     source = write_zip(tmp_path / "g.zip", {"good.png": dogs[0], "the-bad-one.png": data})
     sentence = refusal(run, source, reference)
     assert "the-bad-one.png" in sentence and words in sentence
 
 
-def test_resize_converts_what_can_be_converted(
-    run: Run, dogs: list[bytes], reference: Path, tmp_path: Path
-) -> None:
+def test_resize_converts_what_can_be_converted(run, dogs, reference, tmp_path):
     good = {f"{kind}.png": BAD[kind][0] for kind in ("small", "grey", "alpha", "palette")}
     source = write_zip(tmp_path / "g.zip", good | {"dog.png": dogs[0]})
     code, out, _ = run(source, reference, "--resize", "--json")
@@ -441,23 +369,16 @@ def test_resize_converts_what_can_be_converted(
     assert "hopeless.png" in refusal(run, source, reference, "--resize")
 
 
-def test_folders_and_litter_in_a_zip_are_no_images_and_repetitions_are_counted(
-    run: Run, dogs: list[bytes], reference: Path, tmp_path: Path
-) -> None:
+def test_folders_and_litter_in_a_zip_are_no_images(run, dogs, reference, tmp_path):
     members = {f"images/{i}.png": data for i, data in enumerate(dogs[:4])}
     members |= {"images/": b"", "__MACOSX/images/._0.png": b"fork", "images/.DS_Store": b"x"}
-    source = write_zip(tmp_path / "g.zip", members | {"images/again.png": dogs[0]})
-    code, out, err = run(source, reference, "--json")
-    assert code == 0 and json.loads(out)["n_generated"] == 5
-    assert "g.zip contains folders" in err and "g.zip are exact copies" in err
+    code, out, _ = run(write_zip(tmp_path / "g.zip", members), reference, "--json")
+    assert code == 0 and json.loads(out)["n_generated"] == 4
 
 
-def test_broken_archives_and_absent_paths_are_named(
-    run: Run, generated: Path, reference: Path, tmp_path: Path
-) -> None:
+def test_broken_archives_and_absent_paths_are_named(run, generated, reference, tmp_path):
     data = generated.read_bytes()
     (tmp_path / "cut.zip").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.zip").write_text("no zip")
     middle = bytearray(data)
     middle[100] ^= 0xFF
     (tmp_path / "flipped.zip").write_bytes(middle)
@@ -469,24 +390,12 @@ def test_broken_archives_and_absent_paths_are_named(
     np.savez(tmp_path / "other.npz", data=np.ones(3))
     with tarfile.open(tmp_path / "images.tar.bz2", "w:bz2") as archive:
         archive.add(generated)
-    bad = (
-        "images.tar.bz2",
-        "cut.zip",
-        "text.zip",
-        "flipped.zip",
-        "locked.zip",
-        "bad.npz",
-        "other.npz",
-        "no.zip",
-    )
-    for name in bad:
+    for name in (*(path.name for path in tmp_path.iterdir()), "no.zip"):
         assert name in refusal(run, tmp_path / name, reference)
         assert name in refusal(run, generated, tmp_path / name)
 
 
-def test_empty_sets_and_single_images_are_refused(
-    run: Run, dogs: list[bytes], generated: Path, reference: Path, tmp_path: Path
-) -> None:
+def test_empty_sets_and_single_images_are_refused(run, dogs, generated, reference, tmp_path):
     (tmp_path / "folder").mkdir()
     empty = write_zip(tmp_path / "empty.zip", {})
     one = write_zip(tmp_path / "one.zip", {"1.png": dogs[0]})
@@ -496,9 +405,7 @@ def test_empty_sets_and_single_images_are_refused(
             assert "--data" not in sentence  # train_dogs.py's option
 
 
-def test_a_reference_with_a_few_bad_photos_skips_and_counts_them(
-    run: Run, dogs: list[bytes], generated: Path, tmp_path: Path
-) -> None:
+def test_a_reference_with_a_few_bad_photos_skips_and_counts_them(run, dogs, generated, tmp_path):
     members = {f"{i}.png": data for i, data in enumerate(dogs)}
     source = write_zip(tmp_path / "r.zip", members | {"bad.png": BAD["truncated"][0]})
     code, out, err = run(generated, source, "--json")
@@ -509,16 +416,13 @@ def test_a_reference_with_a_few_bad_photos_skips_and_counts_them(
     assert "3 of the 27" in refusal(run, generated, source)
 
 
-def test_features_of_other_weights_or_another_rule_are_not_mixed(
-    run: Run, reference: Path, tmp_path: Path
-) -> None:
+def test_features_of_other_weights_or_another_rule_are_not_mixed(run, reference, tmp_path):
     rows = np.random.default_rng(1).random((20, 2048)).astype(np.float32)
     about = {"rule": "whole", "weights": "other.pth", "sha256": "0" * 64, "fingerprint": "0" * 64}
     np.savez(tmp_path / "other.npz", features=rows, about=json.dumps(about))
     assert "different weights" in refusal(run, tmp_path / "other.npz", reference)
-    assert "--crop whole" in refusal(
-        run, tmp_path / "other.npz", tmp_path / "other.npz", "--crop", "box"
-    )
+    sides = [tmp_path / "other.npz"] * 2
+    assert "--crop whole" in refusal(run, *sides, "--crop", "box")
     np.savez(tmp_path / "short.npz", features=rows[:, :100])
     assert "lengths" in refusal(run, tmp_path / "short.npz", tmp_path / "other.npz")
     np.savez(tmp_path / "nan.npz", features=rows * np.nan)
@@ -529,26 +433,14 @@ def test_features_of_other_weights_or_another_rule_are_not_mixed(
     "options",
     [
         *(("--limit", "1"), ("--batch-size", "0"), ("--size", "4"), ("--device", "nonsense")),
-        *(("--threshold", "-1"), ("--threshold", "inf"), ("--threshold", "nan")),
+        *(("--threshold", "-1"), ("--threshold", "nan")),
         *(("--sheet", "."), ("--save-features", ".")),
     ],
 )
-def test_options_out_of_range_are_refused(
-    options: tuple[str, str], run: Run, generated: Path, reference: Path
-) -> None:
+def test_options_out_of_range_are_refused(options, run, generated, reference):
     sentence = refusal(run, generated, reference, *options)
     assert options[1] in sentence
     assert options[1] == "." or options[0] in sentence
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
-def test_a_pipe_is_not_replaced_by_a_file(
-    run: Run, generated: Path, reference: Path, tmp_path: Path
-) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for option in ("--sheet", "--save-features"):
-        assert "pipe" in refusal(run, generated, reference, option, tmp_path / "pipe")
-    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize(
@@ -556,13 +448,10 @@ def test_a_pipe_is_not_replaced_by_a_file(
     [
         ((), "required: generated, reference"),
         (("a.zip", "b.zip", "--limit", "many"), "--limit: invalid int value: 'many'"),
-        (("a.zip", "b.zip", "--crop", "head"), "--crop: invalid choice: 'head'"),
         (("a.zip", "b.zip", "--nonsense"), "unrecognized arguments: --nonsense"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(
-    arguments: tuple[str, ...], words: str, run: Run
-) -> None:
+def test_a_wrong_command_line_is_one_sentence(arguments, words, run):
     sentence = refusal(run, *arguments)
     assert words in sentence and "--help" in sentence and "usage" not in sentence
 
@@ -573,14 +462,12 @@ def test_a_wrong_command_line_is_one_sentence(
 def painting(seed: int, size: tuple[int, int] = (256, 256)) -> bytes:
     """A JPEG of a smooth picture."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize(size, Image.BICUBIC).save(file, "JPEG")
-    return file.getvalue()
+    return png(Image.fromarray(noise).resize(size, Image.BICUBIC), "JPEG")
 
 
-def test_jpegs_of_256_are_scored_and_a_mixture_of_sizes_refused_by_name(
-    run: Run, reference: Path, tmp_path: Path
-) -> None:
+def test_jpegs_of_256_are_scored_like_arrays_and_a_mixture_of_sizes_refused_by_name(
+    run, reference, tmp_path
+):
     paintings = {f"{i}.jpg": painting(i) for i in range(3)}
     made = write_zip(tmp_path / "made.zip", paintings)
     real = write_zip(
@@ -602,12 +489,12 @@ def test_jpegs_of_256_are_scored_and_a_mixture_of_sizes_refused_by_name(
     assert "different image sizes" in refusal(run, saved, reference)
 
 
-def test_the_centre_of_a_photo_is_cut_and_not_squashed() -> None:
+def test_the_centre_of_a_photo_is_cut_and_not_squashed():
     wide = np.random.default_rng(2).integers(0, 256, (64, 100, 3), np.uint8)
     assert (mifid.decode(png(wide), rule="centre") == wide[:, 18:82]).all()
 
 
-def test_a_training_loops_tensors_are_scored_as_they_are() -> None:
+def test_a_training_loops_tensors_are_scored_as_they_are():
     images = np.random.default_rng(3).integers(0, 256, (12, 32, 48, 3), np.uint8)
     planes = torch.from_numpy(images).permute(0, 3, 1, 2)
     as_tensors, as_arrays = (mifid.score(x[:5], x[5:]) for x in (planes, images))
@@ -620,9 +507,7 @@ def test_a_training_loops_tensors_are_scored_as_they_are() -> None:
         mifid.score(planes[:5], np.zeros((3, 64, 64, 3), np.uint8))
 
 
-def test_a_mean_and_covariance_give_fid_alone(
-    run: Run, generated: Path, reference: Path, tmp_path: Path
-) -> None:
+def test_a_mean_and_covariance_give_fid_alone(run, generated, reference, tmp_path):
     saved, moments = tmp_path / "f.npz", tmp_path / "stats.npz"
     run(reference, generated, "--save-features", saved)
     mu, sigma = mifid.mean_and_covariance(np.load(saved)["features"])
@@ -632,7 +517,7 @@ def test_a_mean_and_covariance_give_fid_alone(
     expected = json.loads(run(generated, reference, "--json")[1])["fid"]
     assert code == 0 and result["fid"] == pytest.approx(expected, rel=1e-5)
     assert result["mifid"] is result["memorization_distance"] is result["n_reference"] is None
-    code, out, _ = run(generated, moments, "--all")
+    code, out, _ = run(generated, moments)
     assert code == 0 and "no distance" in out.lower() and "MiFID  " not in out
     assert "only be the reference" in refusal(run, moments, generated)
     assert "--held-out" in refusal(run, generated, moments, "--held-out", reference)
@@ -641,9 +526,7 @@ def test_a_mean_and_covariance_give_fid_alone(
 
 ANYTHING = {
     "objects": {"features": np.array([{}, []], object)},
-    "texts": {"features": np.array([["a", "b"]])},
     "integers": {"features": np.ones((3, 4), np.int64)},
-    "complex": {"features": np.ones((3, 4), complex)},
     "vector": {"features": np.ones(4)},
     "no rows": {"features": np.ones((0, 4))},
     "infinite": {"features": np.full((3, 4), np.inf)},
@@ -653,46 +536,19 @@ ANYTHING = {
     "mu alone": {"mu": np.ones(4)},
     "misfit": {"mu": np.ones(4), "sigma": np.eye(5)},
     "lopsided": {"mu": np.ones(4), "sigma": np.triu(np.ones((4, 4)))},
-    "large": {"features": np.ones((300, 1000))},
 }
 
 
 @pytest.mark.parametrize("kind", ANYTHING)
-def test_an_npz_of_anything_is_refused(
-    kind: str, run: Run, generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mifid, "MAX_UNPACKED_BYTES", 1_000_000)
+def test_an_npz_of_anything_is_refused(kind, tmp_path):
     np.savez_compressed(tmp_path / "any.npz", **ANYTHING[kind])
-    assert "any.npz" in refusal(run, generated, tmp_path / "any.npz")
-    assert "any.npz" in refusal(run, tmp_path / "any.npz", generated)
-
-
-def test_no_more_is_read_of_an_archive_than_the_limits(
-    run: Run, dogs: list[bytes], reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    members = {"0.png": dogs[0], "large.png": bytes(3_000_000)}
-    source = bytearray(write_zip(tmp_path / "g.zip", members).read_bytes())
-    monkeypatch.setattr(mifid, "MAX_FILE_BYTES", 1 << 20)
-    assert "large.png" in (said := refusal(run, tmp_path / "g.zip", reference)) and "1 MB" in said
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "large.png").write_bytes(bytes(3_000_000))
-    (tmp_path / "folder" / "0.png").write_bytes(dogs[0])
-    assert "1 MB" in refusal(run, tmp_path / "folder", reference)
-    at = source.rindex(b"PK\x01\x02") + 24  # the last member states 1,000 bytes
-    source[at : at + 4] = struct.pack("<I", 1000)
-    (tmp_path / "g.zip").write_bytes(source)
-    assert "large.png" in refusal(run, tmp_path / "g.zip", reference)
-    with zipfile.ZipFile(tmp_path / "g.zip", "w", zipfile.ZIP_LZMA) as archive:
-        archive.writestr("0.png", dogs[0])
-        archive.writestr("1.png", dogs[1])
-    assert "deflate" in refusal(run, tmp_path / "g.zip", reference)
+    with pytest.raises(mifid.UserError, match=r"any\.npz.*--save-features"):
+        mifid.load_features(tmp_path / "any.npz")
 
 
 @pytest.mark.parametrize("block", [b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0", b"any"])
-def test_an_exif_block_of_anything_turns_nothing(block: bytes) -> None:
-    file = io.BytesIO()
-    Image.fromarray(NOISE).save(file, "PNG", exif=b"Exif\0\0" + block)
-    assert (mifid.decode(file.getvalue()) == NOISE).all()
+def test_an_exif_block_of_anything_turns_nothing(block):
+    assert (mifid.decode(png(NOISE, exif=b"Exif\0\0" + block)) == NOISE).all()
 
 
 @pytest.mark.parametrize(
@@ -703,16 +559,13 @@ def test_an_exif_block_of_anything_turns_nothing(block: bytes) -> None:
         (8, np.rot90(NOISE)),
     ],
 )  # fmt: skip
-def test_a_photo_of_any_set_is_turned_as_its_exif_says(orientation: int, shown: np.ndarray) -> None:
-    exif, file = Image.Exif(), io.BytesIO()
+def test_a_photo_of_any_set_is_turned_as_its_exif_says(orientation, shown):
+    exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(NOISE).save(file, "PNG", exif=exif)
-    assert (mifid.decode(file.getvalue()) == shown).all()
+    assert (mifid.decode(png(NOISE, exif=exif)) == shown).all()
 
 
-def test_held_out_photos_are_read_like_the_reference(
-    run: Run, generated: Path, reference: Path, dogs: list[bytes], tmp_path: Path
-) -> None:
+def test_held_out_photos_are_read_like_the_reference(run, generated, reference, dogs, tmp_path):
     held = write_zip(tmp_path / "held.zip", {f"{i}.png": d for i, d in enumerate(dogs[12:20])})
     code, out, _ = run(generated, reference, "--held-out", held, "--json")
     result = json.loads(out)

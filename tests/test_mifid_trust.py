@@ -26,7 +26,7 @@ def photos(seed: int, count: int, size: int = 64) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("size", "count"), [(16, 400), (32, 500)])
-def test_the_interval_covers_the_known_fid_of_gaussians_in_200_draws(size: int, count: int) -> None:
+def test_the_interval_covers_the_known_fid_of_gaussians_in_200_draws(size, count):
     (m1, s1), (m2, s2) = spread_gaussian(1, size), spread_gaussian(2, size)
     trace = np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
     known = ((m1 - m2) ** 2).sum() + trace
@@ -43,7 +43,7 @@ def test_the_interval_covers_the_known_fid_of_gaussians_in_200_draws(size: int, 
 
 
 @pytest.mark.parametrize("count", [30, 400])  # of 24 dimensions: by rows, and by columns
-def test_leaving_a_group_out_is_scoring_the_others_alone(count: int) -> None:
+def test_leaving_a_group_out_is_scoring_the_others_alone(count):
     x, y = photos(4, count, 24), photos(5, 500, 24) * 1.2
     groups = np.array_split(np.random.default_rng(6).permutation(count), 4)
     values = list(mifid.frechet_distances(x, mifid.gaussian_of(y), groups))
@@ -51,7 +51,7 @@ def test_leaving_a_group_out_is_scoring_the_others_alone(count: int) -> None:
     assert values == pytest.approx([mifid.frechet_distance(part, y) for part in parts], rel=1e-7)
 
 
-def test_the_unbiased_fid_of_few_images_is_that_of_many() -> None:
+def test_the_unbiased_fid_of_few_images_is_that_of_many():
     reference, many = photos(7, 3000), 1.1 * photos(8, 100_000)
     at_all = mifid.frechet_distance(many, reference)
     for count in (200, 1000):
@@ -63,7 +63,7 @@ def test_the_unbiased_fid_of_few_images_is_that_of_many() -> None:
     assert fewest["fid_error"] is None and fewest["fid"] > 0  # fewer than 2 a group
 
 
-def test_the_unbiased_fid_agrees_with_fid_infinity_within_its_error() -> None:
+def test_the_unbiased_fid_agrees_with_fid_infinity_within_its_error():
     # Chong and Forsyth 2020 (arXiv 1911.07023): a line through FID at several counts, against 1/N.
     reference, made = mifid.gaussian_of(photos(30, 4000)), 1.1 * photos(31, 4000)
     _, error, unbiased = mifid.fid_with_error(made, reference)
@@ -76,7 +76,7 @@ def test_the_unbiased_fid_agrees_with_fid_infinity_within_its_error() -> None:
     assert abs(np.mean(ends) - unbiased) < error
 
 
-def test_the_distance_error_is_the_spread_of_the_distance_over_draws() -> None:
+def test_the_distance_error_is_the_spread_of_the_distance_over_draws():
     reference = photos(9, 1000)
     found = [mifid.score(photos(10 + i, 100), reference) for i in range(100)]
     spread = np.std([each["memorization_distance"] for each in found])
@@ -86,17 +86,7 @@ def test_the_distance_error_is_the_spread_of_the_distance_over_draws() -> None:
 # ---------------------------------------------------------------- inside `score`
 
 
-def test_the_distance_in_a_score_averages_over_the_generated_images() -> None:
-    reference = photos(11, 2000)
-    copies = np.repeat(reference[:50], 20, axis=0) + np.random.default_rng(12).normal(
-        0, 1e-3, (1000, 64)
-    )
-    found = mifid.score(copies, reference)
-    assert found["memorization_distance"] < 1e-3 and found["mifid"] > 100 * found["fid"]
-    assert "memorization" in found["verdict"]
-
-
-def test_the_threshold_is_the_one_given() -> None:
+def test_the_threshold_is_the_one_given():
     generated, reference = photos(13, 300), photos(14, 400)
     distance = mifid.score(generated, reference)["memorization_distance"]
     for threshold in (0.9 * distance, 1.1 * distance):
@@ -104,9 +94,10 @@ def test_the_threshold_is_the_one_given() -> None:
         penalty = distance if distance < threshold else 1
         assert found["mifid"] == pytest.approx(found["fid"] / penalty, rel=1e-9)
         assert found["threshold"] == threshold
+        assert ("penalised" in found["verdict"]) == (distance < threshold)
 
 
-def test_the_unseen_distance_in_a_score_is_the_references_own() -> None:
+def test_the_unseen_distance_in_a_score_is_the_references_own():
     generated, reference = photos(15, 300), photos(16, 900)
     found = mifid.score(generated, reference)["unseen_distance"]
     assert found == mifid.unseen_distance(reference) != mifid.unseen_distance(generated)
@@ -115,17 +106,12 @@ def test_the_unseen_distance_in_a_score_is_the_references_own() -> None:
 @pytest.mark.parametrize(
     ("distance", "words"),
     [
-        (0.99e-6, "is a copy"),
-        (1.01e-6, "penalised"),
-        (0.0999, "penalised"),
-        (0.1, "Nearer to the reference"),
-        (0.1799, "Nearer to the reference"),
-        (0.1801, "As near"),
-        (0.2199, "As near"),
-        (0.2201, "Farther"),
+        (0.99e-6, "is a copy"), (1.01e-6, "penalised"), (0.0999, "penalised"),
+        (0.1, "Nearer to the reference"), (0.1799, "Nearer to the reference"),
+        (0.1801, "As far"),
     ],
-)
-def test_the_verdicts_bounds(distance: float, words: str) -> None:
+)  # fmt: skip
+def test_the_verdicts_bounds(distance, words):
     assert words in mifid.verdict(distance, unseen=0.2, threshold=0.1, count=5000)
 
 
@@ -143,27 +129,27 @@ def sentence(generated: np.ndarray, held_out: np.ndarray = HELD_OUT) -> str:
     return found["over_fitting"]
 
 
-def test_a_model_that_copies_50_photos_over_fits() -> None:
+def test_a_model_that_copies_50_photos_over_fits():
     noise = np.random.default_rng(21).normal(0, 0.02, (1000, 64))
     assert "it over-fits" in sentence(np.abs(np.tile(SEEN[:50], (20, 1)) + noise))
 
 
-def test_a_model_that_leans_on_its_photos_over_fits() -> None:
+def test_a_model_that_leans_on_its_photos_over_fits():
     """A third of each image's features are those of a photo it was trained on."""
     assert "it over-fits" in sentence(0.33 * SEEN[:1000] + 0.67 * OTHERS[:1000])
 
 
-def test_real_photos_do_not_over_fit() -> None:
+def test_real_photos_do_not_over_fit():
     for rows in np.split(OTHERS[:2500], 5):
         assert "no sign of over-fitting" in sentence(rows)
 
 
-def test_sets_in_each_others_place_are_noticed() -> None:
+def test_sets_in_each_others_place_are_noticed():
     assert "swapped" in sentence(HELD_OUT[:500] + 0.01)
     found = mifid.score(OTHERS[:300], SEEN, held_out=np.concatenate([HELD_OUT[:900], SEEN[:100]]))
     assert any("100 of 1,000 held-out photos are in the reference" in n for n in found["notes"])
 
 
-def test_counts_that_differ_do_not_look_like_over_fitting() -> None:
+def test_counts_that_differ_do_not_look_like_over_fitting():
     """The distance to 2,000 photos is smaller than to 400 of the same kind."""
     assert "no sign of over-fitting" in sentence(OTHERS[:1000], HELD_OUT[:400])
