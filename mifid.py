@@ -42,6 +42,7 @@ import re
 import shutil
 import struct
 import sys
+import time
 import urllib.request
 import warnings
 import zipfile
@@ -387,15 +388,31 @@ def kept_memory() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+class Stopwatch(Counter):
+    """Seconds of each stage; those of a stage inside another count for the inner one only."""
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter() - self.total()  # without the inner stages that follow
+        try:
+            yield
+        finally:
+            self[stage] += time.perf_counter() - self.total() - begin
+
+
 @torch.inference_mode()
-def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.ndarray:
+def run_network(
+    model: Inception, batches: Iterable[np.ndarray | Tensor], watch: Stopwatch | None = None
+) -> np.ndarray:
     """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
-    out = [np.empty((0, 2048), np.float32)]
+    out, watch = [np.empty((0, 2048), np.float32)], watch or Stopwatch()
     # TF32 is off: its effect on the score has not been measured.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
     try:
         with kept_memory(), exact:
-            out += [model(torch.as_tensor(batch)).cpu().numpy() for batch in batches]
+            for batch in batches:
+                with watch("network"):
+                    out.append(model(torch.as_tensor(batch)).cpu().numpy())
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
@@ -913,7 +930,7 @@ def cache_entry(images: ImageSet, model: Inception) -> Path:
 
 
 def compute_features(
-    images: ImageSet, model: Inception, batch_size: int, progress: bool
+    images: ImageSet, model: Inception, batch_size: int, progress: bool, watch: Stopwatch
 ) -> Features:
     """The features of a set: threads read and decode while the network runs. Raises UserError for a
     bad picture of a strict set, and for too many of another."""
@@ -938,7 +955,7 @@ def compute_features(
 
     stream = views()
     batches = iter(lambda: list(islice(stream, batch_size)), [])
-    values = run_network(model, map(np.stack, batches))
+    values = run_network(model, map(np.stack, batches), watch)
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
     if bad.total() > MAX_BAD_SHARE * total:
         raise UserError(
@@ -960,6 +977,7 @@ def features_of(
     limit: int | None,
     cache: bool,
     progress: bool,
+    watch: Stopwatch,
 ) -> Features:
     """The features of a set, from the cache where that is allowed. Processes may share the cache:
     an entry appears whole, by renaming, and one that cannot be read is made again."""
@@ -971,7 +989,7 @@ def features_of(
         with contextlib.suppress(UserError):  # not there, or damaged
             found = replace(load_features(entry), where=side.where, images=side)
     if found is None:
-        found = compute_features(side, model, batch_size or model.batch_size, progress)
+        found = compute_features(side, model, batch_size or model.batch_size, progress, watch)
         try:
             if cache:
                 entry.parent.mkdir(parents=True, exist_ok=True)
@@ -1300,21 +1318,27 @@ def score(
     if size is None and isinstance(generated, (np.ndarray, Tensor)) and generated.ndim == 4:
         frame = tuple(as_images(generated).shape[2:0:-1])
     sources = {"generated": generated, "reference": reference, "held-out": held_out}
-    sides = {
-        name: open_side(source, name, frame, crop, resize, limit)
-        for name, source in sources.items()
-        if source is not None
-    }
+    watch = Stopwatch(dict.fromkeys(("reading", "network", "distance", "trace"), 0.0))
+    with watch("reading"):
+        sides = {
+            name: open_side(source, name, frame, crop, resize, limit)
+            for name, source in sources.items()
+            if source is not None
+        }
     are_images = {name: isinstance(side, ImageSet) for name, side in sides.items()}
     if sheet is not None and not (are_images["generated"] and are_images["reference"]):
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
     model = None
     if any(are_images.values()):
-        model = load_inception(find_weights(weights, offline), device, fast)
-    made, real, *held = (
-        features_of(side, model, batch_size, limit, cache and name != "generated", progress)
-        for name, side in sides.items()
-    )
+        with watch("network"):
+            model = load_inception(find_weights(weights, offline), device, fast)
+    with watch("reading"):
+        made, real, *held = (
+            features_of(
+                side, model, batch_size, limit, cache and name != "generated", progress, watch
+            )
+            for name, side in sides.items()
+        )
     if save is not None:
         made.save(Path(save))
     for side in (real, *held):
@@ -1332,13 +1356,15 @@ def score(
             f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, so "
             "compare it only with scores at the same counts"
         )
-    gaussian = real.known or gaussian_of(real.values, place)
-    gaussian = Gaussian(*(tensor.to(place) for tensor in gaussian))
-    fid, error, unbiased = fid_with_error(made.values, gaussian)
+    with watch("trace"):
+        gaussian = real.known or gaussian_of(real.values, place)
+        gaussian = Gaussian(*(tensor.to(place) for tensor in gaussian))
+        fid, error, unbiased = fid_with_error(made.values, gaussian)
     distance = spread = unseen = mifid = None
     if real.known is None:
-        nearest, index = nearest_references(made.values, real.values, place)
-        unseen = unseen_distance(real.values, place)
+        with watch("distance"):
+            nearest, index = nearest_references(made.values, real.values, place)
+            unseen = unseen_distance(real.values, place)
         distance = float(np.nanmean(nearest))
         # The jackknife of a mean that leaves out one image at a time has this closed form.
         spread = float(np.nanstd(nearest, ddof=1) / math.sqrt(count))
@@ -1363,15 +1389,17 @@ def score(
         "reference": real.where,
     }
     if held:
-        result |= compare_held_out(made, real, held[0], place)
+        with watch("held-out"):
+            result |= compare_held_out(made, real, held[0], place)
         notes += held[0].notes
     precisions = {side.about.get("precision", "float32") for side in (made, real, *held)}
     if half := sorted(precisions - {"float32"}):
         notes.append(f"features are in {' and '.join(half)}, so no score is exact")
     if everything and real.known is None:
-        kid, spread = kernel_distance(made.values, real.values, place)
-        result |= {"kid": kid, "kid_std": spread}
-        result |= manifold_scores(made.values, real.values, place)
+        with watch("all"):
+            kid, spread = kernel_distance(made.values, real.values, place)
+            result |= {"kid": kid, "kid_std": spread}
+            result |= manifold_scores(made.values, real.values, place)
     if everything and model is not None and model.classifier is None:
         notes.append(f"no Inception score: {model.weights} has no classifier, {WEIGHTS_NAME} has")
     elif everything and model is not None:
@@ -1381,7 +1409,7 @@ def score(
         result["inception_score"], result["inception_score_std"] = inception_score(x @ classifier.T)
     if sheet is not None:
         draw_sheet(Path(sheet), made, real, nearest, index)
-    return result
+    return result | {"seconds": {stage: round(spent, 3) for stage, spent in watch.items()}}
 
 
 # ---------------------------------------------------------------- 9. command line
@@ -1449,6 +1477,7 @@ def report(r: dict[str, Any]) -> str:
         f"reference  {count:>7}  {r['reference']}",
         f"rule       {rule}",
         f"weights    {weights}",
+        "seconds    " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in r["seconds"].items()),
         "",
         *(f"{name:21}  {value}" for name, value in values.items()),
         "",

@@ -114,9 +114,12 @@ def test_json_is_one_object_and_the_report_says_the_same(run, generated, referen
     fid, distance = result["fid"], result["memorization_distance"]
     assert fid > 0 and 0 < distance < 0.1  # drawn dogs are alike: the penalty's case
     assert result["mifid"] == pytest.approx(fid / distance)
+    assert set(result["seconds"]) == {"reading", "network", "distance", "trace"}
+    assert all(spent > 0 for spent in result["seconds"].values())
     assert "2,048" in err  # few images: the plain warning
     code, out, err = run(generated, reference)
-    for words in ("FID", "MiFID", "whole", result["weights_sha256"][:12], " 5 ", " 7 "):
+    stages = ("reading", "network", "trace")
+    for words in ("FID", "MiFID", "whole", result["weights_sha256"][:12], " 5 ", " 7 ", *stages):
         assert words in out
     assert f"{result['fid']:.6f}" in out and result["verdict"] in out
 
@@ -239,7 +242,7 @@ def test_a_second_scoring_computes_no_reference_features(
     monkeypatch.setattr(mifid, "compute_features", spy)
 
     def scores() -> dict[str, object]:
-        return json.loads(run(generated, reference, "--json")[1])
+        return json.loads(run(generated, reference, "--json")[1]) | {"seconds": None}
 
     first = scores()
     assert scores() == first
