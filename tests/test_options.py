@@ -42,11 +42,10 @@ import train_dogs
 from train_dogs import Config, UserError, main, parse
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-SPANS = {name: f.metadata["span"] for name, f in FIELDS.items()}
+RANGES = {name: f.metadata["range"] for name, f in FIELDS.items()}
 NEEDS = {  # the options without which a field is refused
     "classify": ["--condition", "breed"],
     "labelled": ["--condition", "classes", "--classify", "1"],
-    "augment_start": ["--augment", "cutout"],
 }
 TEXTS = {"data": "x", "out": "y", "crops": "box", "augment": "cutout", "device": "cpu"}
 
@@ -60,8 +59,8 @@ def another(name: str) -> str:
     """A word for a field that is valid and not its default."""
     f = FIELDS[name]
     if type(f.default) not in (int, float):
-        return TEXTS.get(name) or next(c for c in f.metadata["among"] if c != f.default)
-    least, most = SPANS[name]
+        return TEXTS.get(name) or next(c for c in f.metadata["choices"]() if c != f.default)
+    least, most = RANGES[name]
     return repr(type(f.default)(next(v for v in (3, 0.25) if least <= v <= most)))
 
 
@@ -74,9 +73,23 @@ def test_every_field_of_the_configuration_is_a_flag_with_hyphens():
 
 
 def test_actions_are_off_unless_asked_for():
-    options = parse(["--dry-run", "--fresh", "--sample-only", "--resume", "x.pt", "--breed", "Pug"])
-    assert options[2:] == (True, True, "x.pt", True, "Pug")
-    assert parse([])[2:] == (False, False, "", False, "")
+    words = [
+        "--dry-run",
+        "--fresh",
+        "--sample-only",
+        "--resume",
+        "x.pt",
+        "--breed",
+        "Pug",
+        "--walk",
+    ]
+    given, default = parse(words), parse([])
+    expected = {
+        "dry_run": True, "fresh": True, "sample_only": True, "walk": True, "resume": "x.pt",
+        "breed": "Pug",
+    }  # fmt: skip
+    assert {name: getattr(given, name) for name in expected} == expected
+    assert not any(getattr(default, name) for name in expected) and not default.named
 
 
 def test_data_may_be_repeated_and_keeps_its_order():
@@ -116,9 +129,9 @@ def test_steps_alone_lift_the_time_limit_and_with_a_budget_they_do_not():
 BAD = [
     ["--width", "4.5"], ["--width", "wide"], ["--margin", "nan"], ["--hours", "nan"],
     ["--hours", "0"], ["--minutes", "0"], ["--part-hours", "0"], ["--g-lr", "inf"],
-    ["--hours", "1", "--minutes", "60"], ["--average", "mean"], ["--loss", "hinge"],
-    ["--crops", "tail"], ["--crops", "box:0"], ["--crops", ""], ["--augment", "color,color"],
-    ["--classify", "1"], ["--preset", "cats"], ["--device", "tpu"], ["--device", "cuda:x"],
+    ["--hours", "1", "--minutes", "60"], ["--average", "mean"], ["--loss", "wasserstein"],
+    ["--crops", "tail"], ["--crops", "box:0"], ["--crops", ""], ["--latents", "gamma"],
+    ["--preset", "cats"], ["--device", "tpu"], ["--device", "cuda:x"],
     ["--device", "cuda:²"], ["--device", "cuda:12345678901234567890"], ["--wid", "4"],
     ["--nonsense"], ["stray"], ["--width"],
 ]  # fmt: skip
@@ -133,22 +146,100 @@ def test_a_wrong_option_is_one_sentence_and_exit_code_2(words, capsys, tmp_path)
 
 def test_values_beyond_either_end_are_refused_with_the_range_and_the_ends_are_not():
     tried = 0
-    for name, (least, most) in SPANS.items():
-        kind = type(FIELDS[name].default)
+    for name, (least, most) in RANGES.items():
+        kind, more = type(FIELDS[name].default), NEEDS.get(name, [])
         for end, sign in ((least, -1), (most, 1)):
             if kind not in (int, float) or not math.isfinite(end):
                 continue
             beyond = end + sign if kind is int else math.nextafter(end, sign * math.inf)
             with pytest.raises(UserError) as refused:
-                parse([f"{flag(name)}={kind(beyond)!r}"])
-            if name not in ("hours", "part_hours"):  # 0 is none there
-                assert flag(name) in str(refused.value) and f"{least} to {most}" in str(
-                    refused.value
-                )
-                more = NEEDS.get(name, [])
-                assert getattr(parse([f"{flag(name)}={kind(end)!r}", *more]).config, name) == end
+                parse([*more, f"{flag(name)}={kind(beyond)!r}"])
+            if name not in ("hours", "part_hours"):  # which refuse 0 too, in other words
+                sentence = str(refused.value)
+                assert flag(name) in sentence and f"{least} to {most}" in sentence
+                assert getattr(parse([*more, f"{flag(name)}={kind(end)!r}"]).config, name) == end
             tried += 1
     assert tried > 40
+
+
+# ---------------------------------------------------------- what goes together, by the registries
+
+REGISTRIES = {name: f.metadata["choices"]() for name, f in FIELDS.items()}
+ROWS = [
+    (field, choice, row)
+    for field, rows in REGISTRIES.items()
+    if isinstance(rows, dict)
+    for choice, row in rows.items()
+]
+
+
+def choosing(field: str, choice: str, *more: str) -> list[str]:
+    """The flags of a choice and of what it needs."""
+    needs = [word for name in REGISTRIES[field][choice].needs for word in (flag(name), "1")]
+    return [flag(field), choice, *needs, *more]
+
+
+@pytest.mark.parametrize(
+    ("field", "choice", "excluded"),
+    [(field, choice, excluded) for field, choice, row in ROWS for excluded in row.without],
+)
+def test_what_a_row_excludes_is_refused_with_a_remedy_that_works(field, choice, excluded):
+    name, _, value = excluded.partition("=")
+    wrong, default = value or another(name), FIELDS[name].default
+    with pytest.raises(UserError) as refused:
+        parse(choosing(field, choice, flag(name), wrong))
+    remedy = f"another {flag(name)}" if value else f"{flag(name)} {default}"
+    assert str(refused.value) == (
+        f"{flag(field)} {choice} cannot be combined with {flag(name)} {wrong}: give another"
+        f" {flag(field)}, or {remedy}."
+    )
+    config = parse(choosing(field, choice, flag(name), str(default))).config
+    assert (getattr(config, field), getattr(config, name)) == (choice, default)
+
+
+@pytest.mark.parametrize(
+    ("field", "choice", "needed"),
+    [(field, choice, needed) for field, choice, row in ROWS for needed in row.needs],
+)
+def test_what_a_row_needs_is_asked_for_with_a_value_that_works(field, choice, needed):
+    with pytest.raises(UserError) as refused:
+        parse([flag(field), choice])
+    asked = f"{flag(field)} {choice} needs {flag(needed)}: give it too, as in {flag(needed)} 1."
+    assert str(refused.value) == asked
+    assert getattr(parse(choosing(field, choice)).config, field) == choice
+
+
+def test_rows_exclude_what_their_networks_and_losses_cannot_do():
+    assert {field for field, _, _ in ROWS} == {"architecture", "condition", "g_norm", "loss"}
+    excluded = {(choice, name) for _, choice, row in ROWS for name in row.without}
+    assert excluded >= {
+        ("none", "classify"), ("none", "labelled"), ("breed", "labelled"), ("hinge", "margin"),
+        ("breed", "g_norm=virtual"), ("rals", "margin"), ("residual", "g_norm"),
+        ("residual", "minibatch_features"), ("residual", "condition=classes"),
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------- flags of earlier versions
+
+
+@pytest.mark.parametrize("name", train_dogs.GONE)
+def test_a_flag_that_is_gone_is_refused_with_the_reason(name, tmp_path, capsys):
+    for words in ([name, "1"], [f"{name}=1"]):
+        assert main(["--out", str(tmp_path / "out"), *words]) == 2
+        reason = train_dogs.GONE[name]
+        assert_one_sentence(capsys.readouterr().err, f"{name} is gone", reason, "leave it out")
+    assert name not in {flag(field) for field in FIELDS}
+
+
+def test_a_renamed_flag_works_and_names_the_new_one(capsys):
+    for words in (["--layers", "paper"], ["--layers=paper"]):
+        assert parse(words).config.architecture == "paper"
+        assert capsys.readouterr().err == "--layers is now called --architecture.\n"
+    assert parse(["--architecture", "paper"]).config.architecture == "paper"
+    assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------------------- the help
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +262,22 @@ def test_help_gives_every_field_its_meaning_and_default_below_its_group(help_ent
         assert flag(name) in help_entries[f.metadata["group"]]
         if f.default not in ("", ()):
             assert text.endswith(f"default {f.default}"), (name, text)
-        for choice in f.metadata["among"]:
-            assert choice in text, (name, text)
-    for name in ("--preset", "--dry-run", "--fresh", "--resume", "--sample-only", "--minutes"):
+        choices = f.metadata["choices"]()
+        for choice in choices:
+            shown = f"{choice} ({choices[choice].text})" if isinstance(choices, dict) else choice
+            assert shown in text, (name, text)
+    for name in (
+        "--preset",
+        "--dry-run",
+        "--fresh",
+        "--resume",
+        "--sample-only",
+        "--minutes",
+        "--walk",
+    ):
         assert len(help_entries[name].split()) >= 3
     assert all(name in help_entries["--preset"] for name in (*train_dogs.PRESETS, "default dogs"))
+    assert "hinge (hinge)" in help_entries["--loss"]  # known by its row alone
 
 
 def test_without_dogs_the_script_exits_with_2_and_names_both_remedies(tmp_path):
@@ -216,23 +318,22 @@ def test_flops_are_those_of_one_d_step_and_one_g_step(width, d_width, latent_dim
     assert train_dogs.p100_hours(config, 1000) == pytest.approx(hours, rel=1e-3)
 
 
-@pytest.mark.parametrize("condition", ["none", "breed"])
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(condition, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     out = tmp_path / "out"
-    words = arguments(out, minutes=2, device="cpu", condition=condition)
+    words = arguments(out, minutes=2, device="cpu", condition="breed")
     assert main([*words, "--dry-run"]) == 0
     text, config = capsys.readouterr().out, parse(words).config
     assert not out.exists()
     assert "CPU" in text and torch.__version__ in text  # device
     assert "120 photos, 135 dogs of 6 breeds" in text and "sample" in text  # data found
     assert json.loads(text[text.index("{") : text.index("}") + 1]) == train_dogs.plain(config)
-    for network in train_dogs.build_networks(config, torch.device("cpu"), 6):  # parameters
-        count = sum(p.numel() for p in network.parameters())
-        assert f"{count:,} parameters" in text
-    flops = train_dogs.flops_per_image(config)
+    G, D = train_dogs.build_networks(config, torch.device("cpu"), 6)
+    counts = [f"{sum(p.numel() for p in network.parameters()):,}" for network in (G, D)]
+    assert "parameters: G {}, D {};".format(*counts) in text
+    flops = train_dogs.flops_per_image(config, 6)
     assert f"{flops / 1e9:.3f} GFLOP" in text
     hours = config.steps * config.batch_size * flops / 7.4e12 / 3600
-    assert re.findall(r"^P100-hours: (.*)$", text, re.MULTILINE) == [f"{hours:.3g}"]
+    assert re.findall(r"P100-hours: (\S+)$", text, re.MULTILINE) == [f"{hours:.3g}"]
 
 
 # ------------------------------------------------------------------------------ what a run leaves
@@ -270,7 +371,7 @@ def test_generator_pt_is_loaded_in_the_readmes_four_lines_and_draws_the_images_o
     names: dict = {}
     exec(lines, names)  # noqa: S102 (the very text that the README shows)
     assert names["images"].shape[1:] == (3, 64, 64)
-    z = train_dogs.draw_latents(40, 16, train_dogs.seed_for(0, "submission"))
+    z = train_dogs.draw_latents(40, Config(latent_dim=16), "submission")
     with torch.no_grad():
         images = names["G"](z).mul(127.5).add(127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
     difference = images.numpy() - pixels(finished_run / "images.zip")
@@ -355,7 +456,7 @@ def test_a_run_leaves_no_trace_in_the_data_and_results_below_it_are_no_data(tmp_
     for _ in range(2):
         assert run_here(Path("output"), "--fresh", data=".", steps=2, images=3) == 0
         found = next(line["text"] for line in log_of(dogs / "output") if "dogs of" in str(line))
-        assert found.startswith("135 dogs of 6 breeds")
+        assert found.startswith("120 photos, 135 dogs of 6 breeds")
     shutil.rmtree(dogs / "output")
     assert [s[:3] for s in snapshot(dogs)[1:]] == [s[:3] for s in before[1:]]
 
