@@ -1,12 +1,13 @@
-"""The presets, and what they and the rarer fields set: layers, stepped EMA, noise, R1, truncation.
+"""The presets, and what they and the rarer fields set: kernels of 5, uniform latents, hinge and RaLS,
+stepped EMA, noise, R1, truncation.
 
-Oracles: the papers' own numbers, plain networks with ordinary batch norms, scipy's distributions.
+Oracles: the papers' own numbers, closed forms, scipy's distributions.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,26 +17,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import (
-    SAMPLE,
-    STEPS,
-    load,
-    pixels,
-    run_here,
-    sha,
-)
+from runs import SAMPLE, load, pixels, run_here, sha
 from scipy import stats
-from test_networks import PlainDiscriminator, in_order
 from torch import Tensor, nn
 
 import train_dogs
 from train_dogs import (
+    LOSSES,
     PRESETS,
     Averages,
     Config,
     CropSet,
+    FlopCounter,
     Seen,
     Trainer,
+    Verdict,
     build_networks,
     draw_latents,
     find_photos,
@@ -72,13 +68,10 @@ def small(**changes: object) -> Config:
 # ----------------------------------------------------------------------------------- the table
 
 
-def test_a_preset_holds_what_differs_from_the_default_which_is_the_first():
-    for fields in PRESETS.values():
-        assert all(getattr(Config(), name) != value for name, value in fields.items())
+def test_the_first_preset_is_the_default():
+    default = parse([]).config
     assert next(iter(PRESETS)) == "dogs"
-    assert (
-        parse([]).config == parse(["--preset", "dogs"]).config == Config(out=parse([]).config.out)
-    )
+    assert default == parse(["--preset", "dogs"]).config == Config(out=default.out)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -99,15 +92,11 @@ def test_first_public_draws_its_notebooks_four_crops_alike():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_trains_samples_and_resumes(name, tmp_path, monkeypatch):
+def test_a_preset_trains_and_writes_its_zip_and_configuration(name, tmp_path, monkeypatch):
     monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
     out, changes = tmp_path / "out", {"preset": name, "latent_dim": 5, "batch_size": 4}
-    zips = []
-    for steps in (2, 4):
-        assert run_here(out, steps=steps, images=3, **changes) == 0
-        assert load(out / "checkpoint.pt")["trainer"]["steps_done"] == steps
-        zips.append(pixels(out / "images.zip"))
-    assert zips[0].shape == (3, 64, 64, 3) and not np.array_equal(*zips)
+    assert run_here(out, steps=2, images=3, **changes) == 0
+    assert pixels(out / "images.zip").shape == (3, 64, 64, 3)
     written = json.loads((out / "config.json").read_text())
     given_here = {"latent_dim", "width", "batch_size", "average_every", "steps", "images"}
     for field in PRESETS[name].keys() - given_here:
@@ -117,26 +106,17 @@ def test_a_preset_trains_samples_and_resumes(name, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------- the DCGAN
 
 
-@pytest.fixture(scope="module")
-def paper() -> tuple[nn.Module, nn.Module]:
-    """G and D of the preset `dcgan` at their own width."""
-    return build_networks(parse(["--preset", "dcgan"]).config, CPU)
-
-
-def test_dcgan_has_the_layers_of_its_paper(paper):
-    G, D = paper
+def test_dcgan_has_the_layers_of_its_paper_at_twice_the_width():
+    """Figure 1: 4 x 4 places of 1024 channels, then kernels of 5 with strides of 2."""
+    G, D = build_networks(parse(["--preset", "dcgan"]).config, CPU)
     deconvs = [m for m in G.modules() if isinstance(m, nn.ConvTranspose2d)]
     convs = [m for m in D.modules() if isinstance(m, nn.Conv2d)]
     assert [m.in_channels for m in deconvs] == [100, 1024, 512, 256, 128]
     assert [m.out_channels for m in deconvs] == [1024, 512, 256, 128, 3]
-    assert [m.out_channels for m in convs] == [128, 256, 512, 1024, 1]
-    # Five by five, but for the two that stand for the paper's linear layers of 4 x 4 places.
-    assert [m.kernel_size[0] for m in deconvs] == [4, 5, 5, 5, 5]
-    assert [m.kernel_size[0] for m in convs] == [5, 5, 5, 5, 4]
-    z = torch.zeros(2, 100)
-    assert G(z).shape == (2, 3, 64, 64) and D(G(z), 1).features.shape == (2, 1024, 4, 4)
-    assert [m.stride[0] for m in deconvs] == [1, 2, 2, 2, 2]
-    assert [m.stride[0] for m in convs][:4] == [2, 2, 2, 2]
+    assert [m.in_channels for m in convs] == [3, 128, 256, 512, 1024]
+    assert [m.kernel_size[0] for m in deconvs] == [4, 5, 5, 5, 5]  # the first: a projection of z
+    assert [m.kernel_size[0] for m in convs] == [5, 5, 5, 5, 4]  # the last: a linear layer
+    assert [m.stride[0] for m in (*deconvs[1:], *convs[:-1])] == [2] * 8
     norms = [m.num_features for m in G.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms == [1024, 512, 256, 128]
     norms = [len(m.weight) for m in D.modules() if isinstance(m, train_dogs.SplitBatchNorm2d)]
@@ -144,29 +124,116 @@ def test_dcgan_has_the_layers_of_its_paper(paper):
 
 
 def test_dcgan_learns_as_its_paper_says():
+    """Section 4."""
     config = parse(["--preset", "dcgan"]).config
     assert (config.g_lr, config.d_lr, config.beta1, config.init_std) == (2e-4, 2e-4, 0.5, 0.02)
     assert (config.batch_size, config.average) == (128, "none")
     assert (config.margin, config.smoothing, config.loss) == (1.0, 0.0, "margin")  # plain logistic
-    assert (config.mirror, config.augment, config.latents) == (0.0, "", "uniform")
+    assert (config.latents, config.latent_dim, config.mirror) == ("uniform", 100, 0.0)
+    assert (config.augment, config.crops, config.lr_decay_start) == ("", "square", 1.0)
 
 
-def test_kernels_of_5_do_25_sixteenths_of_the_work_of_kernels_of_4():
-    four, five = (
-        Config(architecture=a, width=8, latent_dim=1, precision="fp32") for a in ("paper", "paper5")
-    )
-    ratio = train_dogs.flops_per_image(five) / train_dogs.flops_per_image(four)
-    assert 1.5 < ratio < 25 / 16  # G's first layer and D's last have kernels of 4 in both
+def test_kernels_of_5_halve_and_double_the_side_and_cost_25_16ths_of_kernels_of_4():
+    meta, kinds = torch.device("meta"), (nn.Conv2d, nn.ConvTranspose2d)
+    sides, flops = {"paper": [], "paper5": []}, {"paper": [], "paper5": []}
+    for architecture in ("paper", "paper5"):
+        networks = build_networks(small(architecture=architecture, width=8), meta)
+        for network, shape in zip(networks, ((1, 4, 1, 1), (1, 3, 64, 64))):
+            x = torch.empty(shape, device=meta)
+            for layer in (m for m in network.modules() if isinstance(m, kinds)):
+                with FlopCounter() as counter:
+                    x = layer(x)
+                sides[architecture].append(x.shape[-1])
+                flops[architecture].append(counter.total)
+    assert sides["paper"] == sides["paper5"] == [4, 8, 16, 32, 64, 32, 16, 8, 4, 1]
+    ratios = [b / a for a, b in zip(flops["paper"], flops["paper5"], strict=True)]
+    assert ratios == [1, *[25 / 16] * 8, 1]  # all but G's projection and D's linear layer
+    G, D = build_networks(small(architecture="paper5"), CPU)
+    images = G(torch.randn(2, 4))
+    assert images.shape == (2, 3, 64, 64) and D(images, 1).logits.shape == (2,)
 
 
-def test_uniform_latents_fill_the_cube_in_training_and_after(dogs):
-    config = small(latents="uniform", batch_size=16)
-    _, _, trained = Trainer(config, dogs, CPU).batches.draw()
-    sampled = draw_latents(4000, config, "submission")
-    for z in (trained, sampled):
-        assert z.dtype == torch.float32 and float(z.abs().max()) <= 1
-    assert stats.kstest(sampled.flatten().numpy()[::4], "uniform", args=(-1, 2)).pvalue > 1e-3
-    assert torch.equal(draw_latents(9, config, "submission"), sampled[:9])
+# --------------------------------------------------------------------------------- uniform latents
+
+
+def test_uniform_latents_fill_the_cube_and_are_as_reproducible_as_normal_ones(dogs):
+    config = small(latents="uniform", latent_dim=16)
+    z = draw_latents(400, config, "submission")
+    assert z.dtype == torch.float32 and z.shape == (400, 16)
+    assert -1 <= z.min() and z.max() < 1
+    assert stats.kstest(z.numpy().ravel(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+    assert torch.equal(draw_latents(7, config, "submission"), z[:7])
+    for other in (
+        draw_latents(400, replace(config, seed=1), "submission"),
+        draw_latents(400, config, "sheet"),
+    ):
+        assert not torch.equal(other, z)
+    first, second = (Trainer(config, dogs, CPU).batches.draw() for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    normal = Trainer(small(latent_dim=16), dogs, CPU).batches.draw()
+    assert torch.equal(normal[0], first[0])  # the same dogs
+    assert first[2].shape == (6, 16) and -1 <= first[2].min() < 0 < first[2].max() < 1
+
+
+# ---------------------------------------------------------------------------------- hinge and RaLS
+
+
+def values_and_slopes(
+    loss: str, reals: list[float], fakes: list[float], **changes: object
+) -> tuple[tuple[float, float], tuple[np.ndarray, ...]]:
+    """D's and G's loss, and D's gradient by reals, D's by fakes, G's by fakes."""
+    real, fake = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (reals, fakes))
+    none, row = torch.empty(0), LOSSES[loss]
+    verdicts = (Verdict(logits, none, none) for logits in (real, fake))
+    seen = Seen(none, none, none, *verdicts, none, Config(**changes), 1.0)
+    d, g = row.d(seen), row.g(seen)
+    slopes = *torch.autograd.grad(d, [real, fake]), *torch.autograd.grad(g, [fake])
+    return (float(d.detach()), float(g.detach())), tuple(s.numpy() for s in slopes)
+
+
+LOGITS = st.lists(st.integers(-40, 40).map(lambda n: n / 8 + 1 / 16), min_size=1, max_size=6)
+
+
+@given(reals=LOGITS, fakes=LOGITS)
+def test_hinge_and_its_gradient_are_the_closed_form(reals, fakes):
+    """No logit is at a kink."""
+    (d, g), (of_reals, of_fakes, of_g) = values_and_slopes("hinge", reals, fakes)
+    expected = sum(max(0, 1 - r) for r in reals) / len(reals)
+    expected += sum(max(0, 1 + f) for f in fakes) / len(fakes)
+    assert d == pytest.approx(expected) and g == pytest.approx(-sum(fakes) / len(fakes))
+    np.testing.assert_allclose(of_reals, [-(r < 1) / len(reals) for r in reals])
+    np.testing.assert_allclose(of_fakes, [(f > -1) / len(fakes) for f in fakes])
+    np.testing.assert_allclose(of_g, [-1 / len(fakes)] * len(fakes))
+
+
+@given(reals=LOGITS, fakes=LOGITS, smoothing=st.sampled_from([0.0, 0.05, 0.25, 0.5]))
+def test_smoothed_rals_is_least_squares_of_a_real_that_is_labelled_minus_1_with_probability_s(
+    reals, fakes, smoothing
+):
+    """The expectation over labels of +1 and -1 differs from it by a constant only."""
+    (d, g), (of_reals, _, _) = values_and_slopes("rals", reals, fakes, smoothing=smoothing)
+    (_, plain_g), _ = values_and_slopes("rals", reals, fakes)
+    n, mean_real, mean_fake = len(reals), sum(reals) / len(reals), sum(fakes) / len(fakes)
+    expected = 0.0
+    for r in reals:
+        for label, probability in ((1, 1 - smoothing), (-1, smoothing)):
+            expected += probability * (r - mean_fake - label) ** 2 / n / 2
+    constant = (1 - (1 - 2 * smoothing) ** 2) / 2
+    below = sum((f - mean_real + 1) ** 2 for f in fakes) / len(fakes) / 2
+    assert d == pytest.approx(expected - constant + below, abs=1e-9) and g == plain_g
+    pull = (mean_fake - mean_real + 1) / n  # of the fakes' part, through the reals' mean
+    slopes = [(r - mean_fake - (1 - 2 * smoothing)) / n - pull for r in reals]
+    np.testing.assert_allclose(of_reals, slopes, atol=1e-9)
+
+
+def test_each_loss_counts_the_reals_that_d_is_certain_of():
+    none, logits = torch.empty(0), torch.tensor([-1.0, 0.5, 1.2, 1.6])
+    verdicts = (Verdict(x, none, none) for x in (logits, torch.full((3,), 0.4)))
+    seen = Seen(none, none, none, *verdicts, none, Config(), 1.0)
+    expected = {name: [x > math.log(4) for x in logits] for name in LOSSES}  # 0.8 of a sigmoid
+    expected |= {"hinge": [x > 1 for x in logits], "rals": [x - 0.4 > 1 for x in logits]}
+    for name, row in LOSSES.items():
+        assert row.certain(seen).tolist() == [bool(x) for x in expected[name]], name
 
 
 # --------------------------------------------------------------------------------- the stepped EMA
@@ -184,12 +251,12 @@ def test_the_stepped_decay_rises_at_epochs_200_300_and_400_of_620(epoch, before,
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_a_stepped_ema_takes_the_decay_of_now_and_a_constant_one_its_own(every):
+def test_a_stepped_ema_has_the_decay_of_its_progress_and_a_constant_one_its_own(every):
     G, _ = build_networks(small(), CPU)
     for schedule, betas in (("stepped", (0.9, 0.99, 0.999, 0.9999)), ("constant", (0.9995,) * 4)):
         config = small(ema_schedule=schedule, ema_beta=0.9995, average_every=every)
         averages = Averages(G)
-        averages.ema_updates = 10**6  # long warm
+        averages.ema_updates = 10**6  # long past the warm-up
         for progress, beta in zip((0.1, 0.4, 0.6, 0.9), betas):
             for average, weight in zip(averages.ema, G.parameters()):
                 average.zero_()
@@ -215,7 +282,7 @@ def test_noise_is_uniform_from_0_of_each_pixel_its_own_and_new_in_every_step(dog
     assert len(clean.unique()) == 1
 
 
-def test_noise_is_laid_on_reals_alone(dogs, monkeypatch):
+def test_noise_is_added_to_reals_alone(dogs, monkeypatch):
     trainer, shown = Trainer(small(noise=0.5), dogs, CPU), []
     drawn, forward, judge = [], trainer.G.forward, trainer.D.forward
     monkeypatch.setattr(trainer.G, "forward", lambda *a: drawn.append(forward(*a)) or drawn[-1])
@@ -232,13 +299,12 @@ def test_noise_is_laid_on_reals_alone(dogs, monkeypatch):
 
 def penalty_of(logits: Tensor, images: Tensor) -> float:
     """The R1 penalty, of logits of some first images."""
-    verdict = train_dogs.Verdict(logits, logits, logits)
-    labels, none = torch.zeros(len(logits)), torch.empty(0)
-    seen = Seen(images, none, none, verdict, verdict, labels, Config(), 1.0)
+    verdict, none = Verdict(logits, logits, logits), torch.empty(0)
+    seen = Seen(images, none, none, verdict, verdict, torch.zeros(len(logits)), Config(), 1.0)
     return float(gradient_penalty(seen).detach())
 
 
-def test_r1_is_half_the_squared_slope_in_the_mean_over_reals_though_fakes_lie_behind_them():
+def test_r1_is_half_the_squared_slope_in_the_mean_over_reals_though_fakes_follow_them():
     slope, images = torch.randn(3, 8, 8), torch.randn(4, 3, 8, 8).requires_grad_()
     logits = (images * slope).sum((1, 2, 3)) + 5
     assert penalty_of(logits, images) == pytest.approx(float(slope.square().sum()) / 2, rel=1e-5)
@@ -249,23 +315,23 @@ def test_r1_is_half_the_squared_slope_in_the_mean_over_reals_though_fakes_lie_be
 
 
 @pytest.mark.usefixtures("double")
-def test_r1_in_ds_step_is_that_of_a_plain_d_and_its_gradient_reaches_the_weights(dogs):
+def test_r1_in_ds_update_is_that_of_reals_alone_and_its_gradient_reaches_the_weights(dogs):
     with_r1, without = (Trainer(small(r1=r), dogs, CPU) for r in (3.0, 0.0))
     reals, fakes = torch.rand(2, 5, 3, 64, 64) * 2 - 1
-    labels = torch.zeros(5, dtype=torch.int64)
-    loss, _ = with_r1.d_objective(with_r1.judge(reals, fakes, labels, with_r1.opt_d))
-    other, _ = without.d_objective(without.judge(reals, fakes, labels, without.opt_d))
-    ours = torch.autograd.grad(loss, in_order(with_r1.D))
-    theirs = torch.autograd.grad(other, in_order(without.D))
-    plain, x = PlainDiscriminator(with_r1.D, 1), reals.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(plain(x).sum(), x, create_graph=True)
+    labels, gradients, losses = torch.zeros(5, dtype=torch.int64), [], []
+    for trainer in (with_r1, without):
+        loss, _ = trainer.d_objective(trainer.judge(reals, fakes, labels, trainer.opt_d))
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss, list(trainer.D.parameters())))
+    x = reals.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(with_r1.D(x, 5).logits.sum(), x, create_graph=True)
     penalty = 3.0 * sum(s.square().sum() / 2 for s in slope) / 5
-    assert float((loss - other).detach()) == pytest.approx(float(penalty.detach()), rel=1e-5)
-    expected = torch.autograd.grad(penalty, in_order(plain), allow_unused=True)
-    for a, b, c in zip(ours, theirs, expected):
-        c = torch.zeros_like(a) if c is None else c
+    assert float(losses[0] - losses[1]) == pytest.approx(float(penalty.detach()), rel=1e-5)
+    weights = list(with_r1.D.parameters())
+    expected = torch.autograd.grad(penalty, weights, allow_unused=True, materialize_grads=True)
+    for a, b, c in zip(*gradients, expected):
         torch.testing.assert_close(a - b, c, rtol=1e-4, atol=1e-5 * float(c.abs().max()) + 1e-6)
-    assert max(float(c.abs().max()) for c in expected if c is not None) > 0
+    assert max(float(c.abs().max()) for c in expected) > 0
 
 
 def test_r1_is_counted_as_the_work_that_it_is():
@@ -277,30 +343,34 @@ def test_r1_is_counted_as_the_work_that_it_is():
 
 
 @given(truncation=st.floats(0.05, 6), seed=st.integers(0, 10**6), count=st.integers(1, 200))
-def test_truncated_latents_are_scipys_truncated_normal_of_the_same_chance(truncation, seed, count):
-    config = Config(latent_dim=3, seed=seed)
-    cut = replace(config, truncation=truncation)
-    plain, z = (draw_latents(count, c, "submission") for c in (config, cut))
+def test_truncated_latents_are_scipys_truncated_normal_of_the_same_quantiles(
+    truncation, seed, count
+):
+    plain_config = Config(latent_dim=3, seed=seed)
+    config = replace(plain_config, truncation=truncation)
+    plain, z = (draw_latents(count, c, "submission") for c in (plain_config, config))
     assert z.dtype == torch.float32 and float(z.abs().max()) <= truncation * (1 + 1e-6)
-    chance = stats.norm.cdf(plain.double().numpy())
-    expected = stats.truncnorm.ppf(chance, -truncation, truncation)
+    quantiles = stats.norm.cdf(plain.double().numpy())
+    expected = stats.truncnorm.ppf(quantiles, -truncation, truncation)
     np.testing.assert_allclose(z.numpy(), expected, rtol=1e-5, atol=1e-6)
     order = plain.flatten().argsort()
     assert (z.flatten()[order].diff() >= 0).all()  # the larger stays the larger
-    assert torch.equal(draw_latents(300, cut, "submission")[:count], z)
+    assert torch.equal(draw_latents(300, config, "submission")[:count], z)
 
 
-def test_truncation_changes_what_is_drawn_and_not_what_was_learnt(finished_run, tmp_path):
-    out = tmp_path / "truncated"
-    assert run_here(out, steps=STEPS, truncation=0.7) == 0
-    ours, theirs = (load(f / "checkpoint.pt")["trainer"]["tensors"] for f in (out, finished_run))
+def test_truncation_changes_what_is_drawn_and_not_what_is_learnt(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_dogs, "NORM_BATCHES", 1)
+    plain, truncated = tmp_path / "plain", tmp_path / "truncated"
+    for out, truncation in ((plain, 0.0), (truncated, 0.7)):
+        assert run_here(out, steps=4, images=5, truncation=truncation) == 0
+    ours, theirs = (load(f / "checkpoint.pt")["trainer"]["tensors"] for f in (truncated, plain))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert sha(out / "images.zip") != sha(finished_run / "images.zip")
-
-    later = Path(shutil.copytree(finished_run, tmp_path / "later"))
-    for truncation, same in ((0.7, out), (0, finished_run)):
-        assert run_here(later, "--sample-only", truncation=truncation, data=None) == 0
-        assert sha(later / "images.zip") == sha(same / "images.zip")
+    first, second = (sha(out / "images.zip") for out in (plain, truncated))
+    assert first != second
+    for truncation, expected in (("0.7", second), ("0", first)):
+        words = ["--sample-only", "--out", str(plain), "--truncation", truncation]
+        assert train_dogs.main(words) == 0
+        assert sha(plain / "images.zip") == expected
 
 
 def test_norms_are_those_of_the_latents_that_will_be_drawn(dogs, monkeypatch):
@@ -313,4 +383,4 @@ def test_norms_are_those_of_the_latents_that_will_be_drawn(dogs, monkeypatch):
     assert len(given_to_g) == 2 and max(float(z.abs().max()) for z in given_to_g) <= 0.5
     given_to_g.clear()
     trainer.step(0.0)
-    assert float(given_to_g[0].abs().max()) > 0.6  # training knows no bounds
+    assert float(given_to_g[0].abs().max()) > 0.6  # training does not truncate
