@@ -1,4 +1,4 @@
-"""The repository's shape: what lies at the top, line lengths, and words that do not belong."""
+"""The repository's shape: its top level, line lengths, and words that do not belong."""
 
 import re
 import subprocess

@@ -247,7 +247,7 @@ def help_entries() -> dict[str, str]:
         patch.setenv("COLUMNS", "400")
         with contextlib.redirect_stdout(io.StringIO()) as text:
             assert main(["--help"]) == 0
-    words = re.sub(r"\n {20,}", " ", text.getvalue())  # a long flag stands on a line of its own
+    words = re.sub(r"\n {20,}", " ", text.getvalue())  # a long flag has its own line
     groups = re.split(r"^([a-z]\w*):$", words, flags=re.MULTILINE)[1:]
     found = dict(zip(groups[::2], groups[1::2]))
     return found | dict(re.findall(r"^  (--[\w-]+)(.*)$", words, re.MULTILINE))
@@ -281,7 +281,7 @@ def test_help_gives_every_field_its_meaning_and_default_below_its_group(help_ent
 def test_without_dogs_the_script_exits_with_2_and_names_both_remedies(tmp_path):
     if Path("/kaggle/input").exists():
         pytest.skip("this machine has Kaggle's input mounted")
-    shutil.copy(SCRIPT, tmp_path)  # alone, without the data folder that lies beside it here
+    shutil.copy(SCRIPT, tmp_path)  # alone, without its data folder
     shutil.copytree(SAMPLE, tmp_path / "data" / "sample")  # used only when named
     code, _, stderr = run_script("--width", "1", script=tmp_path / SCRIPT.name, cwd=tmp_path)
     assert code == 2
@@ -399,10 +399,10 @@ def test_the_log_says_how_training_goes_and_a_log_file_gets_a_line_now_and_then(
     for name in ("g_loss", "d_real", "d_fake", "images_per_second", "seconds"):
         assert math.isfinite(last[name]), name
     assert 0 <= last["past_margin"] <= 1
-    said = finished_run.with_suffix(".txt").read_text()
-    assert "\r" not in said and "\x1b" not in said
-    lines = [line for line in said.splitlines() if "images/s" in line]
-    assert 1 <= len(lines) <= 3  # the first, the last; a minute lies between two
+    text = finished_run.with_suffix(".txt").read_text()
+    assert "\r" not in text and "\x1b" not in text
+    lines = [line for line in text.splitlines() if "images/s" in line]
+    assert 1 <= len(lines) <= 3  # the first, the last; at most one a minute
     assert re.search(r"D -?[\d.]+.*G -?[\d.]+.*left", lines[-1])
 
 

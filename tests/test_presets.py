@@ -1,5 +1,6 @@
-"""The presets, and what they and the rarer fields set: kernels of 5, uniform latents, hinge and RaLS,
-stepped EMA, noise, R1, truncation.
+"""The presets, and what they and the rarer fields set.
+
+Kernels of 5, uniform latents, hinge, RaLS with smoothing, stepped EMA, noise, R1, truncation.
 
 Oracles: the papers' own numbers, closed forms, scipy's distributions.
 """

@@ -253,7 +253,7 @@ def test_each_place_takes_a_mean_of_the_2_by_2_maxima_weighed_by_its_query():
 def test_gain_and_bias_of_a_norm_are_linear_in_the_code_of_each_image():
     torch.manual_seed(0)
     norm, x, code = LatentBatchNorm2d(3, 5), 2 * torch.randn(4, 3, 6, 6) + 1, torch.randn(4, 5)
-    assert norm.norm.weight is None  # no gain beside that of the code
+    assert norm.norm.weight is None  # no gain but that of the code
     out = norm(x, code)
     weight = norm.eval().affine.weight
     for n in range(4):
