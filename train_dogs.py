@@ -132,7 +132,7 @@ class Config:
 
     architecture: str = option("deep", "networks", "both networks", choices=lambda: ARCHITECTURES)
     latents: str = option("normal", "networks", "distribution of a latent's numbers",
-        choices=lambda: ("normal", "uniform"))
+        choices=lambda: LATENTS)
     latent_dim: int = option(256, "networks", "numbers in a latent z", (1, 4096))
     width: int = option(48, "networks", "channels per unit of the architecture's table", (1, 1024))
     d_width: int = option(0, "networks", "the same for D alone; 0 = width", (0, 1024))
@@ -607,6 +607,10 @@ class Objective:
 # --------------------------------------------------------------------------- 4. One training step
 
 AUGMENTS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {}  # section 6 fills it
+LATENTS = {
+    "normal": Row(text="standard normal"),
+    "uniform": Row(text="from -1 to 1", without=("truncation",)),
+}
 
 
 class Batches:

@@ -208,10 +208,17 @@ def test_what_a_row_needs_is_asked_for_with_a_value_that_works(field, choice, ne
 
 
 def test_rows_exclude_what_their_networks_and_losses_cannot_do():
-    assert {field for field, _, _ in ROWS} == {"architecture", "condition", "g_norm", "loss"}
+    assert {field for field, _, _ in ROWS} == {
+        "architecture",
+        "latents",
+        "condition",
+        "g_norm",
+        "loss",
+    }
     excluded = {(choice, name) for _, choice, row in ROWS for name in row.without}
     assert excluded >= {
         ("none", "classify"), ("none", "labelled"), ("breed", "labelled"), ("hinge", "margin"),
+        ("uniform", "truncation"),
         ("breed", "g_norm=virtual"), ("rals", "margin"), ("residual", "g_norm"),
         ("residual", "minibatch_features"), ("residual", "condition=classes"),
     }  # fmt: skip
