@@ -192,7 +192,7 @@ class Config:
 PRESETS: dict[str, dict[str, object]] = {  # the fields that differ from the defaults
     # Ours: the networks, loss and rates of the notebook below.
     "dogs": {},
-    # The notebook "1st public, 16th private" (Morxrc/kaggle_generate-dogs) with our nearest crops.
+    # The notebook "1st public, 16th private" (Morxrc/kaggle_generate-dogs), its four crops alike.
     # Left out on purpose: a margin for G too, rotation that leaves black corners, samples drawn in
     # training mode, and D's norms over two halves of 16 fakes in G's update.
     "first-public": {
