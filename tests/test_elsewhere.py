@@ -39,6 +39,7 @@ def packed(path: Path, *words: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_lossless_pack_trains_the_same_images_where_no_photos_are(tmp_path):
     assert run_here(tmp_path / "home", steps=6) == 0
     packed(tmp_path / "crops.zip", "--lossless")

@@ -192,7 +192,7 @@ def killer(own_cache: Path) -> Iterator[Callable[..., int]]:
 KILLS = int(os.environ.get("KILLS", "4"))
 
 
-@pytest.mark.slow  # the next test names the moments
+@pytest.mark.slow
 def test_killed_at_random_moments_it_leaves_whole_files_and_ends_as_if_it_had_not_been(
     killer, finished_run, tmp_path
 ):
@@ -211,6 +211,7 @@ def test_killed_at_random_moments_it_leaves_whole_files_and_ends_as_if_it_had_no
     assert_same_result(out, finished_run)
 
 
+@pytest.mark.slow
 def test_killed_in_the_writing_of_each_file_it_loses_nothing_but_time(
     killer, finished_run, tmp_path
 ):
