@@ -751,10 +751,8 @@ class Trainer:
                 " give --data with annotations or labels, or leave --condition out."
             )
         self.config, self.device, self.crops = config, device, crops.to(device)
-        self.layout, self.precision = (
-            memory_layout(device),
-            choose_precision(config.precision, device),
-        )
+        self.layout = memory_layout(device)
+        self.precision = choose_precision(config.precision, device)
         if device.type != "meta":  # FLOPs are counted while a run's setting holds
             torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
         self.G, self.D = build_networks(config, device, len(crops.breeds))
