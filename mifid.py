@@ -839,13 +839,18 @@ def usable_threads() -> Iterator[None]:
 
 def submit_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator[Future]:
     """The futures of function(item) for all items, in order; threads work `ahead` items ahead."""
-    with ThreadPoolExecutor(min(8, usable_cpus())) as pool:
+    pool = ThreadPoolExecutor(min(8, usable_cpus()))
+    try:
         waiting: deque[Future] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > ahead:
                 yield waiting.popleft()
         yield from waiting
+    finally:
+        # Never wait here: a garbage collection may close this generator inside a starting thread,
+        # which holds the lock that joining another thread needs.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass

@@ -2035,7 +2035,9 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
     try:
         yield from pool.map(function, items)
     finally:
-        pool.shutdown(cancel_futures=True)
+        # Never wait here: a garbage collection may close this generator inside a starting thread,
+        # which holds the lock that joining another thread needs.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def count_reasons(skipped: list[tuple[str, str]]) -> str:

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from dog_sets import annotate, as_folders, encode, make_dog, make_dogs, paint, photo_of
 from PIL import Image, JpegImagePlugin
 
+import mifid
 import train_dogs
 from train_dogs import CROPS, BadItem, CropSet, UserError, clip_box, find_photos, prepare_crops
 
@@ -413,6 +415,19 @@ def test_an_error_in_a_thread_drops_what_is_still_waiting():
     with pytest.raises(KeyboardInterrupt):
         list(train_dogs.in_threads(work, range(500)))
     assert len(begun) < 250
+
+
+@pytest.mark.parametrize("ahead", [train_dogs.in_threads, mifid.submit_ahead])
+def test_closing_a_generator_of_threads_does_not_wait_for_their_work(ahead):
+    go = threading.Event()
+    results = ahead(lambda k: k == 0 or go.wait(), range(3))
+    next(results)
+    closing = threading.Thread(target=results.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    waits = closing.is_alive()
+    go.set()
+    assert not waits
 
 
 # ------------------------------------------------------------------------- drawing batches
