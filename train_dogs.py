@@ -317,6 +317,14 @@ GEOMETRY = {  # by kernel: 3 keeps the side; 4 and 5 double it in G and halve it
 }
 
 
+def upsample(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.ConvTranspose2d:
+    """A layer of G after the first."""
+    extra = int(kernel == 5)  # else 4 x 4 becomes 7 x 7
+    return nn.ConvTranspose2d(
+        inputs, outputs, kernel, output_padding=extra, bias=bias, **GEOMETRY[kernel]
+    )
+
+
 class Generator(nn.Module):
     """DCGAN: transposed convolutions, batch norm, ReLU, and tanh at the end."""
 
@@ -336,18 +344,13 @@ class Generator(nn.Module):
             "kind": "dcgan", "latent_dim": latent_dim, "width": width, "architecture": architecture,
         }  # fmt: skip
         self.latent_dim = latent_dim
-        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        channels, geometry = latent_dim, {}  # the first: 1 x 1 to 4 x 4
-        for units, kernel in LAYERS[architecture]["G"]:
-            if self.convs:
-                geometry = GEOMETRY[kernel] | {"output_padding": int(kernel == 5)}
-            conv = nn.ConvTranspose2d(channels, units * width, kernel, bias=False, **geometry)
-            channels = units * width
-            self.convs.append(conv)
-            self.norms.append(norm(channels))
-        last = LAYERS[architecture]["rgb"]
-        geometry = GEOMETRY[last] | {"output_padding": int(last == 5)}
-        self.to_rgb = nn.ConvTranspose2d(channels, 3, last, **geometry)
+        layers = [(units * width, kernel) for units, kernel in LAYERS[architecture]["G"]]
+        channels, kernel = layers[0]  # 1 x 1 to 4 x 4
+        self.convs = nn.ModuleList([nn.ConvTranspose2d(latent_dim, channels, kernel, bias=False)])
+        for (inputs, _), (outputs, kernel) in pairwise(layers):
+            self.convs.append(upsample(inputs, outputs, kernel, bias=False))
+        self.norms = nn.ModuleList(norm(channels) for channels, _ in layers)
+        self.to_rgb = upsample(layers[-1][0], 3, LAYERS[architecture]["rgb"], bias=True)
 
     @classmethod
     def of(cls, config: Config, breeds: int) -> Generator:
@@ -607,9 +610,22 @@ class Objective:
 # --------------------------------------------------------------------------- 4. One training step
 
 AUGMENTS: dict[str, Callable[[Tensor, torch.Generator | None], Tensor]] = {}  # section 6 fills it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents(Row):
+    """A row of `LATENTS`: `draw(shape, generator=..., device=...)` as `torch.randn` draws."""
+
+    draw: Callable[..., Tensor]
+
+
 LATENTS = {
-    "normal": Row(text="standard normal"),
-    "uniform": Row(text="from -1 to 1", without=("truncation",)),
+    "normal": Latents(text="standard normal", draw=torch.randn),
+    "uniform": Latents(
+        text="from -1 to 1",
+        draw=lambda *shape, **how: 2 * torch.rand(*shape, **how) - 1,
+        without=("truncation",),
+    ),
 }
 
 
@@ -638,13 +654,12 @@ class Batches:
         rows = self.order[places % len(self.order)]
         self.cursor += config.batch_size
         reals = draw_reals(self.crops, rows, self.rng, config.mirror)
-        random = partial(torch.rand, generator=self.rng, device=device)
         if config.noise:  # Soenderby et al. 2017 (arXiv 1610.04490)
-            reals = reals + config.noise * random(reals.shape)
+            reals = reals + config.noise * torch.rand(
+                reals.shape, generator=self.rng, device=device
+            )
         shape = (config.batch_size, config.latent_dim)
-        if config.latents == "uniform":
-            return reals, self.breed[rows], 2 * random(shape) - 1
-        z = torch.randn(shape, generator=self.rng, device=device)
+        z = LATENTS[config.latents].draw(shape, generator=self.rng, device=device)
         return reals, self.breed[rows], z
 
 
@@ -2752,12 +2767,10 @@ def draw_latents(count: int, config: Config, use: str) -> Tensor:
     Truncation t > 0: normal given |z| <= t, by the inverse of its distribution function.
     """
     generator = torch.Generator().manual_seed(seed_for(config.seed, use))
-    draw = torch.rand if config.latents == "uniform" else torch.randn
+    draw = LATENTS[config.latents].draw
     shape, batches = (SAMPLE_BATCH, config.latent_dim), math.ceil(count / SAMPLE_BATCH)
     z = torch.cat([draw(shape, generator=generator) for _ in range(batches)])[:count]
-    if config.latents == "uniform":
-        return 2 * z - 1
-    if config.truncation:
+    if config.truncation:  # of normal latents only
         tail = torch.special.ndtr(torch.tensor(-config.truncation, dtype=torch.float64))
         share = tail + torch.special.ndtr(z.double()) * (1 - 2 * tail)
         z = torch.special.ndtri(share).float()
