@@ -5,6 +5,8 @@ import itertools
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -128,8 +130,7 @@ def test_senseless_crops_are_refused_and_the_kinds_are_named(text):
 
 def crop_one(picture: bytes, box: Box, kinds: list[str]) -> list[np.ndarray]:
     """The views of the one dog in a photo, for each kind."""
-    (dog,), reasons = train_dogs.crop_photo(photo_of(picture, annotate([box])), kinds)
-    assert reasons == []
+    (dog,) = train_dogs.crop_photo(photo_of(picture, annotate([box])), kinds)
     return dog
 
 
@@ -196,14 +197,8 @@ def test_a_large_jpeg_is_decoded_at_reduced_scale_and_never_below_twice_the_crop
         JpegImagePlugin.JpegImageFile, "load", lambda p: (widths.append(p.width), load(p))[1]
     )
     picture = encode(paint(1, (2048, 1536)))
-    for side, width in (
-        (1536, 256),
-        (1024, 256),
-        (1023, 512),
-        (512, 512),
-        (300, 1024),
-        (200, 2048),
-    ):
+    sides = {1536: 256, 1024: 256, 1023: 512, 512: 512, 300: 1024, 200: 2048}
+    for side, width in sides.items():
         crop_one(picture, (100, 0, 100 + side, side), ["box"])
         assert widths[-1] == width and side * width / 2048 >= 128
     crop_one(picture, (0, 0, 1536, 200), ["whole", "box"])  # the narrowest counts
@@ -216,9 +211,7 @@ def test_median_psnr_against_full_decoding_is_45_db(folder, request):
     values = []
     for photo in found.photos[:: max(1, len(found.photos) // 120)]:
         picture, boxes = train_dogs.read_photo(photo)
-        dogs, reasons = train_dogs.crop_photo(photo, ["square"])
-        assert reasons == []
-        for (seen,), box in zip(dogs, boxes, strict=True):
+        for (seen,), box in zip(train_dogs.crop_photo(photo, ["square"]), boxes, strict=True):
             (square,) = CROPS["square"](box, *picture.size)
             values.append(psnr(seen[0], plain_crop(photo.picture.read(), square)))
     assert len(values) >= 100 and np.median(values) >= 45
@@ -358,7 +351,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": lambda p: os.truncate(p, p.stat().st_size // 2),
     "text": lambda p: p.write_text("no torch file"),
     "one bit of a pixel": flip_a_pixel,
-    "a list": lambda p: torch.save([1, 2], p),
     "an object": lambda p: torch.save(Path("x"), p),
     "other keys": lambda p: torch.save({"key": "", "pixels": torch.zeros(1)}, p),
     "a count less": lambda p: torch.save((t := torch.load(p)) | {"count": t["count"][:-1]}, p),
@@ -403,18 +395,62 @@ def test_a_cache_that_cannot_be_written_is_a_note(dogs_root, cache, monkeypatch,
     assert said.count("XDG_CACHE_HOME") == 1 and len(said.splitlines()) == 1
 
 
+RACER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch, train_dogs
+save, root, own, other = torch.save, *map(Path, sys.argv[2:])
+
+def save_and_wait(*args):
+    save(*args)
+    own.touch()
+    while not other.exists():
+        time.sleep(0.01)
+
+torch.save = save_and_wait
+made = train_dogs.prepare_crops(train_dogs.find_photos([root]), "square,head", show=False)
+print(made.key)
+"""
+
+
+def test_two_runs_that_prepare_the_same_crops_at_the_same_time_share_the_cache(
+    dogs_root, cache, tmp_path, monkeypatch
+):
+    """Each waits with a whole unnamed file until the other has one too; then both rename theirs."""
+    flags = [tmp_path / "a", tmp_path / "b"]
+    command = [sys.executable, "-c", RACER, str(Path(train_dogs.__file__).parent), str(dogs_root)]
+    racers = [
+        subprocess.Popen([*command, *map(str, order)], stdout=subprocess.PIPE, text=True)
+        for order in (flags, flags[::-1])
+    ]
+    try:
+        keys = [racer.communicate(timeout=240)[0].strip() for racer in racers]
+    finally:
+        for racer in racers:
+            racer.kill()
+    assert [racer.returncode for racer in racers] == [0, 0]
+    assert len(list(cache.iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)  # would fail if it were called
+        kept = prepare(dogs_root, "square,head")
+    shutil.rmtree(cache)
+    assert keys == [kept.key] * 2 and same(kept, prepare(dogs_root, "square,head"))
+
+
 def test_an_error_in_a_thread_drops_what_is_still_waiting():
-    begun = []
+    begun, go = [], threading.Event()
 
     def work(k: int) -> None:
         begun.append(k)
-        time.sleep(0.01)
         if k == 0:
             raise KeyboardInterrupt
+        go.wait(60)
 
     with pytest.raises(KeyboardInterrupt):
         list(train_dogs.in_threads(work, range(500)))
-    assert len(begun) < 250
+    go.set()
+    assert len(begun) <= 9  # one for each of at most eight threads, and the one that failed
 
 
 @pytest.mark.parametrize("ahead", [train_dogs.in_threads, mifid.submit_ahead])
