@@ -1,4 +1,4 @@
-"""Crops: exact geometry, true pixels, a cache that is never trusted blindly, drawn by weights."""
+"""Crops: exact geometry, true pixels, a cache whose damage is noticed, draws by weights."""
 
 import io
 import itertools
@@ -258,18 +258,13 @@ def test_each_dog_has_each_kind_and_head_its_views(tmp_path, cache):
 
 
 def test_a_second_start_is_equal_and_reads_no_picture(dogs_root, cache, monkeypatch):
+    """Also after the crops in memory, which are mapped from the cache, were changed."""
     first, (kept,) = prepare(dogs_root), cache.iterdir()
     written = kept.stat().st_mtime_ns
     monkeypatch.setattr(Image, "open", None)  # would fail if it were called
+    prepare(dogs_root).pixels.zero_()
     assert same(first, prepare(dogs_root))
     assert list(cache.iterdir()) == [kept] and kept.stat().st_mtime_ns == written
-
-
-def test_the_crops_can_be_changed_without_touching_the_cache(dogs_root, cache):
-    made = prepare(dogs_root)
-    copy = made.pixels.clone()
-    made.pixels.zero_()
-    assert torch.equal(prepare(dogs_root).pixels, copy)
 
 
 def a_picture(root: Path) -> Path:
@@ -364,17 +359,6 @@ def test_a_damaged_cache_is_made_anew(damage, dogs_root, cache, monkeypatch):
     assert same(first, prepare(dogs_root))
     monkeypatch.setattr(Image, "open", None)
     assert same(first, prepare(dogs_root))
-
-
-def test_a_refused_set_and_an_interrupt_leave_nothing_in_the_cache(
-    tmp_path, dogs_root, cache, monkeypatch
-):
-    with pytest.raises(UserError):
-        prepare(as_folders(tmp_path / "few", make_dogs(3)))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        prepare(dogs_root)
-    assert list(cache.iterdir()) == []
 
 
 def test_what_a_killed_run_left_in_the_cache_is_removed_but_not_a_running_ones(dogs_root, cache):
@@ -516,31 +500,13 @@ def test_the_weights_of_crops_reach_the_batches_whatever_their_order(tmp_path, c
         assert abs((off < 0.01).float().mean() - 0.25) < 0.07
 
 
-def test_a_draw_is_a_view_or_its_mirror_image_scaled_to_one(dogs_root, cache):
-    made, rows = prepare(dogs_root), torch.tensor([0, 7, 19, 7])
-    batch = train_dogs.draw_reals(made, rows, torch.Generator().manual_seed(0))
-    assert batch.shape == (4, 3, 64, 64) and batch.dtype == torch.float32
-    assert batch.is_contiguous(memory_format=torch.channels_last)
-    for image, row in zip(batch, rows):
-        plain = made.pixels[made.first[row, 0]].numpy().astype(np.float32) / 127.5 - 1
-        seen = image.permute(1, 2, 0).numpy()
-        assert min(np.abs(seen - plain).max(), np.abs(seen[:, ::-1] - plain).max()) < 1e-6
-
-
 def test_draws_repeat_with_the_generators_seed_and_change_from_call_to_call(dogs_root, cache):
     made, rows = prepare(dogs_root, "square,head,whole"), torch.arange(20)
     a, b = (torch.Generator().manual_seed(3) for _ in range(2))
     state = torch.get_rng_state()
     first = train_dogs.draw_reals(made, rows, a)
+    assert first.shape == (20, 3, 64, 64) and first.dtype == torch.float32
+    assert first.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(first, train_dogs.draw_reals(made, rows, b))
     assert not torch.equal(first, train_dogs.draw_reals(made, rows, a))
     assert torch.equal(torch.get_rng_state(), state)  # nobody else's randomness was used
-
-
-def test_the_real_originals_are_prepared_whole_and_left_as_they_are(real_originals, cache):
-    before = dog_sets.snapshot(real_originals)
-    made = prepare(real_originals, "square,head")
-    texts = [p.read_text() for p in (real_originals / "Annotation").rglob("*") if p.is_file()]
-    assert len(made.first) == sum(text.count("<bndbox>") for text in texts) and made.skipped == []
-    assert made.pixels.float().std() > 30
-    assert dog_sets.snapshot(real_originals) == before
