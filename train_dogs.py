@@ -1656,7 +1656,7 @@ def read_idx(place: Path, dimensions: int) -> np.ndarray:
     data = gzip.decompress(data) if place.suffix == ".gz" else data
     magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
     if magic != 0x800 + dimensions:
-        raise ValueError(f"it does not hold bytes in {dimensions} dimensions")
+        raise ValueError(f"not bytes in {dimensions} dimensions")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 

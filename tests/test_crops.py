@@ -315,7 +315,7 @@ def test_what_changes_the_crops_changes_the_key(change, dogs_root, cache):
 
 
 def test_the_same_dogs_elsewhere_or_later_have_the_same_key(dogs_root, cache, tmp_path):
-    """A resumed run may find them on another disk, touched, and beside what is left out anyway."""
+    """A resumed run may find them on another disk, touched, with more that is left out."""
     first = prepare(dogs_root)
     copied = shutil.copytree(dogs_root, tmp_path / "kaggle" / "dogs", copy_function=shutil.copyfile)
     assert prepare(copied).key == first.key
@@ -375,8 +375,8 @@ def test_a_cache_that_cannot_be_written_is_a_note(dogs_root, cache, monkeypatch,
     dog_sets.write(cache.parent / "blocked", b"a file where a folder is needed")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent / "blocked"))
     assert capsys.readouterr().out == "" and same(prepare(dogs_root), whole)
-    said = capsys.readouterr().out
-    assert said.count("XDG_CACHE_HOME") == 1 and len(said.splitlines()) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "XDG_CACHE_HOME" in line
 
 
 RACER = """

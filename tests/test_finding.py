@@ -1,7 +1,6 @@
 """Dogs are found in every published layout, in order, and the data is only read."""
 
 import gzip
-import io
 import os
 import struct
 import sys
@@ -25,7 +24,7 @@ from train_dogs import PhotoSet, UserError, find_photos, prepare_crops
 
 pytestmark = pytest.mark.usefixtures("light")
 
-STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+DEFLATED = zipfile.ZIP_DEFLATED
 
 
 def prepare(*roots: Path, kinds: str = "square") -> train_dogs.CropSet:
@@ -293,10 +292,8 @@ ODD = ["a b", "naïve-Hund", "犬", "it's", '"', "100%", "%s%d", "a.b.c", "#?&;"
 
 @pytest.mark.parametrize("layout", ["one level down", "kaggle flat", "zips with folders", "tars"])
 def test_odd_names_are_read_like_any_other(layout, tmp_path):
-    dogs = [
-        make_dog(k, breed=f"n1-{ODD[k % len(ODD)]}", stem=f"{ODD[k // 2]} {k}")
-        for k in range(2 * len(ODD))
-    ]
+    names = [(f"n1-{ODD[k % len(ODD)]}", f"{ODD[k // 2]} {k}") for k in range(2 * len(ODD))]
+    dogs = [make_dog(k, breed=breed, stem=stem) for k, (breed, stem) in enumerate(names)]
     crops = crops_by_name(LAYOUTS[layout](tmp_path / "odd 100% 犬", dogs))
     assert {name: breed for name, (breed, _) in crops.items()} == {
         f"{d.breed}/{d.stem}.jpg": d.breed for d in dogs
@@ -355,49 +352,41 @@ def test_what_cannot_be_paired_is_left_out_by_reason(tmp_path):
 # ------------------------------------------------------------------- archives gone wrong
 
 
-def zip_of(count: int, method: int = STORED) -> bytearray:
-    """A zip of plain pictures, to be damaged."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for k in range(count):
-            archive.writestr(f"{k:02d}.jpg", make_dog(k).picture)
-    return bytearray(buffer.getvalue())
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Callable[[str], bytearray]:
+    """60 pictures as a zip, a deflated zip or a tar, to be damaged."""
+    folder = tmp_path_factory.mktemp("packed")
+    loose = as_pictures(folder / "loose", 60)
+    zip_folder(loose, folder / "zip", "")
+    zip_folder(loose, folder / "deflated", "", DEFLATED)
+    tar_folder(loose, folder / "tar", "x")
+    return lambda kind: bytearray((folder / kind).read_bytes())
 
 
-def tar_of(count: int) -> bytearray:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for k in range(count):
-            info = tarfile.TarInfo(f"{k:02d}.jpg")
-            info.size = len(make_dog(k).picture)
-            archive.addfile(info, io.BytesIO(make_dog(k).picture))
-    return bytearray(buffer.getvalue())
-
-
-def patched(data: bytearray, at: int, new: bytes) -> bytes:
+def patched(data: bytearray, at: int, new: bytes) -> bytearray:
     data[at : at + len(new)] = new
-    return bytes(data)
+    return data
 
 
-def listed(data: bytearray, offset: int, new: bytes) -> bytes:
+def listed(data: bytearray, offset: int, new: bytes) -> bytearray:
     """A zip with other bytes in its list of members, for the first of them."""
     return patched(data, data.index(b"PK\x01\x02") + offset, new)
 
 
-BROKEN_ARCHIVES: dict[str, Callable[[], bytes]] = {
-    "a compressed tar": lambda: gzip.compress(tar_of(20)),
-    "empty": lambda: b"",
-    "a web page": lambda: b"<html>404 not found</html>" * 99,
-    "a cut zip": lambda: bytes(zip_of(20))[:-300],
-    "a cut tar": lambda: bytes(tar_of(20))[:-12_000],
-    "a size that is no number": lambda: patched(tar_of(20), 124, b"x" * 11),  # ValueError
+BROKEN_ARCHIVES: dict[str, Callable[[Callable], bytes]] = {
+    "a compressed tar": lambda packed: gzip.compress(packed("tar")),
+    "empty": lambda packed: b"",
+    "a web page": lambda packed: b"<html>404 not found</html>" * 99,
+    "a cut zip": lambda packed: packed("zip")[:-300],
+    "a cut tar": lambda packed: packed("tar")[:-12_000],
+    "a size that is no number": lambda packed: patched(packed("tar"), 124, b"x" * 11),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_ARCHIVES)
-def test_a_broken_archive_ends_with_2_and_names_it(name, tmp_path, capsys):
+def test_a_broken_archive_ends_with_2_and_names_it(name, packed, tmp_path, capsys):
     place = tmp_path / "broken.archive"
-    place.write_bytes(BROKEN_ARCHIVES[name]())
+    place.write_bytes(BROKEN_ARCHIVES[name](packed))
     flags = ["--data", str(place), "--device", "cpu", "--out", str(tmp_path / "out")]
     assert train_dogs.main(flags) == 2
     assert_one_sentence(capsys.readouterr().err, "broken.archive", "uncompressed tar")
@@ -411,22 +400,22 @@ def test_what_is_no_data_is_refused(what, tmp_path):
         find_photos([tmp_path / what])
 
 
-def first_member(offset: int, new: bytes, method: int = STORED) -> bytes:
+def first_member(data: bytearray, offset: int, new: bytes) -> bytearray:
     """A zip with other bytes in the header of its first member, also in the list."""
-    return patched(bytearray(listed(zip_of(60, method), offset + 2, new)), offset, new)
+    return patched(listed(data, offset + 2, new), offset, new)
 
 
-BAD_MEMBERS: dict[str, Callable[[], bytes]] = {
-    "deflated garbage": lambda: patched(zip_of(60, DEFLATED), 36, b"\xff" * 400),
-    "encrypted": lambda: first_member(6, b"\x01\0"),
-    "an unknown method": lambda: first_member(8, b"\x4d\0"),
-    "longer than the list says": lambda: listed(zip_of(60), 24, struct.pack("<I", 1000)),
+BAD_MEMBERS: dict[str, Callable[[Callable], bytes]] = {
+    "deflated garbage": lambda packed: patched(packed("deflated"), 36, b"\xff" * 400),
+    "encrypted": lambda packed: first_member(packed("zip"), 6, b"\x01\0"),
+    "an unknown method": lambda packed: first_member(packed("zip"), 8, b"\x4d\0"),
+    "a wrong size": lambda packed: listed(packed("zip"), 24, struct.pack("<I", 1000)),
 }
 
 
 @pytest.mark.parametrize("name", BAD_MEMBERS)
-def test_a_bad_member_of_a_zip_is_counted(name, tmp_path):
+def test_a_bad_member_of_a_zip_is_counted(name, packed, tmp_path):
     place = tmp_path / "dogs.zip"
-    place.write_bytes(BAD_MEMBERS[name]())
+    place.write_bytes(BAD_MEMBERS[name](packed))
     made = prepare(place)
     assert len(made.first) == 59 and reasons_of(made) == {"unreadable file": 1}
