@@ -1617,11 +1617,11 @@ def folder_entries(place: Path) -> Iterator[Entry]:
     """
     top, seen = os.path.basename(os.path.abspath(place)), set()
     for folder, subfolders, names in os.walk(place, followlinks=True):
-        results = {"samples", "progress.webp"} if "log.jsonl" in names else set()
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
         seen.add(real)
+        results = {"samples", "progress.webp"} if "log.jsonl" in names else set()
         subfolders[:] = sorted(set(subfolders) - results)
         for file in (Path(folder, name) for name in set(names) - results):
             if file.is_file():  # not a dead link

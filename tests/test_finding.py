@@ -4,7 +4,6 @@ import gzip
 import os
 import struct
 import sys
-import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
