@@ -1558,43 +1558,37 @@ ARCHITECTURES["residual"] = Architecture(
 
 
 class BadItem(Exception):
-    """A picture, annotation or box that is left out; the text is the reason it is counted under."""
+    """A picture or annotation that is left out. The text is the reason, for the counts."""
 
 
-DAMAGE = (  # what zipfile, tarfile, Pillow and torch raise for damaged files
+DAMAGE = (  # what zipfile, tarfile, Pillow, ElementTree and torch raise for damaged files
     OSError, RuntimeError, ValueError, SyntaxError, TypeError, EOFError, LookupError,
     AttributeError, ArithmeticError, struct.error, zlib.error, lzma.LZMAError,
-    zipfile.BadZipFile, tarfile.TarError,
+    zipfile.BadZipFile, tarfile.TarError, pickle.UnpicklingError,
 )  # fmt: skip
 
 
 @contextmanager
 def counted_as(reason: str) -> Iterator[None]:
-    """Every file from outside is read inside this: damage becomes one `BadItem`."""
+    """Raise `BadItem` for a damaged file. Every file of a set is read inside this."""
     try:
         yield
-    except Image.DecompressionBombError as error:
+    except Image.DecompressionBombError as error:  # Pillow's limit: 179 million pixels
         raise BadItem("picture with too many pixels") from error
     except DAMAGE as error:
         raise BadItem(reason) from error
 
 
-LARGEST_FILE = 64 << 20  # bytes; a larger picture is a mistake or an attack
-
-
 class Entry(NamedTuple):
     """A file in a folder or an archive."""
 
-    path: str  # with forward slashes; its first part is the name of the folder or archive
-    size: int  # bytes, as the folder or archive claims
-    stamp: int  # modification time in ns, of the file or of its archive
+    path: str  # with forward slashes, from the name of the folder or archive on
+    size: int  # bytes
+    stamp: int  # modification time in ns of the file or archive; checksum of an IDX file
     open: Callable[[], IO[bytes]]
-    label: str = ""  # its class, if the set has a file of labels
 
     def read(self) -> bytes:
-        """Its bytes, no more than it claims. Raises `BadItem` if it is too large or damaged."""
-        if self.size > LARGEST_FILE:
-            raise BadItem("file larger than 64 MB")
+        """The bytes of the file. Raises `BadItem` if it is damaged."""
         with counted_as("unreadable file"), self.open() as file:
             return file.read(self.size)
 
@@ -1620,27 +1614,32 @@ class PhotoSet:
 
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm"}
-PICTURE_PLACES = ("images", "all-dogs")  # names of a set's halves: folder, .zip or .tar
-ANNOTATION_PLACES = ("annotation", "annotations")
+PACKED = ("", ".zip", ".tar")  # a set is two folders, zips or tars with these names
+PICTURE_PLACES = {name + kind for name in ("images", "all-dogs") for kind in PACKED}
+ANNOTATION_PLACES = {name + kind for name in ("annotation", "annotations") for kind in PACKED}
+IDX_PICTURES = ("images-idx3-ubyte", "images-idx3-ubyte.gz")  # how MNIST's file names end
 
 
-def is_litter(name: str) -> bool:
-    """Whether a file or folder was made by the system, not by the user."""
+def is_hidden(name: str) -> bool:
+    """Whether the system made a file or folder, and not the user."""
     return name.startswith((".", "__MACOSX"))
 
 
 def folder_entries(place: Path) -> Iterator[Entry]:
-    """The files of a folder and of those below. Links are followed, to each folder once."""
+    """The files of a folder and its subfolders, without the results of a run.
+
+    Links are followed, but no folder is read twice.
+    """
     top, seen = os.path.basename(os.path.abspath(place)), set()
-    for folder, inner, names in os.walk(place, followlinks=True):
-        results = {"samples", "progress.webp"} if "log.jsonl" in names else set()  # of a run here
+    for folder, subfolders, names in os.walk(place, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
-            inner.clear()
+            subfolders.clear()
             continue
         seen.add(real)
-        inner[:] = sorted(set(inner) - results)
+        results = {"samples", "progress.webp"} if "log.jsonl" in names else set()
+        subfolders[:] = sorted(set(subfolders) - results)
         for file in (Path(folder, name) for name in set(names) - results):
-            if file.is_file():  # no dead link
+            if file.is_file():  # not a dead link
                 path, status = Path(top, file.relative_to(place)).as_posix(), file.stat()
                 yield Entry(path, status.st_size, status.st_mtime_ns, partial(file.open, "rb"))
 
@@ -1648,69 +1647,60 @@ def folder_entries(place: Path) -> Iterator[Entry]:
 def archive_entries(place: Path) -> Iterator[Entry]:
     """The members of a zip or an uncompressed tar."""
 
-    def open_zipped(info: zipfile.ZipInfo) -> IO[bytes]:
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError("zipfile unpacks this method without a limit")
-        return archive.open(info)  # a member that holds more than it claims fails its checksum
-
-    def open_tarred(info: tarfile.TarInfo) -> IO[bytes]:
-        file = place.open("rb")  # one for each member: threads do not share a position
-        file.seek(info.offset_data)
+    def open_tarred(start: int) -> IO[bytes]:
+        file = place.open("rb")  # one for each member: threads must not share a position
+        file.seek(start)
         return file
 
     if zipfile.is_zipfile(place):
         archive = zipfile.ZipFile(place)
-        zipped = (i for i in archive.infolist() if not i.is_dir())
-        members = [(i.filename, i.file_size, partial(open_zipped, i)) for i in zipped]
+        infos = [i for i in archive.infolist() if not i.is_dir()]
+        members = [(i.filename, i.file_size, partial(archive.open, i)) for i in infos]
     else:
-        members = []
         with tarfile.open(place, "r:") as archive:
-            for i in archive:
-                if i.size < 0:
-                    raise ValueError("a member of negative size")  # older Pythons loop on it
-                if i.isreg():
-                    members.append((i.name, i.size, partial(open_tarred, i)))
+            infos = [i for i in archive if i.isreg()]
+        members = [(i.name, i.size, partial(open_tarred, i.offset_data)) for i in infos]
     stamp = place.stat().st_mtime_ns
     for name, size, opened in members:
         yield Entry(f"{place.stem}/{name.removeprefix('./')}", size, stamp, opened)
 
 
-IDX_SUFFIXES = ("idx3-ubyte", "idx3-ubyte.gz")
-LARGEST_IDX = 1 << 30  # bytes; MNIST's 60,000 pictures are 47 MB
-
-
 def read_idx(place: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an IDX file (yann.lecun.com/exdb/mnist). Raises one of `DAMAGE`."""
-    with gzip.open(place) if place.suffix == ".gz" else place.open("rb") as file:
-        magic, *shape = struct.unpack(f">{1 + dimensions}I", file.read(4 + 4 * dimensions))
-        if magic != 0x800 + dimensions or math.prod(shape) > LARGEST_IDX:
-            raise ValueError(f"not IDX of bytes in {dimensions} dimensions, or over 1 GB")
-        return np.frombuffer(file.read(math.prod(shape)), np.uint8).reshape(shape)
+    data = place.read_bytes()
+    data = gzip.decompress(data) if place.suffix == ".gz" else data
+    magic, *shape = struct.unpack_from(f">{1 + dimensions}I", data)
+    if magic != 0x800 + dimensions:
+        raise ValueError(f"not bytes in {dimensions} dimensions")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def idx_entries(place: Path) -> Iterator[Entry]:
-    """The grey pictures of an IDX file as PGM, with the labels of the file beside it if any."""
+    """The grey pictures of an IDX file as PGMs in class folders, by the file of labels next to it.
+
+    Without labels they are all in the folder `dog`.
+    """
     pictures = read_idx(place, 3)
-    stamp = zlib.crc32(pictures)  # not the time: sets of this form have equal names and sizes
-    beside = place.with_name(place.name.replace("images-idx3", "labels-idx1"))
-    labels = read_idx(beside, 1) if beside.exists() else ["dog"] * len(pictures)
+    stamp = zlib.crc32(pictures)  # other sets have the same names and sizes
+    label_file = place.with_name(place.name.replace("images-idx3", "labels-idx1"))
+    labels = read_idx(label_file, 1) if label_file.exists() else ["dog"] * len(pictures)
     if len(labels) != len(pictures):
-        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels in {beside.name}")
+        raise ValueError(f"{len(pictures)} pictures, but {len(labels)} labels in {label_file.name}")
     for k, (pixels, label) in enumerate(zip(pictures, labels)):
         data = b"P5 %d %d 255\n" % pixels.shape[::-1] + pixels.tobytes()
-        path = f"{place.name}/{k:06d}.pgm"
-        yield Entry(path, len(data), stamp, partial(io.BytesIO, data), str(label))
+        path = f"{place.name}/{label}/{k:06d}.pgm"
+        yield Entry(path, len(data), stamp, partial(io.BytesIO, data))
 
 
 def list_files(place: Path) -> list[Entry]:
-    """All files of a folder, zip, uncompressed tar or IDX file, sorted; nothing is unpacked.
+    """All files of a folder, zip, uncompressed tar or IDX file, sorted, without hidden ones.
 
-    The system's own files are left out. Raises `UserError` if `place` cannot be read.
+    Nothing is unpacked. Raises `UserError` if `place` cannot be read.
     """
     try:
-        file_entries = idx_entries if place.name.endswith(IDX_SUFFIXES) else archive_entries
+        file_entries = idx_entries if place.name.endswith(IDX_PICTURES) else archive_entries
         entries = folder_entries(place) if place.is_dir() else file_entries(place)
-        shown = [e for e in entries if not any(map(is_litter, e.path.split("/")[1:]))]
+        shown = [e for e in entries if not any(map(is_hidden, e.path.split("/")[1:]))]
     except DAMAGE as error:
         raise UserError(
             f"{place} cannot be read as a folder, zip, uncompressed tar or IDX file ({error}): give"
@@ -1720,37 +1710,35 @@ def list_files(place: Path) -> list[Entry]:
 
 
 def find_set(folder: Path, levels: int) -> list[Path]:
-    """Pictures and annotations of the first set at most `levels` below, the shallowest first; []
-    if there is none."""
+    """Where the pictures and the annotations of a set are, at most `levels` below `folder`.
 
-    def half(found: list[Path], names: tuple[str, ...]) -> list[Path]:
-        kinds = {name + suffix for name in names for suffix in ("", ".zip", ".tar")}
-        return [p for p in found if p.name.lower() in kinds][:1]
-
+    Of several sets the shallowest counts, then the first by name. Returns [] if there is none.
+    """
     level = [folder]
     for _ in range(levels + 1):
-        below = [sorted(p for p in c.glob("*") if not is_litter(p.name)) for c in level]
+        below = [sorted(p for p in f.glob("*") if not is_hidden(p.name)) for f in level]
         for found in below:
-            pictures, annotations = half(found, PICTURE_PLACES), half(found, ANNOTATION_PLACES)
+            pictures = [p for p in found if p.name.lower() in PICTURE_PLACES]
+            annotations = [p for p in found if p.name.lower() in ANNOTATION_PLACES]
             if pictures and annotations:
-                return pictures + annotations
-        level = sorted(filter(os.path.isdir, chain(*below)))
+                return [pictures[0], annotations[0]]
+        level = [*filter(os.path.isdir, chain(*below))]
     return []
 
 
 def find_idx(folder: Path) -> list[Path]:
-    """The IDX file of pictures in a folder, the one to train on before the one to test on."""
-    found = [p for p in folder.glob("*") if p.name.endswith(IDX_SUFFIXES) and not is_litter(p.name)]
+    """The IDX file of pictures in a folder, MNIST's training set before its test set; [] if none."""
+    found = [p for p in folder.glob("[!.]*") if p.name.endswith(IDX_PICTURES)]
     return sorted(found, key=lambda p: ("train" not in p.name, p.name))[:1]
 
 
 def match_photos(
     pictures: list[Entry], annotations: dict[str, dict[str, Entry]]
 ) -> tuple[list[Photo], list[tuple[str, str]]]:
-    """Pair pictures with annotations of the same stem; returns (name, reason) for the rest too.
+    """Pair pictures with annotations of the same stem. Also returns (name, reason) of the rest.
 
-    `annotations`: by stem, then by folder. That folder is the breed, since Kaggle's flat form has
-    no other. If several breeds use one stem, the folder of the picture decides.
+    `annotations`: by stem, then by folder. This folder is the breed, because the pictures of
+    Kaggle's flat form have none. If several breeds use a stem, the folder of the picture decides.
     """
     photos: dict[str, Photo] = {}
     skipped, left = [], {(folder, stem) for stem, named in annotations.items() for folder in named}
@@ -1763,24 +1751,24 @@ def match_photos(
         breed = path.parent.name if path.parent.name in named else next(iter(named))
         left.discard((breed, path.stem))
         name = f"{breed}/{path.name}"
-        photos.setdefault(name, Photo(name, breed, picture, named[breed]))  # given twice: one dog
+        photos.setdefault(name, Photo(name, breed, picture, named[breed]))  # a set may come twice
     skipped += [("/".join(pair), "annotation without picture") for pair in sorted(left)]
     return list(photos.values()), skipped
 
 
 def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
-    """The photos of Stanford Dogs in `paths`, else on Kaggle's mounts, else in `data/`.
+    """The photos in `paths`, else those of Stanford Dogs on Kaggle's mounts, else in `data/`.
 
-    A path is a folder that holds the set in any of its published forms (folders, Kaggle's flat
+    A path is a folder with Stanford Dogs in any of its published forms (folders, Kaggle's flat
     form, two zips, the two official tars), an archive, a folder of pictures or of class folders, or
-    IDX files (MNIST). Without annotations each picture is one whole dog, and its class is its label
-    or the name of its folder, as in torchvision's `ImageFolder`; pictures of one folder alone are
-    one class. Raises `UserError` if there are no dogs.
+    IDX files (MNIST). Without annotations each picture is one whole dog, and its class is the name
+    of its folder, as in torchvision's `ImageFolder`; pictures of one folder alone are one class.
+    Raises `UserError` if there are no dogs.
     """
     places = [p for path in map(Path, paths) for p in find_set(path, 4) or find_idx(path) or [path]]
     if not paths:
-        beside = [Path(__file__).resolve().parent / "data"] if "__file__" in globals() else []
-        searches = ((Path("/kaggle/input"), 4), (Path("data"), 0), *((p, 0) for p in beside))
+        program = Path(globals().get("__file__", "a notebook cell")).resolve()
+        searches = ((Path("/kaggle/input"), 4), (Path("data"), 0), (program.parent / "data", 0))
         places = next(filter(None, (find_set(*search) for search in searches)), [])
     if not places:
         raise UserError(
@@ -1792,9 +1780,9 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
         folder, _, name = entry.path.rpartition("/")
         if Path(name).suffix.lower() in PICTURE_SUFFIXES:
             pictures.append(entry)
-        elif {"annotation", "annotations"} & set(folder.lower().split("/")):
+        elif ANNOTATION_PLACES & set(folder.lower().split("/")):
             named = annotations.setdefault(name.removesuffix(".xml"), {})
-            named.setdefault(Path(folder).name, entry)  # a set given twice counts once
+            named.setdefault(Path(folder).name, entry)
     where = " and ".join(map(str, places))
     if not pictures:
         raise UserError(f"no pictures of dogs in {where}: give another --data.")
@@ -1803,7 +1791,7 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
     folders = [Path(picture.path).parent.name for picture in pictures]
     if len(set(folders)) == 1:
         folders = ["dog"] * len(pictures)
-    photos = [Photo(p.path, p.label or folder, p, None) for p, folder in zip(pictures, folders)]
+    photos = [Photo(p.path, folder, p, None) for p, folder in zip(pictures, folders)]
     classes = len({photo.breed for photo in photos})
     counted = "one class" if classes == 1 else f"{classes} classes"
     where += f" (no annotations: whole pictures, {counted})"
@@ -1812,40 +1800,29 @@ def find_photos(paths: Sequence[str | Path] = ()) -> PhotoSet:
 
 # -------------------------------------------------------------------- 8. Data: reading and cropping
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, right and bottom out
-LARGEST_PICTURE = 32_000_000  # pixels to decode, 12 bytes each on the way: 400 MB in each thread
-LARGEST_ANNOTATION = 64 << 10  # bytes; Stanford's largest has 4 kB
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels, from 0 to the frame
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-TURNS = {  # EXIF's orientation: what makes such a picture upright
+TURNS = {  # EXIF orientation: what makes such a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 
 
-def check_pixels(picture: Image.Image) -> None:
-    """Raises `BadItem` if decoding would take too much memory."""
-    if math.prod(picture.size) > LARGEST_PICTURE:
-        raise BadItem("picture with too many pixels")
-
-
 def open_picture(data: bytes) -> Image.Image:
-    """A picture of an encoded file. A JPEG is not decoded yet, so that `decode_picture` can do that
-    at a fraction of its size. Raises `BadItem`."""
+    """A picture from the bytes of a file. A JPEG is not decoded yet, so that `decode_picture` can
+    decode it at a fraction of its size. Raises `BadItem`."""
     with counted_as("damaged or not a picture"):
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        scaled = picture.format in ("JPEG", "MPO")  # libjpeg holds a progressive one in full
-        if not scaled or "progressive" in picture.info:
-            check_pixels(picture)
-        if not scaled:
-            picture.load()  # before EXIF is read: a PNG may hold it at its end
+        if picture.format not in ("JPEG", "MPO"):
+            picture.load()  # before EXIF is read: a PNG may have it at its end
     return picture
 
 
 def orientation(picture: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 if there is none or it is damaged; 5 and more: on its side.
+    """The EXIF orientation, 1 to 8; 1 if there is none or it is damaged.
 
-    Pillow's `exif_transpose` writes the EXIF block anew, which fails for some that can be read.
+    Pillow's `exif_transpose` also writes a new EXIF block, which fails for some that can be read.
     """
     try:
         stated = picture.getexif().get(0x0112)
@@ -1857,12 +1834,11 @@ def orientation(picture: Image.Image) -> int:
 def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) -> Image.Image:
     """Decode an opened picture to RGB; a JPEG at 1/`shrink` (1, 2, 4, 8) by its DCT scaling.
 
-    `upright`: turned as EXIF says. Transparency is laid on white, and of 16-bit grey the high byte
-    counts. Raises `BadItem` if the picture is damaged or too large.
+    `upright`: turn it as EXIF says. Transparent parts become white, and 16-bit grey keeps its high
+    byte. Raises `BadItem` if the picture is damaged.
     """
     with counted_as("damaged or not a picture"):
         picture.draft("RGB", (picture.width // shrink, picture.height // shrink))
-        check_pixels(picture)
         picture.load()
         if upright and (turn := TURNS.get(orientation(picture))) is not None:
             picture = picture.transpose(turn)
@@ -1876,61 +1852,46 @@ def decode_picture(picture: Image.Image, shrink: int = 1, upright: bool = True) 
         return white
 
 
-class NoDoctype(ElementTree.TreeBuilder):
-    """Refuses the declaration that entity bombs need."""
-
-    def doctype(self, name: str, pubid: str, system: str) -> None:
-        """Raises `BadItem`."""
-        raise BadItem("annotation with a DOCTYPE")
-
-
 def parse_annotation(xml: bytes) -> list[Box]:
-    """The boxes of an annotation. Raises `BadItem` if it is broken, hostile or too large."""
-    if len(xml) > LARGEST_ANNOTATION:
-        raise BadItem("annotation larger than 64 kB")
+    """The boxes of an annotation. Raises `BadItem` if it is broken."""
     with counted_as("broken annotation"):
-        root = ElementTree.fromstring(xml, ElementTree.XMLParser(target=NoDoctype()))
         corners = ("xmin", "ymin", "xmax", "ymax")
-        return [tuple(float(box.findtext(c)) for c in corners) for box in root.iter("bndbox")]
+        boxes = ElementTree.fromstring(xml).iter("bndbox")
+        return [tuple(float(box.findtext(corner)) for corner in corners) for box in boxes]
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:
-    """The part of a box inside the frame. Raises `BadItem` if that is under a pixel wide or high,
-    or the box is reversed."""
+    """The part of a box inside the frame. Raises `BadItem` if the box is reversed, or this part is
+    less than a pixel wide or high."""
     left, top, right, bottom = box
     if right < left or bottom < top:
         raise BadItem("reversed box")
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
-    if not (right - left >= 1 and bottom - top >= 1):  # so that nan is refused too
+    if not (right - left >= 1 and bottom - top >= 1):  # nan is refused too
         raise BadItem("empty box or one outside the picture")
     return (left, top, right, bottom)
 
 
-def open_photo(photo: Photo) -> tuple[Image.Image, tuple[int, int], list[Box], list[str]]:
-    """A photo, not yet decoded; width and height of its frame; the boxes of its dogs inside the
-    frame; why other boxes are left out. Raises `BadItem` if there is no good box.
+def open_photo(photo: Photo) -> tuple[Image.Image, tuple[int, int], list[Box]]:
+    """Open a photo without decoding it. Raises `BadItem` if a box is bad or there is none.
 
-    Boxes of Stanford Dogs were drawn on the pictures as they are stored. A photo without annotation
-    is turned upright, and its box is the whole frame.
+    Returns the picture, the width and height of its frame, and the boxes of its dogs, cut at the
+    frame. Boxes of Stanford Dogs were drawn on the stored pictures. A photo without annotation is
+    turned upright, and its box is the whole frame.
     """
     picture = open_picture(photo.picture.read())
     if photo.annotation is None:
-        frame = picture.size[::-1] if orientation(picture) >= 5 else picture.size
-        return picture, frame, [(0, 0, *frame)], []
-    boxes, reasons = [], []
-    for box in parse_annotation(photo.annotation.read()):
-        try:
-            boxes.append(clip_box(box, *picture.size))
-        except BadItem as bad:
-            reasons.append(str(bad))
+        frame = picture.size[::-1] if orientation(picture) >= 5 else picture.size  # on its side
+        return picture, frame, [(0, 0, *frame)]
+    boxes = parse_annotation(photo.annotation.read())
     if not boxes:
-        raise BadItem(reasons[0] if reasons else "annotation without boxes")
-    return picture, picture.size, boxes, reasons
+        raise BadItem("annotation without boxes")
+    return picture, picture.size, [clip_box(box, *picture.size) for box in boxes]
 
 
 def read_photo(photo: Photo) -> tuple[Image.Image, list[Box]]:
     """A photo in RGB at its full size, and the boxes of its dogs inside it. Raises `BadItem`."""
-    picture, _, boxes, _ = open_photo(photo)
+    picture, _, boxes = open_photo(photo)
     return decode_picture(picture, upright=photo.annotation is None), boxes
 
 
@@ -1965,7 +1926,7 @@ def crop_context(box: Box, width: int, height: int) -> list[Box]:
     """The largest square centred on the box that fits the frame, grown away from the edge that it
     touches: on each side by 0.28 of the least room that it has on the three other sides.
 
-    "Crop manner from Wu Qi" in Morxrc's notebook (see `first-public`), which says it in four cases.
+    "Crop manner from Wu Qi" in Morxrc's notebook (see `first-public`).
     """
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     nearest, second = sorted((x, y, width - x, height - y))[:2]
@@ -1999,15 +1960,14 @@ def parse_crops(text: str) -> dict[str, float]:
     return {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
 
 
-def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray]], list[str]]:
-    """The crops of every dog in a photo, and the reasons for the boxes left out.
+def crop_photo(photo: Photo, kinds: Sequence[str]) -> list[list[np.ndarray]]:
+    """The crops of every dog in a photo: for each dog and each kind, uint8 (views, 64, 64, 3).
 
-    Returns, for each dog and each kind, uint8 of shape (views, 64, 64, 3). JPEGs are decoded at the
-    smallest DCT scale that leaves every crop at least 128 px: twice the resolution it ends with,
-    which keeps the median PSNR against full decoding above 45 dB (`tests/bench/bench_data.py`).
-    Raises `BadItem` if the photo gives no dog.
+    JPEGs are decoded at the smallest DCT scale that leaves every crop at least 128 px: twice the
+    final resolution, which keeps the median PSNR against full decoding above 45 dB
+    (`tests/bench/bench_data.py`). Raises `BadItem`.
     """
-    picture, frame, boxes, reasons = open_photo(photo)
+    picture, frame, boxes = open_photo(photo)
     dogs = [[CROPS[kind](box, *frame) for kind in kinds] for box in boxes]
     least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
     shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
@@ -2015,11 +1975,11 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray
     scale = 1 / shrink if decoded.width < frame[0] else 1.0  # only JPEGs have shrunk
 
     def resize(crop: Box) -> np.ndarray:
-        left, top, right, bottom = (edge * scale for edge in crop)
+        left, top, right, bottom = (edge * scale for edge in crop)  # may round to just outside
         inside = (max(left, 0), max(top, 0), min(right, decoded.width), min(bottom, decoded.height))
         return np.asarray(decoded.resize((IMAGE_SIZE,) * 2, Image.Resampling.LANCZOS, box=inside))
 
-    return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs], reasons
+    return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs]
 
 
 # ------------------------------------------------------------------- 9. Data: the prepared crop set
@@ -2036,16 +1996,16 @@ class CropSet:
     breed: Tensor  # int64 (dogs,)
     breeds: list[str]
     skipped: list[tuple[str, str]]  # (name, reason)
-    key: str  # of what the networks see; a resumed run must find the same
+    key: str  # hash of what the networks see; a resumed run must find the same
 
     def to(self, device: torch.device) -> CropSet:
-        """The same with its tensors on `device`."""
-        names = ("pixels", "first", "count", "weights", "breed")
-        return replace(self, **{n: getattr(self, n).to(device) for n in names})
+        """The same set with its tensors on `device`."""
+        tensors = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 def in_threads(function: Callable, items: Iterable) -> Iterator:
-    """`map` in order by a thread for each core; an interrupt drops what is still waiting."""
+    """`map` in order, with a thread for each core; an interrupt drops the items not yet begun."""
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         yield from pool.map(function, items)
@@ -2065,9 +2025,9 @@ def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024
     """Which dogs repeat an earlier one that stays: {index: index of the earlier one}.
 
     `views`: uint8 (64, 64, 3), one of each dog. Two are alike if grey thumbnails of 16 x 16
-    pixels, less their mean, have a cosine above `limit`, one of them mirrored or not: copies that
-    are recoded, scaled or grey are found, other cuts of a photo are not. (Radford et al. 2015,
-    arXiv 1511.06434, section 4.1.1, by codes of an autoencoder.)
+    pixels, minus their mean, have a cosine above `limit`, one of them mirrored or not: this finds
+    recoded, scaled and grey copies, but not other cuts of a photo. (Radford et al. 2015, arXiv
+    1511.06434, section 4.1.1, by codes of an autoencoder.)
     """
     means = [v.reshape(16, 4, 16, 4, 3).mean((1, 3, 4), dtype=np.float32) for v in views]
     small = torch.from_numpy(np.stack(means))
@@ -2086,28 +2046,30 @@ def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024
 
 
 def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> dict[str, object]:
-    """The crops of all photos, as they are kept in the cache. Raises `UserError`."""
+    """The crops of all photos, in the form of the cache. Raises `UserError`."""
 
-    def attempt(photo: Photo) -> tuple[list, list[str]]:
+    def attempt(photo: Photo) -> list[list[np.ndarray]] | BadItem:
         try:
             return crop_photo(photo, kinds)
         except BadItem as bad:
-            return [], [str(bad)]
+            return bad
 
     dogs, shown, skipped = [], [], list(photos.skipped)  # crops of each dog, and its photo
     bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
     results = in_threads(attempt, photos.photos)
     results = tqdm(results, "cropping", len(photos.photos), **bar)
-    for (found, reasons), photo in zip(results, photos.photos):
-        skipped += [(photo.name, reason) for reason in reasons]
-        dogs += found
-        shown += [photo] * len(found)
+    for found, photo in zip(results, photos.photos):
+        if isinstance(found, BadItem):
+            skipped.append((photo.name, str(found)))
+        else:
+            dogs += found
+            shown += [photo] * len(found)
     items = len(skipped) + len(dogs)
     if len(skipped) > 0.05 * items:
         raise UserError(
             f"{len(skipped)} of {items} items in {photos.where} are bad"
-            f" ({count_reasons(skipped)}): repair the set or give another --data; at most 5 % may"
-            " be."
+            f" ({count_reasons(skipped)}), and at most 5 % may be: repair the set or give another"
+            " --data."
         )
     repeats = near_duplicates([dog[0][0] for dog in dogs], dedupe) if dedupe else {}
     skipped += [
@@ -2117,7 +2079,7 @@ def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> d
     if len(stay) < 16:
         remedy = "a higher --dedupe, or 0" if repeats else "--data with more"
         raise UserError(
-            f"{photos.where} holds {len(stay)} dogs, and at least 16 are needed to train: give"
+            f"there are {len(stay)} dogs in {photos.where}, and training needs at least 16: give"
             f" {remedy}."
         )
     breeds = sorted({photo.breed for photo in photos.photos})
@@ -2132,7 +2094,7 @@ def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> d
 
 
 def content_key(table: dict[str, object]) -> str:
-    """A short name for all that the networks see of a table of crops."""
+    """A hash of all that the networks see of a table of crops."""
     sha = hashlib.blake2b(table["pixels"].numpy(), digest_size=12)
     sha.update(json.dumps([table["count"].tolist(), table["breed"].tolist()]).encode())
     sha.update(json.dumps(table["breeds"]).encode())
@@ -2140,7 +2102,7 @@ def content_key(table: dict[str, object]) -> str:
 
 
 def digest(value: object) -> str:
-    """A short name for a value of plain types."""
+    """A hash of a value of plain types."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
 
 
@@ -2155,17 +2117,17 @@ def load_table(path: Path) -> dict[str, object] | None:
     try:
         table = torch.load(path, mmap=True, weights_only=True)
         return table if table["key"] == content_key(table) else None
-    except (*DAMAGE, pickle.UnpicklingError):
+    except DAMAGE:
         return None
 
 
 def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float = 0.0) -> CropSet:
-    """Crop every dog once, or load that from the cache; the tensors are on the CPU.
+    """Crop every dog once, or load the crops from the cache; the tensors are on the CPU.
 
     `crops`: kinds with weights, as `parse_crops` takes them; a set without annotations is cropped
     `whole`. `show`: with a progress bar. `dedupe`: the cosine of thumbnails above which a dog
-    repeats an earlier one; 0 = all stay. Raises `UserError` above 5 % bad items, or with fewer than
-    16 dogs.
+    repeats an earlier one and is left out; 0 = all stay. Raises `UserError` above 5 % bad items, or
+    with fewer than 16 dogs.
     """
     weights = parse_crops(crops if photos.annotated else "whole")
     kinds = sorted(weights)
@@ -3674,7 +3636,7 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
     `started`: the `time.monotonic()` from which the budget counts; None = now.
     """
     started = time.monotonic() if started is None else started
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_picture` decides
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error decides
     options = None
     try:
         with interrupts() as stop:

@@ -30,7 +30,7 @@ download.TRIES, download.WAIT_SECONDS, download.SILENCE_SECONDS = 3, 0.01, 0.5
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves BODIES, spoiled by the behaviour that stands first in the server's queue."""
+    """Serves BODIES, spoiled by the next behaviour in the server's queue."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    """A server with `behaviours` to be used up, one a request, and the requests it was `asked`."""
+    """A server with `behaviours`, one for each request, and the requests it was `asked`."""
     monkeypatch.setenv("no_proxy", "*")
     made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     made.behaviours, made.asked, made.leave = [], [], threading.Event()
@@ -81,7 +81,7 @@ def start(url: str, folder: Path, more: str = "", **options: object) -> subproce
 
 
 def succeeds(url: str, folder: Path) -> str:
-    """Runs the program: both archives lie in the folder, right to the byte, and nothing else."""
+    """Run the program: the folder has both archives, right to the byte, and nothing else."""
     process = start(url, folder)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
@@ -90,7 +90,7 @@ def succeeds(url: str, folder: Path) -> str:
 
 
 def fails(url: str, folder: Path, *words: str, more: str = "") -> None:
-    """Runs the program: exit code 2, and one sentence with the words."""
+    """Run the program: exit code 2, and one sentence with the words."""
     process = start(url, folder, more)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 2 and err.count("\n") == 1 and err.endswith(".\n"), err

@@ -1,13 +1,9 @@
-"""Dogs are found in every published layout, in order, in place, and nothing is altered."""
+"""Dogs are found in every published layout, in order, and the data is only read."""
 
 import gzip
-import io
 import os
-import re
 import struct
 import sys
-import tarfile
-import tracemalloc
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -27,8 +23,7 @@ from train_dogs import PhotoSet, UserError, find_photos, prepare_crops
 
 pytestmark = pytest.mark.usefixtures("light")
 
-STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
-MIB = 1 << 20
+DEFLATED = zipfile.ZIP_DEFLATED
 
 
 def prepare(*roots: Path, kinds: str = "square") -> train_dogs.CropSet:
@@ -76,14 +71,14 @@ def folders_and_tar(root: Path, dogs: list[Dog]) -> Path:
 
 
 ZIPS, TARS = ("all-dogs.zip", "Annotation.zip"), ("images.tar", "annotation.tar")
-deflate = partial(zip_folder, method=DEFLATED)
+deflate, lzma = (partial(zip_folder, method=m) for m in (DEFLATED, zipfile.ZIP_LZMA))
 LAYOUTS: dict[str, Callable[[Path, list[Dog]], Path]] = {
     "kaggle nested": flat("all-dogs/all-dogs", "annotation/Annotation"),
     "kaggle flat": flat("all-dogs", "Annotation"),
     "kaggle mixed": flat("all-dogs/all-dogs", "Annotation"),
     "zips with folders": archives(zip_folder, ZIPS, ("all-dogs/", "Annotation/")),
     "zips doubled": archives(deflate, ZIPS, ("all-dogs/all-dogs/", "annotation/Annotation/")),
-    "zips bare": archives(deflate, ZIPS, ("", "")),
+    "zips bare": archives(lzma, ZIPS, ("", "")),
     "tars": archives(tar_folder, TARS, ("Images/", "Annotation/")),
     "tars from here": archives(tar_folder, TARS, ("./Images/", "./Annotation/")),
     "folders and tar": folders_and_tar,
@@ -108,10 +103,7 @@ def expected(dogs, tmp_path_factory) -> dict[str, tuple[str, bytes]]:
 
 @pytest.fixture
 def mounts(tmp_path, monkeypatch) -> Path:
-    """This process sees an empty /kaggle/input, no data/ here, and none beside the program.
-
-    Returns the folder that stands for /kaggle/input.
-    """
+    """An empty folder in place of /kaggle/input; no data/ here or next to the program."""
     mounts, below = tmp_path / "kaggle/input", train_dogs.find_set
     monkeypatch.setattr(
         train_dogs,
@@ -210,35 +202,30 @@ def test_data_beats_mounts_and_they_beat_data_here_and_beside_the_program(
     assert len(find_photos().photos) == 17
 
 
-def test_no_dogs_ends_with_2_and_names_both_remedies(mounts, capsys):
-    assert train_dogs.main(["--device", "cpu", "--out", "out"]) == 2
-    assert_one_sentence(capsys.readouterr().err, "data/download.py", "--data data/sample")
-
-
-def test_drawn_dogs_are_used_only_when_named(mounts, sample_dogs, tmp_path):
+def test_without_dogs_both_remedies_are_named_and_drawn_dogs_are_used_only_when_named(
+    mounts, sample_dogs, tmp_path, capsys
+):
     for place in (Path("data"), tmp_path / "program/data"):
         place.mkdir()
         (place / "sample").symlink_to(sample_dogs, target_is_directory=True)
-    with pytest.raises(UserError, match="data/sample"):
-        find_photos()
+    assert train_dogs.main(["--device", "cpu", "--out", "out"]) == 2
+    assert_one_sentence(capsys.readouterr().err, "data/download.py", "--data data/sample")
     assert len(find_photos(["data/sample"]).photos) == 120
 
 
 # --------------------------------------------------------- pictures without annotations
 
 
-def test_a_folder_without_annotations_is_one_class_of_whole_pictures(tmp_path, capsys):
+def test_a_folder_without_annotations_is_one_class_of_whole_pictures(tmp_path):
     root = as_pictures(tmp_path / "dogs")
     (root / "notes.txt").write_text("no dog")
     found, made = find_photos([root]), prepare(root, kinds="square:3,head")
     assert made.weights.tolist() == [1.0] and made.breeds == ["dog"]
+    assert "no annotations: whole pictures, one class" in found.where
     for photo, (first,) in zip(found.photos, made.first.tolist(), strict=True):
         whole = Image.open(root.parent / photo.name)
         squashed = np.asarray(whole.resize((64, 64), Image.Resampling.LANCZOS))
         assert (squashed == made.pixels[first].numpy()).all()
-    small = ["--width", "1", "--latent-dim", "4", "--images", "4", "--batch-size", "4"]
-    assert train_dogs.main(["--data", str(root), "--dry-run", "--device", "cpu", *small]) == 0
-    assert "no annotations: whole pictures, one class" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pack", [None, zip_folder, tar_folder])
@@ -304,10 +291,8 @@ ODD = ["a b", "naïve-Hund", "犬", "it's", '"', "100%", "%s%d", "a.b.c", "#?&;"
 
 @pytest.mark.parametrize("layout", ["one level down", "kaggle flat", "zips with folders", "tars"])
 def test_odd_names_are_read_like_any_other(layout, tmp_path):
-    dogs = [
-        make_dog(k, breed=f"n1-{ODD[k % len(ODD)]}", stem=f"{ODD[k // 2]} {k}")
-        for k in range(2 * len(ODD))
-    ]
+    names = [(f"n1-{ODD[k % len(ODD)]}", f"{ODD[k // 2]} {k}") for k in range(2 * len(ODD))]
+    dogs = [make_dog(k, breed=breed, stem=stem) for k, (breed, stem) in enumerate(names)]
     crops = crops_by_name(LAYOUTS[layout](tmp_path / "odd 100% 犬", dogs))
     assert {name: breed for name, (breed, _) in crops.items()} == {
         f"{d.breed}/{d.stem}.jpg": d.breed for d in dogs
@@ -366,60 +351,41 @@ def test_what_cannot_be_paired_is_left_out_by_reason(tmp_path):
 # ------------------------------------------------------------------- archives gone wrong
 
 
-def zip_of(count: int, method: int = STORED) -> bytearray:
-    """A zip of plain pictures, to be damaged."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for k in range(count):
-            archive.writestr(f"{k:02d}.jpg", make_dog(k).picture)
-    return bytearray(buffer.getvalue())
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Callable[[str], bytearray]:
+    """60 pictures as a zip, a deflated zip or a tar, to be damaged."""
+    folder = tmp_path_factory.mktemp("packed")
+    loose = as_pictures(folder / "loose", 60)
+    zip_folder(loose, folder / "zip", "")
+    zip_folder(loose, folder / "deflated", "", DEFLATED)
+    tar_folder(loose, folder / "tar", "x")
+    return lambda kind: bytearray((folder / kind).read_bytes())
 
 
-def tar_of(count: int) -> bytearray:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for k in range(count):
-            info = tarfile.TarInfo(f"{k:02d}.jpg")
-            info.size = len(make_dog(k).picture)
-            archive.addfile(info, io.BytesIO(make_dog(k).picture))
-    return bytearray(buffer.getvalue())
-
-
-def patched(data: bytearray, at: int, new: bytes) -> bytes:
+def patched(data: bytearray, at: int, new: bytes) -> bytearray:
     data[at : at + len(new)] = new
-    return bytes(data)
+    return data
 
 
-def listed(data: bytearray, offset: int, new: bytes, entry: int = 0) -> bytes:
-    """A zip whose list of members says something else of one of them."""
-    return patched(data, [m.start() for m in re.finditer(b"PK\x01\x02", data)][entry] + offset, new)
+def listed(data: bytearray, offset: int, new: bytes) -> bytearray:
+    """A zip with other bytes in its list of members, for the first of them."""
+    return patched(data, data.index(b"PK\x01\x02") + offset, new)
 
 
-def negative() -> bytes:
-    """A tar whose second member leads back to itself."""
-    data, at = tar_of(2), 512 + -len(make_dog(0).picture) // 512 * -512
-    patched(data, at + 124, b"\xff" + (256**11 - 512).to_bytes(11, "big"))
-    patched(data, at + 148, b" " * 8)
-    return patched(data, at + 148, b"%06o\0 " % sum(data[at : at + 512]))
-
-
-BROKEN_ARCHIVES: dict[str, Callable[[], bytes]] = {
-    "a compressed tar": lambda: gzip.compress(tar_of(20)),
-    "empty": lambda: b"",
-    "a web page": lambda: b"<html>404 not found</html>" * 99,
-    "a cut zip": lambda: bytes(zip_of(20))[:-300],
-    "a cut tar": lambda: bytes(tar_of(20))[:-12_000],
-    "a zip without its list": lambda: listed(zip_of(20), 0, b"\xff" * 46),
-    "a tar without its first header": lambda: patched(tar_of(20), 0, b"\xff" * 46),
-    "a member of negative size": negative,  # an endless loop in Pythons up to 3.13.5
-    "a size that is no number": lambda: patched(tar_of(20), 124, b"x" * 11),  # ValueError
+BROKEN_ARCHIVES: dict[str, Callable[[Callable], bytes]] = {
+    "a compressed tar": lambda packed: gzip.compress(packed("tar")),
+    "empty": lambda packed: b"",
+    "a web page": lambda packed: b"<html>404 not found</html>" * 99,
+    "a cut zip": lambda packed: packed("zip")[:-300],
+    "a cut tar": lambda packed: packed("tar")[:-12_000],
+    "a size that is no number": lambda packed: patched(packed("tar"), 124, b"x" * 11),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN_ARCHIVES)
-def test_a_broken_archive_ends_with_2_and_names_it(name, tmp_path, capsys):
+def test_a_broken_archive_ends_with_2_and_names_it(name, packed, tmp_path, capsys):
     place = tmp_path / "broken.archive"
-    place.write_bytes(BROKEN_ARCHIVES[name]())
+    place.write_bytes(BROKEN_ARCHIVES[name](packed))
     flags = ["--data", str(place), "--device", "cpu", "--out", str(tmp_path / "out")]
     assert train_dogs.main(flags) == 2
     assert_one_sentence(capsys.readouterr().err, "broken.archive", "uncompressed tar")
@@ -433,51 +399,22 @@ def test_what_is_no_data_is_refused(what, tmp_path):
         find_photos([tmp_path / what])
 
 
-def bomb(method: int) -> bytes:
-    """300 MB of zeros in a member that claims to hold 1,000 bytes."""
-    with zipfile.ZipFile(buffer := io.BytesIO(zip_of(60)), "a", method) as archive:
-        archive.writestr("bomb.jpg", bytes(300 * MIB))
-    return listed(bytearray(buffer.getvalue()), 24, struct.pack("<I", 1000), -1)
+def first_member(data: bytearray, offset: int, new: bytes) -> bytearray:
+    """A zip with other bytes in the header of its first member, also in the list."""
+    return patched(listed(data, offset + 2, new), offset, new)
 
 
-def first_member(offset: int, new: bytes, method: int = STORED) -> bytes:
-    """A zip whose first member says something else of itself, there and in the list."""
-    return patched(bytearray(listed(zip_of(60, method), offset + 2, new)), offset, new)
-
-
-BAD_MEMBERS: dict[str, Callable[[], bytes]] = {
-    "deflated garbage": lambda: patched(zip_of(60, DEFLATED), 36, b"\xff" * 400),
-    "encrypted": lambda: first_member(6, b"\x01\0"),
-    "an unknown method": lambda: first_member(8, b"\x4d\0"),
-    "larger than 64 MB": lambda: listed(zip_of(60), 24, struct.pack("<I", 70 * MIB)),
-    "a deflated bomb": lambda: bomb(DEFLATED),
-    "a bzip2 bomb": lambda: bomb(zipfile.ZIP_BZIP2),
+BAD_MEMBERS: dict[str, Callable[[Callable], bytes]] = {
+    "deflated garbage": lambda packed: patched(packed("deflated"), 36, b"\xff" * 400),
+    "encrypted": lambda packed: first_member(packed("zip"), 6, b"\x01\0"),
+    "an unknown method": lambda packed: first_member(packed("zip"), 8, b"\x4d\0"),
+    "a wrong size": lambda packed: listed(packed("zip"), 24, struct.pack("<I", 1000)),
 }
 
 
 @pytest.mark.parametrize("name", BAD_MEMBERS)
-def test_a_bad_member_of_a_zip_is_counted_and_costs_no_memory(name, tmp_path):
+def test_a_bad_member_of_a_zip_is_counted(name, packed, tmp_path):
     place = tmp_path / "dogs.zip"
-    place.write_bytes(BAD_MEMBERS[name]())
-    found = find_photos([place])
-    tracemalloc.start()
-    made = prepare_crops(found, "square", show=False)
-    most = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(made.first) == len(found.photos) - 1 and len(made.skipped) == 1
-    assert most < 30 * MIB  # the other photos and all their crops are 1 MB
-
-
-def test_files_larger_than_64_mb_are_counted_without_being_read(tmp_path):
-    loose = as_pictures(tmp_path / "loose", 60)
-    os.truncate(loose / "1.jpg", 70 * MIB)
-    tarred = tmp_path / "dogs.tar"
-    data = tar_of(60).rstrip(b"\0")
-    data += bytes(-len(data) % 512)
-    member = tarfile.TarInfo("zzz.jpg")
-    member.size = 70 * MIB
-    tarred.write_bytes(data + member.tobuf())
-    os.truncate(tarred, len(data) + 512 + 70 * MIB + 1024)  # a hole takes no room on disk
-    for root, left in ((loose, 59), (tarred, 60)):
-        made = prepare(root)
-        assert len(made.first) == left and reasons_of(made) == {"file larger than 64 MB": 1}
+    place.write_bytes(BAD_MEMBERS[name](packed))
+    made = prepare(place)
+    assert len(made.first) == 59 and reasons_of(made) == {"unreadable file": 1}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import shutil
 import struct
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from runs import SAMPLE, assert_one_sentence, run_here
 
 import train_dogs
-from train_dogs import find_photos, near_duplicates, prepare_crops, read_idx
+from train_dogs import find_photos, near_duplicates, prepare_crops
 
 PLACES = ("/usr/share/datasets/fashion-mnist", f"{os.environ.get('DOGS_DATA', '')}/fashion-mnist")
 
@@ -38,15 +38,14 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
-def test_idx_pictures_come_in_order_with_their_labels_as_classes(digits, end, tmp_path):
+def test_labels_of_idx_pictures_are_their_classes(digits, end, tmp_path):
     pack = gzip.compress if end else bytes
     for name, array in zip(("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), digits):
         (tmp_path / (name + end)).write_bytes(pack(idx(array)))
     found = find_photos([tmp_path / f"train-images-idx3-ubyte{end}"])
-    assert [photo.breed for photo in found.photos] == [str(k) for k in digits[1]]
-    crops = prepare_crops(found, "square", show=False)
-    assert crops.breeds == ["0", "1", "2", "3"] and crops.breed.tolist() == digits[1].tolist()
-    for crop, digit in zip(crops.pixels.numpy(), digits[0]):
+    crops, order = prepare_crops(found, "square", show=False), np.argsort(digits[1], kind="stable")
+    assert crops.breeds == ["0", "1", "2", "3"] and crops.breed.tolist() == [*digits[1][order]]
+    for crop, digit in zip(crops.pixels.numpy(), digits[0][order], strict=True):
         scaled = Image.fromarray(digit).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
         assert (crop == np.asarray(scaled)).all()
 
@@ -65,7 +64,7 @@ def test_broken_idx_files_are_one_sentence(digits, tmp_path):
     whole = idx(digits[0])
     broken = {
         "short": whole[:-1], "empty": b"", "head": whole[:9],
-        "claims": idx(digits[0], (2**32 - 1, 2**32 - 1, 28)),
+        "claims": idx(digits[0], (2**32 - 1, 2**32 - 1, 28)), "long": whole + b"more",
         "floats": idx(digits[0], kind=13), "labels": idx(digits[1]),
     }  # fmt: skip
     for data in broken.values():
@@ -81,17 +80,7 @@ def test_broken_idx_files_are_one_sentence(digits, tmp_path):
         find_photos([place])
 
 
-def test_a_bomb_is_read_no_further_than_its_head_claims(tmp_path):
-    place = tmp_path / "train-images-idx3-ubyte.gz"
-    head = struct.pack(">BBBB3I", 0, 0, 8, 3, 16, 28, 28)
-    place.write_bytes(gzip.compress(head + bytes(300_000_000)))
-    tracemalloc.start()
-    assert read_idx(place, 3).shape == (16, 28, 28)
-    assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    tracemalloc.stop()
-
-
-def test_labels_put_beside_later_and_other_pixels_of_the_same_time_are_seen(digits, tmp_path):
+def test_labels_added_later_and_other_pixels_of_the_same_time_are_seen(digits, tmp_path):
     place = tmp_path / "train-images-idx3-ubyte"
     place.write_bytes(idx(digits[0]))
     stat = place.stat()
@@ -197,10 +186,9 @@ def test_near_duplicates_are_those_of_a_plain_loop(views):
 
 
 def test_a_run_says_which_dogs_it_left_out_as_near_duplicates(tmp_path):
-    for k, file in enumerate([*sorted((SAMPLE / "Images").rglob("*.jpg"))[:40]]):
-        target = tmp_path / "photos" / f"{k:02d}.jpg"
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(file.read_bytes())
+    (tmp_path / "photos").mkdir()
+    for k, file in enumerate(sorted((SAMPLE / "Images").rglob("*.jpg"))[:40]):
+        shutil.copy(file, tmp_path / "photos" / f"{k:02d}.jpg")
     ImageOps.mirror(Image.open(tmp_path / "photos" / "07.jpg")).save(tmp_path / "photos" / "99.png")
     found = find_photos([tmp_path / "photos"])
     plain = prepare_crops(found, "whole", show=False)

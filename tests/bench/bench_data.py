@@ -4,7 +4,7 @@
 
 The plain way is one process and one loop: open, convert to RGB, crop to whole pixels, resize. Both
 read the same photos, alternate, and start warm; the prepared way works on an empty cache each time.
-Without --data it takes $DOGS_DATA, full-size originals beside this project, or the drawn sample.
+Without --data it takes $DOGS_DATA or the drawn sample.
 """
 
 import argparse
@@ -23,13 +23,6 @@ import numpy as np
 from PIL import Image
 
 from train_dogs import CROPS, CropSet, PhotoSet, find_photos, prepare_crops
-
-
-def default_data() -> Path:
-    """The first place that holds dogs."""
-    originals = ROOT.parent / "shared" / "data" / "stanford-dogs-originals"
-    places = [Path(os.environ.get("DOGS_DATA", originals)), originals, ROOT / "data" / "sample"]
-    return next(place for place in places if (place / "Images").is_dir())
 
 
 def plainly(data: Path, photos: PhotoSet, kind: str) -> np.ndarray:
@@ -65,7 +58,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, default=default_data())
+    data = Path(os.environ.get("DOGS_DATA", ROOT / "data" / "sample"))
+    parser.add_argument("--data", type=Path, default=data)
     parser.add_argument("--kind", choices=sorted(CROPS), default="square")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
