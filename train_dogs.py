@@ -1558,7 +1558,7 @@ ARCHITECTURES["residual"] = Architecture(
 
 
 class BadItem(Exception):
-    """A picture or annotation that is left out. The text is the reason, for the counts."""
+    """A picture, annotation or box that is left out. The text is the reason, for the counts."""
 
 
 DAMAGE = (  # what zipfile, tarfile, Pillow, ElementTree and torch raise for damaged files
@@ -1872,26 +1872,31 @@ def clip_box(box: Box, width: int, height: int) -> Box:
     return (left, top, right, bottom)
 
 
-def open_photo(photo: Photo) -> tuple[Image.Image, tuple[int, int], list[Box]]:
-    """Open a photo without decoding it. Raises `BadItem` if a box is bad or there is none.
+def open_photo(photo: Photo) -> tuple[Image.Image, tuple[int, int], list[Box], list[str]]:
+    """Open a photo without decoding it. Raises `BadItem` if it has no good box.
 
-    Returns the picture, the width and height of its frame, and the boxes of its dogs, cut at the
-    frame. Boxes of Stanford Dogs were drawn on the stored pictures. A photo without annotation is
-    turned upright, and its box is the whole frame.
+    Returns the picture, the width and height of its frame, the boxes of its dogs, cut at the frame,
+    and why other boxes are left out. Boxes of Stanford Dogs were drawn on the stored pictures. A
+    photo without annotation is turned upright, and its box is the whole frame.
     """
     picture = open_picture(photo.picture.read())
     if photo.annotation is None:
         frame = picture.size[::-1] if orientation(picture) >= 5 else picture.size  # on its side
-        return picture, frame, [(0, 0, *frame)]
-    boxes = parse_annotation(photo.annotation.read())
+        return picture, frame, [(0, 0, *frame)], []
+    boxes, reasons = [], []
+    for box in parse_annotation(photo.annotation.read()):
+        try:
+            boxes.append(clip_box(box, *picture.size))
+        except BadItem as bad:
+            reasons.append(str(bad))
     if not boxes:
-        raise BadItem("annotation without boxes")
-    return picture, picture.size, [clip_box(box, *picture.size) for box in boxes]
+        raise BadItem(reasons[0] if reasons else "annotation without boxes")
+    return picture, picture.size, boxes, reasons
 
 
 def read_photo(photo: Photo) -> tuple[Image.Image, list[Box]]:
     """A photo in RGB at its full size, and the boxes of its dogs inside it. Raises `BadItem`."""
-    picture, _, boxes = open_photo(photo)
+    picture, _, boxes, _ = open_photo(photo)
     return decode_picture(picture, upright=photo.annotation is None), boxes
 
 
@@ -1960,14 +1965,16 @@ def parse_crops(text: str) -> dict[str, float]:
     return {kind: weight / sum(weights.values()) for kind, weight in weights.items()}
 
 
-def crop_photo(photo: Photo, kinds: Sequence[str]) -> list[list[np.ndarray]]:
-    """The crops of every dog in a photo: for each dog and each kind, uint8 (views, 64, 64, 3).
+def crop_photo(photo: Photo, kinds: Sequence[str]) -> tuple[list[list[np.ndarray]], list[str]]:
+    """The crops of every dog in a photo, and why boxes are left out.
+
+    Returns, for each dog and each kind, uint8 (views, 64, 64, 3).
 
     JPEGs are decoded at the smallest DCT scale that leaves every crop at least 128 px: twice the
     final resolution, which keeps the median PSNR against full decoding above 45 dB
     (`tests/bench/bench_data.py`). Raises `BadItem`.
     """
-    picture, frame, boxes = open_photo(photo)
+    picture, frame, boxes, reasons = open_photo(photo)
     dogs = [[CROPS[kind](box, *frame) for kind in kinds] for box in boxes]
     least = min(min(c[2] - c[0], c[3] - c[1]) for dog in dogs for views in dog for c in views)
     shrink = next((s for s in (8, 4, 2) if least / s >= 2 * IMAGE_SIZE), 1)
@@ -1979,7 +1986,7 @@ def crop_photo(photo: Photo, kinds: Sequence[str]) -> list[list[np.ndarray]]:
         inside = (max(left, 0), max(top, 0), min(right, decoded.width), min(bottom, decoded.height))
         return np.asarray(decoded.resize((IMAGE_SIZE,) * 2, Image.Resampling.LANCZOS, box=inside))
 
-    return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs]
+    return [[np.stack([resize(c) for c in views]) for views in dog] for dog in dogs], reasons
 
 
 # ------------------------------------------------------------------- 9. Data: the prepared crop set
@@ -2048,22 +2055,20 @@ def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024
 def crop_all(photos: PhotoSet, kinds: list[str], show: bool, dedupe: float) -> dict[str, object]:
     """The crops of all photos, in the form of the cache. Raises `UserError`."""
 
-    def attempt(photo: Photo) -> list[list[np.ndarray]] | BadItem:
+    def attempt(photo: Photo) -> tuple[list, list[str]]:
         try:
             return crop_photo(photo, kinds)
         except BadItem as bad:
-            return bad
+            return [], [str(bad)]
 
     dogs, shown, skipped = [], [], list(photos.skipped)  # crops of each dog, and its photo
     bar = {"unit": " photos", "disable": not show, "mininterval": 0.1 if is_live() else 60}
     results = in_threads(attempt, photos.photos)
     results = tqdm(results, "cropping", len(photos.photos), **bar)
-    for found, photo in zip(results, photos.photos):
-        if isinstance(found, BadItem):
-            skipped.append((photo.name, str(found)))
-        else:
-            dogs += found
-            shown += [photo] * len(found)
+    for (found, reasons), photo in zip(results, photos.photos):
+        skipped += [(photo.name, reason) for reason in reasons]
+        dogs += found
+        shown += [photo] * len(found)
     items = len(skipped) + len(dogs)
     if len(skipped) > 0.05 * items:
         raise UserError(
@@ -2622,7 +2627,7 @@ def read_state(path: Path, parse: Callable[[dict[str, object]], Parsed]) -> Pars
             raise ValueError(f"format {state['format']}, not {FORMAT}")
         state["config"] = config_of(state["config"])
         return parse(state)
-    except (*DAMAGE, pickle.UnpicklingError) as error:
+    except DAMAGE as error:
         raise UserError(
             f"{path} does not fit this version of the program ({first_line(error)}): move it away,"
             " or give another --out."

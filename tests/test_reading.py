@@ -33,7 +33,7 @@ def halves() -> Image.Image:
 
 def crop(picture: bytes, annotation: bytes | None = ONE_BOX, kind: str = "box") -> np.ndarray:
     """The first crop of the first dog of a photo, int16 (64, 64, 3)."""
-    dogs = train_dogs.crop_photo(photo(picture, annotation), [kind])
+    dogs, _ = train_dogs.crop_photo(photo(picture, annotation), [kind])
     assert dogs[0][0].shape[1:] == (64, 64, 3) and dogs[0][0].dtype == np.uint8
     return dogs[0][0][0].astype(np.int16)
 
@@ -244,17 +244,18 @@ def test_a_box_partly_outside_is_cut_at_the_edge():
         assert (over == crop(picture, annotate([(0, 20, *SIZE)]))).all()
 
 
-def test_each_box_of_a_photo_is_a_dog_unless_one_is_bad(tmp_path):
+def test_each_good_box_of_a_photo_is_a_dog_and_each_bad_one_is_counted(tmp_path):
     """By the crops, by what both programs read, and through the whole of finding and cropping."""
-    boxes = [(0, 0, 40, 40), (50, 0, 96, 40), (20, 30, 90, 80)]
+    boxes = [(0, 0, 40, 40), (60, 9, 9, 60), (50, 0, 96, 40), (20, 30, 90, 80)]
+    good = [boxes[0], *boxes[2:]]
     picture, xml = encode(paint(7), "PNG"), annotate(boxes)
-    dogs = train_dogs.crop_photo(photo(picture, xml), ["box"])
-    for dog, box in zip(dogs, boxes, strict=True):
+    dogs, reasons = train_dogs.crop_photo(photo(picture, xml), ["box"])
+    assert len(dogs) == 3 and reasons == ["reversed box"]
+    for dog, box in zip(dogs, good):
         assert (dog[0][0] == paint(7).resize((64, 64), Image.Resampling.LANCZOS, box=box)).all()
     read, found = train_dogs.read_photo(photo(picture, xml))
-    assert found == boxes and (np.asarray(read) == paint(7)).all()
-    bad = make_dog(98, [*boxes, (60, 9, 9, 60)])
-    made = prepare(as_folders(tmp_path, [*make_dogs(20), bad, make_dog(99, boxes)]))
+    assert found == good and (np.asarray(read) == paint(7)).all()
+    made = prepare(as_folders(tmp_path, [*make_dogs(20), make_dog(99, boxes)]))
     assert len(made.first) == 23 and [reason for _, reason in made.skipped] == ["reversed box"]
 
 
@@ -297,7 +298,7 @@ def test_no_damage_stops_the_run(what):
     chance, seen = random.Random(what), set()
     for _ in range(150):
         try:
-            dogs = train_dogs.crop_photo(DAMAGED[what](chance), ["square"])
+            dogs, _ = train_dogs.crop_photo(DAMAGED[what](chance), ["square"])
             assert dogs[0][0].shape == (1, 64, 64, 3)
             seen.add("read")
         except BadItem as bad:
