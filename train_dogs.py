@@ -2281,12 +2281,11 @@ def memory_advice(error: BaseException, options: Options) -> str:
         return ""
     if options.draws_only:
         return "the memory is too small for this: try --device cpu."
-    smaller = max(2, options.config.batch_size // 2)
+    smaller = max(2, options.config.batch_size // 2)  # a checkpoint keeps its batch size
     return (
-        "the memory is too small for this: try"
-        f" {'--precision fp32, or ' if engine in text else ''}--batch-size {smaller}; a checkpoint"
-        f" keeps its batch size: with one, start anew with --fresh --batch-size {smaller}, or"
-        " continue on a device with more memory."
+        "the memory is too small for this:"
+        f" {'try --precision fp32, or ' if engine in text else ''}start anew with --fresh"
+        f" --batch-size {smaller}, or continue on a device with more memory."
     )
 
 
@@ -2356,22 +2355,15 @@ def captured(trainer: Trainer, stream: torch.cuda.Stream) -> Callable[[], None]:
     return graph.replay
 
 
-# Rounding alone makes two runs of a step differ: by this share of a gradient's norm, where sums of
-# some 10^4 products are taken in another order, or in fp32 by another algorithm.
+# How far a replayed and an eager step may be apart, as a share of the step's length. Rounding noise
+# of a share e of a gradient's deviation flips a share e / pi of the signs in Adam's first step,
+# which is +-lr for each weight: together 2 sqrt(e / pi) of its length. Allowed is four times that.
+# e: for sums of some 10^4 products in another order, or in fp32 by another algorithm. On an H200
+# two eager steps differed by 0.009 in fp32, 0.0002 in TF32 and 0 in bf16 and fp16, a replay by no
+# more. A replay with other data differs by 0.4 to 1.4, one that moves nothing by 1.
 ROUNDING = {"fp32": 2**-12, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-8}
+LARGEST_DEVIATION = {name: 8 * math.sqrt(e / math.pi) for name, e in ROUNDING.items()}
 RESOLUTION = 2**-18  # of float32 sums of some 10^3 products, as a share of a vector's length
-
-
-def largest_deviation(precision: str) -> float:
-    """The largest difference of a replayed and an eager step, as a share of the step's length.
-
-    Adam's first step is +-lr wherever |gradient| exceeds its noise, so noise of a share e of a
-    normal gradient's deviation flips a share e / pi of the signs, each 2 lr off: together
-    2 sqrt(e / pi) of the length. Allowed is four times that: 0.07 in fp32 to 0.28 in bf16. On an
-    H200 two eager steps differed by 0.009 in fp32, 0.0002 in TF32 and 0 in bf16 and fp16, a replay
-    by no more. A replay with other data differs by 0.4 to 1.4, one that moves nothing by 1.
-    """
-    return 8 * math.sqrt(ROUNDING[precision] / math.pi)
 
 
 def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
@@ -2404,7 +2396,7 @@ def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
             groups.setdefault(group, []).append(name)
         elif not torch.equal(eager[name], replayed[name]):
             return f"a replayed step leaves another {name} than an eager one"
-    bound = largest_deviation(trainer.precision)
+    bound = LARGEST_DEVIATION[trainer.precision]  # 0.07 in fp32 to 0.28 in bf16
     for group, names in groups.items():
         a, b, c = (
             torch.cat([state[name].flatten() for name in names]).double()
@@ -2637,19 +2629,14 @@ def require_same_form(saved: object, own: object, name: str = "checkpoint") -> N
         require_same_form(saved[key], own[key], key)
 
 
-def read_checkpoint(path: Path, trainer: Trainer) -> dict[str, object] | None:
-    """A checkpoint of `trainer`'s recipe and data; None for one of another recipe after 0 steps.
+def read_checkpoint(path: Path, trainer: Trainer) -> dict[str, object]:
+    """A checkpoint of `trainer`'s recipe and data.
 
     Raises as `read_state`, and `UserError` for another recipe or data.
     """
 
-    def parse(state: dict[str, object]) -> dict[str, object] | None:
-        try:
-            require_same_recipe(trainer.config, state["config"], [f.name for f in fields(Config)])
-        except UserError:
-            if state["trainer"]["steps_done"]:
-                raise
-            return None
+    def parse(state: dict[str, object]) -> dict[str, object]:
+        require_same_recipe(trainer.config, state["config"], [f.name for f in fields(Config)])
         if state["trainer"]["data_key"] != trainer.crops.key:
             raise UserError("the checkpoint was made from other dogs: give its --data, or --fresh.")
         require_same_form(state, checkpoint_state(trainer, 0.0) | {"config": state["config"]})

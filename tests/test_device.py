@@ -163,7 +163,7 @@ def test_out_of_memory_in_any_form_names_a_smaller_batch(error, tmp_path, monkey
     monkeypatch.setattr(train_dogs, "start_run", hungry)
     assert run_here(tmp_path / "out", batch_size=16) == 2
     engine = ["--precision fp32"] if "engine" in str(error) else []
-    assert_one_sentence(capsys.readouterr().err, "--batch-size 8", *engine)
+    assert_one_sentence(capsys.readouterr().err, "--fresh --batch-size 8", "more memory", *engine)
 
 
 def test_out_of_memory_leaves_whole_files_and_each_remedy_that_it_names_works(
@@ -179,14 +179,13 @@ def test_out_of_memory_leaves_whole_files_and_each_remedy_that_it_names_works(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:  # in a new run
         patch.setattr(Trainer, "step", hungry)
-        assert_one_sentence(refused(steps=3, batch_size=16), "--batch-size 8")
+        assert_one_sentence(refused(steps=3, batch_size=16), "--fresh --batch-size 8")
     assert left_over(out) == [] and all(load(path) for path in out.glob("*.pt"))
-    assert run_here(out, steps=3, images=4, batch_size=8) == 0
-    with monkeypatch.context() as patch:  # in a resumed one, whose checkpoint keeps its batch size
+    assert run_here(out, "--fresh", steps=3, images=4, batch_size=8) == 0
+    with monkeypatch.context() as patch:  # in a resumed one
         patch.setattr(Trainer, "step", hungry)
-        err = refused(steps=6, batch_size=8)
-    assert_one_sentence(err, "--fresh --batch-size 4", "more memory")
-    assert "--batch-size 8" in refused(steps=6, batch_size=4)
+        assert_one_sentence(refused(steps=6, batch_size=8), "--fresh --batch-size 4")
+    assert "--batch-size 8" in refused(steps=6, batch_size=4)  # the checkpoint keeps it
     assert run_here(out, "--fresh", steps=6, images=4, batch_size=4) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train_dogs, "sample_images", hungry)

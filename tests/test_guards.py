@@ -25,6 +25,7 @@ from train_dogs import (
     D_TERMS,
     G_TERMS,
     HEADS,
+    LARGEST_DEVIATION,
     LOSSES,
     PRESETS,
     ROUNDING,
@@ -36,7 +37,6 @@ from train_dogs import (
     capture,
     checkpoint_state,
     find_photos,
-    largest_deviation,
     load_trainer,
     prepare_crops,
     trainer_state,
@@ -523,7 +523,7 @@ def test_the_bound_is_four_times_what_such_noise_does_to_adams_first_step(precis
         ends.append(weight.detach())
     apart = float((ends[1] - ends[0]).norm() / ends[0].norm())
     assert apart == pytest.approx(2 * math.sqrt(noise / math.pi), rel=0.1)
-    assert largest_deviation(precision) == pytest.approx(4 * apart, rel=0.1)
+    assert LARGEST_DEVIATION[precision] == pytest.approx(4 * apart, rel=0.1)
 
 
 # -------------------------------------------------------------- another kind of device's randomness
