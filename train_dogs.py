@@ -49,7 +49,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, NamedTuple, TextIO, TypeVar
@@ -176,9 +176,9 @@ class Config:
 
     steps: int = free(397_000, "length", "steps of the whole recipe", (1, 10**9))
     hours: float = free(8.5, "length",
-        "wall-clock budget of all parts, zip included; inf = no limit", (0, math.inf))
+        "wall-clock budget of all parts, zip included; inf = no limit", (1e-6, math.inf))
     part_hours: float = free(math.inf, "length",
-        "end this part after so many hours, to be resumed", (0, math.inf))
+        "end this part after so many hours, to be resumed", (1e-6, math.inf))
 
     seed: int = option(0, "run", "seed of all randomness", (0, 2**32 - 1))
     device: str = free("auto", "run", "auto, cpu, cuda or cuda:N")
@@ -2167,45 +2167,40 @@ def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float
 def choose_device(name: str, precision: str = "auto") -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device on which a convolution has run.
 
-    Raises `UserError` where there is no such GPU, or the installed torch or cuDNN has no kernels
-    for it in `precision` (a P100 under a CUDA 12.8+ build reports itself as available, and its
-    first kernel dies). Warns of a precision that the GPU emulates.
+    Raises `UserError` where there is no such GPU, or where the installed torch or cuDNN has no
+    kernels for it in `precision` (a P100 under a CUDA 12.8+ build reports itself as available, and
+    its first kernel fails).
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    if not re.fullmatch(r"cuda(:[0-9]{1,3})?", name):
-        raise UserError(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
-    device = torch.device("cuda", int(name.partition(":")[2] or 0))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.index >= gpus:
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    usable = [f"cuda:{k}" for k in range(gpus)]
+    wanted = "cuda:0" if name in ("auto", "cuda") else name
+    if wanted not in usable:
         raise UserError(
-            f"--device {name}: {gpus} CUDA GPUs are usable here; give one of them from cuda:0 on,"
-            " or --device cpu, or turn a GPU on."
+            f"--device {name} is not available here: give one of auto, {', '.join(['cpu', *usable])},"
+            " or turn a GPU on."
         )
+    device = torch.device(wanted)
     try:
         torch.cuda.set_device(device)
         try_convolution(device, choose_precision(precision, device))
     except RuntimeError as error:
-        if "out of memory" in str(error).lower():  # it is full: by another program, most likely
+        if "out of memory" in str(error).lower():  # the GPU is full, not too old
             raise
         major, minor = torch.cuda.get_device_capability(device)
-        wanted = f" in {precision}" if precision != "auto" else ""
-        remedy = "give --precision auto, or " if wanted else ""
+        remedy = "" if precision == "auto" else "give --precision auto, or "
         raise UserError(
             f"this GPU (sm_{major}{minor}) cannot run a convolution of the installed torch"
-            f" {torch.__version__}{wanted} ({first_line(error)}): {remedy}choose a T4 or L4,"
+            f" {torch.__version__} ({first_line(error)}): {remedy}choose a T4 or L4,"
             " or pin the notebook to its original 2025 environment, or install a CUDA 12.6 build of"
             " torch 2.14 or older (pip install --no-index --find-links=FOLDER torch)."
         ) from error
-    if precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
-        say("this GPU has no bf16 in hardware and emulates it: --precision auto is faster.")
     return device
 
 
 def try_convolution(device: torch.device, precision: str) -> None:
-    """A small convolution, forward and backward, as the networks' own; waits for the device."""
+    """Run a small convolution, forward and backward, as the networks do; waits for the device."""
     how = {"device": device, "dtype": PRECISIONS[precision], "requires_grad": True}
     x, weight = (
         torch.ones(shape, **how).contiguous(memory_format=memory_layout(device))
@@ -2216,7 +2211,7 @@ def try_convolution(device: torch.device, precision: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class's name."""
+    """The first line of an error's message, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -2239,7 +2234,7 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` as fp32, tf32, bf16 or fp16: the fastest that `device` has in hardware.
+    """`auto` as fp32, bf16 or fp16: the fastest that `device` has in hardware; else `name`.
 
     bf16 from Ampere (capability 8.0) on and on CPUs with bf16 instructions, fp16 on Volta and
     Turing (T4), fp32 on Pascal (P100) and other CPUs.
@@ -2251,54 +2246,29 @@ def choose_precision(name: str, device: torch.device) -> str:
         return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         flags = set()
     return "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "fp32"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in any of the words of torch, cuDNN and cuBLAS.
+def memory_advice(error: BaseException, options: Options) -> str:
+    """What helps if `error` means that memory ran out; "" if it means something else.
 
-    "Unable to find an engine" usually means that, but also a precision that cuDNN lacks.
+    The signs are words of torch, cuDNN and cuBLAS. "Unable to find an engine" usually means too
+    little memory, but also a precision that cuDNN lacks.
     """
-    said = str(error).lower()
-    signs = ("out of memory", "alloc_failed", "allocation_failed", "unable to find an engine")
-    signs += ("not enough memory",)
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(sign in said for sign in signs)
-    )
-
-
-def memory_advice(error: BaseException, config: Config, samples: bool) -> str:
-    """What helps when memory ran out in training or, if `samples`, in sampling."""
-    if samples:
+    text, engine = str(error).lower(), "unable to find an engine"
+    signs = ("out of memory", "not enough memory", "alloc_failed", "allocation_failed", engine)
+    if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
+        return ""
+    if options.draws_only:
         return "the memory is too small for this: try --device cpu."
-    smaller = max(2, config.batch_size // 2)
-    if "find an engine" in str(error):
-        remedy = f"try --precision fp32, or --batch-size {smaller}"
-    else:
-        remedy = f"try --batch-size {smaller}"
+    smaller = max(2, options.config.batch_size // 2)  # a checkpoint keeps its batch size
     return (
-        f"the memory is too small for this: {remedy}; a checkpoint keeps its batch size: with one,"
-        f" start anew with --fresh --batch-size {smaller}, or go on with a device of more memory."
+        "the memory is too small for this:"
+        f" {'try --precision fp32, or ' if engine in text else ''}start anew with --fresh"
+        f" --batch-size {smaller}, or continue on a device with more memory."
     )
-
-
-# Rounding alone makes two runs of a step differ: by this share of a gradient's norm, where sums of
-# some 10^4 products are taken in another order, or in fp32 by another algorithm.
-ROUNDING = {"fp32": 2**-12, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-8}
-
-
-def largest_deviation(precision: str) -> float:
-    """The largest difference of a replayed and an eager step, as a share of the step's length.
-
-    Adam's first step is +-lr wherever |gradient| exceeds its noise, so noise of a share e of a
-    normal gradient's deviation flips a share e / pi of the signs, each 2 lr off: together
-    2 sqrt(e / pi) of the length. Allowed is four times that: 0.07 in fp32 to 0.28 in bf16. On an
-    H200 two eager steps differed by 0.009 in fp32, 0.0002 in TF32 and 0 in bf16 and fp16, a replay
-    by no more. A replay with other data differs by 0.4 to 1.4, one that moves nothing by 1.
-    """
-    return 8 * math.sqrt(ROUNDING[precision] / math.pi)
 
 
 def capture(trainer: Trainer) -> str:
@@ -2310,85 +2280,82 @@ def capture(trainer: Trainer) -> str:
     if trainer.device.type != "cuda":
         return ""
     before = trainer_state(trainer)
+    stream = torch.cuda.Stream(trainer.device)  # a capture needs another than the default one
     try:
-        warm_up(trainer)
-        reason = try_graph(trainer)
+        with torch.cuda.stream(stream):
+            warm_up(trainer)
+            reason = try_graph(trainer, stream)
     finally:
+        torch.cuda.synchronize()
         load_trainer(trainer, before)
     for optimizer in (trainer.opt_g, trainer.opt_d):
-        optimizer.adam.zero_grad()  # gradients in the graph's own memory would keep it from use
-    gc.collect()  # the errors of a failed capture refer to each other, and to its tensors
+        optimizer.adam.zero_grad()  # gradients keep the memory of a graph that was given up
+    gc.collect()  # so do the errors of a failed capture, which refer to each other
     torch.cuda.empty_cache()
     return reason
 
 
 def warm_up(trainer: Trainer) -> None:
-    """Eager steps, so that cuDNN has chosen its algorithms and fp16 its loss scales: up to 40,
-    until three in a row have not overflowed."""
+    """Eager steps, in which cuDNN chooses its algorithms and fp16's loss scales settle: at most
+    40, until three in a row have not overflowed."""
     scales, clean = [trainer.opt_g.loss_scale, trainer.opt_d.loss_scale], 0
-    stream = torch.cuda.Stream(trainer.device)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(40):
-            before = [scale.item() for scale in scales]
-            trainer.one_step()
-            overflowed = any(scale.item() < old for scale, old in zip(scales, before))
-            clean = 0 if overflowed else clean + 1
-            if clean == 3:
-                break
-    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(40):
+        before = torch.stack(scales)
+        trainer.one_step()
+        clean = clean + 1 if (torch.stack(scales) >= before).all() else 0
+        if clean == 3:
+            return
 
 
-def try_graph(trainer: Trainer) -> str:
+def try_graph(trainer: Trainer, stream: torch.cuda.Stream) -> str:
     """Capture and compare; returns why steps cannot be replayed, or "". Changes the state."""
     try:
-        replay = captured(trainer)
+        replay = captured(trainer, stream)
         reason = compare_steps(trainer, replay)
-    except RuntimeError as error:  # also out of memory: a graph needs its own
+    except RuntimeError as error:  # for example too little memory: a graph has its own
         return f"the step cannot run as a CUDA graph ({first_line(error)})"
     if not reason:
         trainer.update_networks = replay
     return reason
 
 
-def captured(trainer: Trainer) -> Callable[[], None]:
-    """The replay of `one_step` as a CUDA graph. Raises the step's own error, not a later one."""
-    graph, stream, own = torch.cuda.CUDAGraph(), torch.cuda.Stream(trainer.device), trainer.rng
-    default = torch.cuda.default_generators[trainer.device.index]  # the one that a graph knows
-    default.set_state(own.get_state())
-    trainer.rng = trainer.batches.rng = default
-    groups = [optimizer.adam.param_groups[0] for optimizer in (trainer.opt_g, trainer.opt_d)]
-    first: list[BaseException] = []
+def captured(trainer: Trainer, stream: torch.cuda.Stream) -> Callable[[], None]:
+    """The replay of `one_step` as a CUDA graph, captured on `stream`."""
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(trainer.rng)
+    for optimizer in (trainer.opt_g, trainer.opt_d):
+        optimizer.adam.param_groups[0]["capturable"] = True  # or Adam refuses to be captured
     try:
-        for group in groups:  # only now: outside a capture torch warns of it
-            group["capturable"] = True
-        # The outer `with` puts the current stream back where a failed capture does not.
-        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
-            try:
-                trainer.one_step()
-            except BaseException as error:
-                first.append(error)
-                raise
-    except BaseException:
-        trainer.rng = trainer.batches.rng = own  # the default one may stay as in a capture
-        if first:
-            raise first.pop() from None  # not the error of the capture's end
+        with torch.cuda.graph(graph, stream=stream):
+            trainer.one_step()
+    except BaseException as error:
+        # The old generator may still be in capture mode.
+        trainer.rng = trainer.batches.rng = torch.Generator(trainer.device)
+        if error.__context__:  # the step's own error: this one is of the capture's end
+            raise error.__context__
         raise
-    finally:
-        for group in groups:
-            group["capturable"] = False
     return graph.replay
 
 
+# How far a replayed and an eager step may be apart, as a share of the step's length. Rounding noise
+# of a share e of a gradient's deviation flips a share e / pi of the signs in Adam's first step,
+# which is +-lr for each weight: together 2 sqrt(e / pi) of its length. Allowed is four times that.
+# e: for sums of some 10^4 products in another order, or in fp32 by another algorithm. On an H200
+# two eager steps differed by 0.009 in fp32, 0.0002 in TF32 and 0 in bf16 and fp16, a replay by no
+# more. A replay with other data differs by 0.4 to 1.4, one that moves nothing by 1.
+ROUNDING = {"fp32": 2**-12, "tf32": 2**-11, "fp16": 2**-11, "bf16": 2**-8}
+LARGEST_DEVIATION = {name: 8 * math.sqrt(e / math.pi) for name, e in ROUNDING.items()}
 RESOLUTION = 2**-18  # of float32 sums of some 10^3 products, as a share of a vector's length
 
 
 def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
     """How a replayed step differs from an eager one from the same state; "" if it does not.
 
-    Integers and the random state must be equal. Everything else (weights, moments, statistics of
-    norms, vectors of spectral norm) may differ by rounding: by a share of the step's length, or, if
-    that is 0, as with a learning rate of 0, by float32's resolution.
+    Integers and the random state must be equal. Floats may differ by rounding: by a share of the
+    step's length, or, if that is 0, as with a learning rate of 0, by float32's resolution. Each
+    buffer (statistics of a norm, vector of spectral norm) is compared alone. All weights of a
+    network are compared together, and so are Adam's moments: the gradient of a single weight may
+    be nothing but rounding, as that of a bias that the loss ignores.
     """
     start = trainer_state(trainer)
     for name in ("opt_g.loss_scale", "opt_d.loss_scale"):
@@ -2399,22 +2366,26 @@ def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
         load_trainer(trainer, start)
         step()
         ends.append(trainer_state(trainer))
-    if not torch.equal(ends[0]["rng"], ends[1]["rng"]):
-        return "a replayed step leaves another random state than an eager one"
-    states = [state["tensors"] for state in (start, *ends)]
-    weights = {f"{n}.{k}" for n in "GD" for k, _ in getattr(trainer, n).named_parameters()}
-    groups: dict[str, list[str]] = {}  # names of tensors of one kind, as G.running_mean
-    for name, tensor in states[0].items():
+    first, eager, replayed = (s["tensors"] | {"rng": s["rng"]} for s in (start, *ends))
+    networks = (("G", trainer.G), ("D", trainer.D))
+    weights = {
+        f"{n}.{k}": f"{n}'s weights" for n, net in networks for k, _ in net.named_parameters()
+    }
+    groups: dict[str, list[str]] = {}
+    for name, tensor in first.items():
         if tensor.is_floating_point() and not name.endswith(".step"):  # Adam's: float32 integers
-            kind = "weights" if name in weights else re.sub("[0-9]", "", name.split(".")[-1])
-            groups.setdefault(f"{name.split('.')[0]}.{kind}", []).append(name)
-        elif not torch.equal(states[1][name], states[2][name]):
+            group = weights.get(name) or re.sub(r"(opt_.)\.\d+", r"\1", name)
+            groups.setdefault(group, []).append(name)
+        elif not torch.equal(eager[name], replayed[name]):
             return f"a replayed step leaves another {name} than an eager one"
-    bound = largest_deviation(trainer.precision)
+    bound = LARGEST_DEVIATION[trainer.precision]  # 0.07 in fp32 to 0.28 in bf16
     for group, names in groups.items():
-        first, eager, replayed = ([state[name] for name in names] for state in states)
-        way, apart = distance(eager, first), distance(replayed, eager)
-        if not apart <= bound * way + RESOLUTION * distance(first):
+        a, b, c = (
+            torch.cat([state[name].flatten() for name in names]).double()
+            for state in (first, eager, replayed)
+        )
+        way, apart = (b - a).norm().item(), (c - b).norm().item()
+        if not apart <= bound * way + RESOLUTION * a.norm().item():
             return (
                 f"a replayed step differs from an eager one in {group} by"
                 f" {apart / max(way, 1e-30):.2g} of the step; rounding explains {bound:.2g}"
@@ -2422,13 +2393,7 @@ def compare_steps(trainer: Trainer, replay: Callable[[], None]) -> str:
     return ""
 
 
-def distance(these: Sequence[Tensor], those: Sequence[Tensor] = ()) -> float:
-    """The Euclidean distance between two lists of tensors, or of one from 0."""
-    gaps = [a - b for a, b in zip(these, those, strict=True)] if those else these
-    lengths = [torch.linalg.vector_norm(gap, dtype=torch.float64) for gap in gaps]
-    return torch.stack(lengths).norm().item()
-
-
+@cache
 def flops_per_image(config: Config, breeds: int = 120) -> int:
     """FLOPs per image and step, forward and backward, by torch's counter on the step itself.
 
@@ -2483,12 +2448,15 @@ FORMAT = 3  # of checkpoint.pt and generator.pt
 
 def training_tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that a step changes, by name."""
-    found = {f"G.{k}": v for k, v in trainer.G.state_dict().items()}
-    found |= {f"D.{k}": v for k, v in trainer.D.state_dict().items()}
-    found |= {f"opt_g.{k}": v for k, v in trainer.opt_g.tensors().items()}
-    found |= {f"opt_d.{k}": v for k, v in trainer.opt_d.tensors().items()}
-    found |= {f"ema.{i}": v for i, v in enumerate(trainer.averages.ema)}
-    found |= {f"swa.{i}": v for i, v in enumerate(trainer.averages.swa)}
+    parts = {
+        "G": trainer.G.state_dict(),
+        "D": trainer.D.state_dict(),
+        "opt_g": trainer.opt_g.tensors(),
+        "opt_d": trainer.opt_d.tensors(),
+        "ema": dict(enumerate(trainer.averages.ema)),
+        "swa": dict(enumerate(trainer.averages.swa)),
+    }
+    found = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
     found |= trainer.d_objective.tensors() | trainer.g_objective.tensors()
     batches = trainer.batches
     return found | {"order": batches.order, "cursor": batches.cursor, "sums": trainer.sums}
@@ -2496,10 +2464,9 @@ def training_tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 def trainer_state(trainer: Trainer) -> dict[str, object]:
     """Everything that a bit-equal continuation needs, as copies on the CPU, in plain types."""
+    tensors = training_tensors(trainer).items()
     return {
-        "tensors": {
-            k: v.detach().to("cpu", copy=True) for k, v in training_tensors(trainer).items()
-        },
+        "tensors": {k: v.detach().to("cpu", copy=True) for k, v in tensors},
         "rng": trainer.rng.get_state(),
         "data_key": trainer.crops.key,
         "breeds": trainer.crops.breeds,
@@ -2538,21 +2505,17 @@ def plain(config: Config) -> dict[str, object]:
 
 
 def config_of(values: dict[str, object]) -> Config:
-    """The inverse of `plain`. Raises `ValueError` where fields or their types are others."""
+    """The inverse of `plain`. Raises `ValueError` for other fields or types."""
     changed = {k: math.inf if v is None else v for k, v in values.items()}
     changed["data"] = tuple(changed["data"])
-    config = Config(**changed)
-    if {k: type(v) for k, v in changed.items()} != {
-        f.name: type(f.default) for f in fields(Config)
-    }:
-        raise ValueError("other fields in its configuration")
-    return config
+    require_same_form(changed, asdict(Config()), "configuration")
+    return Config(**changed)
 
 
 def checkpoint_state(
     trainer: Trainer, seconds_used: float, finished: bool = False
 ) -> dict[str, object]:
-    """Everything that a continuation needs. `seconds_used`: wall-clock time of all parts so far."""
+    """The contents of `checkpoint.pt`. `seconds_used`: wall-clock time of all parts so far."""
     return {
         "format": FORMAT,
         "config": plain(trainer.config),
@@ -2574,7 +2537,7 @@ def write_checkpoint(out: Path, state: dict[str, object]) -> None:
 
 
 class Saver:
-    """Writes checkpoints in a thread while training goes on: 755 MB take a disk some seconds.
+    """Writes checkpoints in a thread while training continues: a disk takes seconds for 755 MB.
 
     A full disk does not end the training: it is reported, and the next checkpoint is tried.
     """
@@ -2600,26 +2563,26 @@ class Saver:
 
 
 class Damaged(UserError):
-    """A file of ours that is broken as a file."""
+    """A file of this program whose bytes are damaged."""
 
 
 Parsed = TypeVar("Parsed")
 
 
 def read_state(path: Path, parse: Callable[[dict[str, object]], Parsed]) -> Parsed:
-    """What `parse` makes of a checkpoint or `generator.pt`, whose configuration is read already.
+    """What `parse` makes of a `checkpoint.pt` or `generator.pt` whose "config" is a `Config`.
 
-    The one way in for such files: nothing behind it checks them again. Raises `Damaged` where the
-    file is broken, and `UserError` where it is none of this version or `parse` fails on it.
+    Such files enter only here: nothing behind it checks them again. Raises `Damaged` for a damaged
+    file, and `UserError` for one of another version or on which `parse` fails.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            whole = archive.testzip() is None  # torch itself does not look at the checksums
+            damaged = archive.testzip()  # torch does not compare the checksums
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give another file.") from error
     except DAMAGE:
-        whole = False
-    if not whole:
+        damaged = path
+    if damaged:
         raise Damaged(f"{path} is damaged: give another file.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -2636,40 +2599,36 @@ def read_state(path: Path, parse: Callable[[dict[str, object]], Parsed]) -> Pars
 
 def require_same_form(saved: object, own: object, name: str = "checkpoint") -> None:
     """Raise `ValueError` where a state differs from the program's own in keys, types or shapes."""
-    fits = type(saved) is type(own)
-    if fits and isinstance(own, dict):
-        fits = saved.keys() == own.keys()
-    if fits and isinstance(own, Tensor):
-        fits = (saved.dtype, saved.layout) == (own.dtype, own.layout)
-        fits = fits and (saved.shape == own.shape or name == "rng")  # a GPU's is shorter
-    if not fits:
+    same = type(saved) is type(own)
+    if same and isinstance(own, dict):
+        same = saved.keys() == own.keys()
+    if same and isinstance(own, Tensor):
+        same = (saved.dtype, saved.layout) == (own.dtype, own.layout)
+        same = same and (saved.shape == own.shape or name == "rng")  # a GPU's is shorter
+    if not same:
         raise ValueError(f"another form of its {name}")
     for key in own if isinstance(own, dict) else ():
         require_same_form(saved[key], own[key], key)
 
 
-def read_checkpoint(path: Path, trainer: Trainer) -> dict[str, object] | None:
-    """A checkpoint that continues `trainer`'s recipe on its data; None if it has learnt nothing and
-    its recipe is another. Raises as `read_state`, and `UserError` for another recipe or data."""
+def read_checkpoint(path: Path, trainer: Trainer) -> dict[str, object]:
+    """A checkpoint of `trainer`'s recipe and data.
 
-    def parse(state: dict[str, object]) -> dict[str, object] | None:
-        try:
-            require_same_recipe(trainer.config, state["config"], [f.name for f in fields(Config)])
-        except UserError:
-            if state["trainer"]["steps_done"]:
-                raise
-            return None
+    Raises as `read_state`, and `UserError` for another recipe or data.
+    """
+
+    def parse(state: dict[str, object]) -> dict[str, object]:
+        require_same_recipe(trainer.config, state["config"], [f.name for f in fields(Config)])
         if state["trainer"]["data_key"] != trainer.crops.key:
             raise UserError("the checkpoint was made from other dogs: give its --data, or --fresh.")
-        own = checkpoint_state(trainer, 0.0) | {"config": state["config"]}
-        require_same_form(state, own)
+        require_same_form(state, checkpoint_state(trainer, 0.0) | {"config": state["config"]})
         return state
 
     return read_state(path, parse)
 
 
 def require_same_recipe(config: Config, saved: Config, names: Iterable[str]) -> None:
-    """Raise `UserError` where a field of `names` that shapes the weights differs from the saved."""
+    """Raise `UserError` where a fixed field among `names` differs from the saved one."""
     for f in fields(Config):
         now, then = getattr(config, f.name), getattr(saved, f.name)
         if f.name in names and f.metadata["fixed"] and now != then:
@@ -2700,7 +2659,7 @@ def find_checkpoint(options: Options, trainer: Trainer) -> dict[str, object] | N
 
 
 def roll_back(trainer: Trainer, report: Report, options: Options) -> bool:
-    """Back to the last checkpoint with fresh randomness. Returns False once three did not help."""
+    """Return to the last checkpoint with fresh randomness; False from the fourth time on."""
     sick_step, rollbacks = trainer.steps_done, trainer.rollbacks + 1
     state = find_checkpoint(options._replace(resume=""), trainer)
     if state is None:
@@ -3488,10 +3447,8 @@ def check_config(config: Config) -> Config:
             raise UserError(f"{flag} {value} is out of range: give {least} to {most}.")
         if choices and value not in choices:
             raise UserError(f"{flag} {value} is unknown: give one of {', '.join(choices)}.")
-    for f in fields(Config):
-        if isinstance(rows := f.metadata["choices"](), dict):
-            choice = getattr(config, f.name)
-            check_row(config, flag_of(f.name), choice, rows[choice])
+        if isinstance(choices, dict):
+            check_row(config, flag, value, choices[value])
     parse_crops(config.crops)
     parse_augment(config.augment)
     return config
@@ -3516,7 +3473,7 @@ def check_row(config: Config, flag: str, choice: str, row: Row) -> None:
 
 
 class Options(NamedTuple):
-    """A parsed command line: the configuration, the fields that were given, and the actions."""
+    """A parsed command line: the configuration, the names of the given fields, the actions."""
 
     config: Config
     named: frozenset[str]
@@ -3527,6 +3484,11 @@ class Options(NamedTuple):
     walk: bool
     breed: str
 
+    @property
+    def draws_only(self) -> bool:
+        """Whether images are drawn from `generator.pt`, without training."""
+        return self.sample_only or self.walk or bool(self.breed)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are sentences of this program."""
@@ -3536,40 +3498,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
-GONE = {  # flags of earlier versions
-    "--augment-start": "late augmentation was not better",
-    "--contrast": "it won no FID",
-    "--r1-every": "it was never measured to help",
-    "--checkpoint-seconds": f"checkpoints are written every {CHECKPOINT_SECONDS:.0f} s",
-}
-RENAMED = {"--layers": "--architecture"}
-
-
-def modern(argument: str) -> str:
-    """An argument with a renamed flag replaced. Raises `UserError` for a flag that is gone."""
-    flag, equals, value = argument.partition("=")
-    if flag in GONE:
-        raise UserError(f"{flag} is gone: {GONE[flag]}; leave it out (see data/EXPERIMENTS.md).")
-    if flag in RENAMED:
-        say(f"{flag} is now called {RENAMED[flag]}.", sys.stderr)
-    return RENAMED.get(flag, flag) + equals + value
-
-
 def make_parser() -> Parser:
     """The actions, then the fields of `Config` by group."""
     parser = Parser(prog="train_dogs.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    actions = parser.add_argument_group("actions")
-    preset = f"recipe, one of {', '.join(PRESETS)}; default dogs"
-    actions.add_argument("--preset", default="dogs", metavar="NAME", help=preset)
-    actions.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    actions.add_argument("--fresh", action="store_true", help="ignore the checkpoint in --out")
-    actions.add_argument("--resume", default="", metavar="FILE", help="start from this checkpoint")
+    action = parser.add_argument_group("actions").add_argument
+    presets = f"recipe, one of {', '.join(PRESETS)}; default dogs"
+    action("--preset", default="dogs", choices=PRESETS, metavar="NAME", help=presets)
+    action("--dry-run", action="store_true", help="print the plan and stop")
+    action("--fresh", action="store_true", help="ignore the checkpoint in --out")
+    action("--resume", default="", metavar="FILE", help="start from this checkpoint")
     again = "write images.zip again from generator.pt"
-    actions.add_argument("--sample-only", action="store_true", help=again)
+    action("--sample-only", action="store_true", help=again)
     walk = "write walk.webp from generator.pt: a walk through its latent space"
-    actions.add_argument("--walk", action="store_true", help=walk)
+    action("--walk", action="store_true", help=walk)
     breed = "draw only these breeds from generator.pt, as in Pug or Pug,Chihuahua"
-    actions.add_argument("--breed", default="", metavar="NAMES", help=breed)
+    action("--breed", default="", metavar="NAMES", help=breed)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for f in fields(Config):
         name = f.metadata["group"]
@@ -3598,23 +3541,17 @@ def help_of(f: Field) -> str:
 
 def parse(argv: Sequence[str]) -> Options:
     """The command line, made from `Config`; `--steps` alone lifts the time limit."""
-    given = vars(make_parser().parse_args([modern(argument) for argument in argv]))
+    given = vars(make_parser().parse_args(argv))
     actions = {name: given.pop(name) for name in ("preset", *Options._fields[2:])}
     if "minutes" in given:
         if "hours" in given:
             raise UserError("--hours and --minutes are the same budget: give one of them.")
         given["hours"] = given.pop("minutes") / 60
-    for name in ("hours", "part_hours"):
-        if not given.get(name, 1) > 0:
-            raise UserError(f"{flag_of(name)} must be above 0.")
     if "steps" in given and "hours" not in given:
         given["hours"] = math.inf
-    preset = actions.pop("preset")
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is unknown: give one of {', '.join(PRESETS)}.")
     if "data" in given:
         given["data"] = tuple(given["data"])
-    config = check_config(replace(Config(**PRESETS[preset]), **given))
+    config = check_config(Config(**PRESETS[actions.pop("preset")] | given))
     if not config.out:
         kaggle = Path("/kaggle/working")
         config = replace(config, out=str(kaggle if kaggle.is_dir() else "output"))
@@ -3630,7 +3567,7 @@ def act(options: Options, started: float, stop: Interrupts) -> int:
     if options.dry_run:
         return show_plan(config, device)
     with only_run_in(Path(config.out)):
-        if options.sample_only or options.breed or options.walk:
+        if options.draws_only:
             return sample_only(options, device)
         return start_run(options, device, started, stop)
 
@@ -3647,8 +3584,8 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
         with interrupts() as stop:
             options = parse(argv)
             return act(options, started, stop)
-    except SystemExit as done:  # argparse's --help
-        return int(done.code or 0)
+    except SystemExit:  # argparse's --help
+        return 0
     except KeyboardInterrupt:
         say(f"train_dogs: interrupted; {after_interrupt(options)}.", sys.stderr)
         return 130
@@ -3662,10 +3599,8 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
             " --out, then start the same command again; every file that is there is whole."
         )
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not (message := memory_advice(error, options)):
             raise
-        sampling = options.sample_only or options.walk or bool(options.breed)
-        message = memory_advice(error, options.config, sampling)
     say(f"train_dogs: {message}", sys.stderr)
     return 2
 
@@ -3674,7 +3609,9 @@ def after_interrupt(options: Options | None) -> str:
     """What an interrupt leaves, and how to get a zip if there is none."""
     out = Path(options.config.out) if options else Path()
     if (out / "generator.pt").exists() and not (out / "images.zip").exists():
-        return "there is no images.zip yet: the same command goes on, and --sample-only writes one"
+        return (
+            "there is no images.zip yet: the same command continues, and --sample-only writes one"
+        )
     return "every file that is there is whole"
 
 

@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from itertools import cycle, product
 from pathlib import Path
@@ -25,6 +25,7 @@ from train_dogs import (
     D_TERMS,
     G_TERMS,
     HEADS,
+    LARGEST_DEVIATION,
     LOSSES,
     PRESETS,
     ROUNDING,
@@ -35,9 +36,7 @@ from train_dogs import (
     Trainer,
     capture,
     checkpoint_state,
-    distance,
     find_photos,
-    largest_deviation,
     load_trainer,
     prepare_crops,
     trainer_state,
@@ -77,7 +76,6 @@ for (name, half), loss in zip(product(ARCHITECTURES, ("bf16", "fp16")), cycle(LO
     changes = EVERYTHING | {"architecture": name, "loss": loss, "precision": half}
     RECIPES[f"{name} {loss} {half}"] = changes
 in_float32 = [n for n, changes in RECIPES.items() if "precision" not in changes]
-recipes = pytest.mark.parametrize("recipe", RECIPES)
 float32_recipes = pytest.mark.parametrize("recipe", in_float32)  # where others would add nothing
 
 
@@ -112,51 +110,6 @@ def test_the_recipes_are_valid_and_cover_every_loss_term_and_head():
 # ------------------------------------------------------------------- what the optimiser is handed
 
 
-def watch_adam(monkeypatch: pytest.MonkeyPatch, beta1: float) -> list[Tensor]:
-    """Let each Adam step fail whose gradients are not laid out, or not used, as they should be."""
-    step, seen = torch.optim.Adam.step, []
-
-    def checked(adam: torch.optim.Adam) -> None:
-        parameters = adam.param_groups[0]["params"]
-        for p in parameters:
-            assert p.grad.stride() == p.stride() and p.grad.dtype == p.dtype
-        scale = getattr(adam, "grad_scale", None)
-        gradients = [p.grad.clone() / (1.0 if scale is None else scale) for p in parameters]
-        seen.extend(gradients)
-        before = [adam.state[p]["exp_avg"].clone() for p in parameters]
-        step(adam)
-        for p, g, m in zip(parameters, gradients, before):
-            expected = beta1 * m + (1 - beta1) * g
-            torch.testing.assert_close(
-                adam.state[p]["exp_avg"], expected, rtol=1e-4, atol=1e-5 * float(g.abs().max())
-            )
-
-    monkeypatch.setattr(torch.optim.Adam, "step", checked)
-    return seen
-
-
-@recipes
-def test_adam_sees_gradients_laid_out_like_their_parameters_and_uses_them(
-    recipe, dogs, monkeypatch
-):
-    trainer = trainer_of(recipe, dogs)
-    for opt in (trainer.opt_g, trainer.opt_d):
-        opt.loss_scale.fill_(16.0)  # low enough that fp16 skips no step
-    seen = watch_adam(monkeypatch, trainer.config.beta1)
-    for _ in range(2):
-        trainer.step(0.0)
-    parameters = [*trainer.D.parameters(), *trainer.G.parameters()]
-    assert len(seen) == 2 * len(parameters) and max(float(g.abs().max()) for g in seen) > 0
-
-
-def test_the_guard_of_layouts_sees_r1_without_its_mend(dogs, monkeypatch):
-    trainer = trainer_of("term r1", dogs)
-    watch_adam(monkeypatch, trainer.config.beta1)
-    monkeypatch.setattr(train_dogs, "laid_out_like", lambda gradient, parameter: gradient)
-    with pytest.raises(AssertionError):
-        trainer.step(0.0)
-
-
 class Transposed(torch.autograd.Function):
     """The sum of the products with 0, 1, 2, …, whose gradient has the strides of `order`."""
 
@@ -172,16 +125,19 @@ class Transposed(torch.autograd.Function):
         return above * values.permute(context.order).contiguous().permute(inverse), None
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 3, 2), (3, 2, 1, 0)])
-def test_a_gradient_of_any_strides_is_used_element_by_element(layout, order):
-    weight = nn.Parameter(torch.zeros(3, 4, 2, 5).contiguous(memory_format=layout))
-    opt = Optimizer(nn.ParameterList([weight]), 0.001, Config(beta1=0.5), scaled=False)
-    opt.minimise(Transposed.apply(weight, order))
-    expected = torch.arange(120, dtype=torch.float32).view(3, 4, 2, 5) / 2
-    torch.testing.assert_close(opt.adam.state[weight]["exp_avg"], expected)
-    opt.minimise(weight.sum())  # whose gradient is one number, of strides 0
-    torch.testing.assert_close(opt.adam.state[weight]["exp_avg"], expected / 2 + 0.5)
+@pytest.mark.parametrize("shape", [(3, 4, 2, 5), (3, 1, 4, 4), (4, 6, 1, 1)])
+def test_a_gradient_of_any_strides_is_used_element_by_element(shape):
+    layouts = (torch.contiguous_format, torch.channels_last)
+    orders = [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 3, 2), (3, 2, 1, 0)]
+    for layout, order in product(layouts, orders):
+        weight = nn.Parameter(torch.zeros(shape).contiguous(memory_format=layout))
+        opt = Optimizer(nn.ParameterList([weight]), 0.001, Config(beta1=0.5), scaled=False)
+        opt.minimise(Transposed.apply(weight, order))
+        assert weight.grad.stride() == weight.stride()
+        expected = torch.arange(math.prod(shape), dtype=torch.float32).view(shape) / 2
+        torch.testing.assert_close(opt.adam.state[weight]["exp_avg"], expected)
+        opt.minimise(weight.sum())  # whose gradient is one number, of strides 0
+        torch.testing.assert_close(opt.adam.state[weight]["exp_avg"], expected / 2 + 0.5)
 
 
 # ------------------------------------------------------------------ nothing that waits for a device
@@ -216,8 +172,8 @@ def step_watched(trainer: Trainer, device: torch.device) -> None:
     assert watch.seen > 200
 
 
-@recipes
-def test_a_step_and_its_averages_neither_wait_for_the_device_nor_warn(recipe, dogs):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_step_neither_waits_for_the_device_nor_warns_nor_crosses_devices(recipe, dogs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer = trainer_of(recipe, dogs, lr_decay_start=0.1)
@@ -225,11 +181,8 @@ def test_a_step_and_its_averages_neither_wait_for_the_device_nor_warn(recipe, do
         assert trainer.is_healthy() and trainer.read_stats()
         trainer.averages.generator(trainer.G, "swa", 1, trainer.config)
     assert trainer.averages.swa_updates == trainer.averages.ema_updates == 2
-
-
-@float32_recipes
-def test_nothing_crosses_between_devices(recipe, dogs):
-    step_watched(trainer_of(recipe, dogs, META), META)
+    if recipe in in_float32:  # in others it would add nothing
+        step_watched(trainer_of(recipe, dogs, META), META)
 
 
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -277,7 +230,7 @@ def addresses(trainer: Trainer) -> dict[str, int]:
 @float32_recipes
 def test_what_a_replay_touches_never_moves(recipe, dogs, tmp_path):
     trainer, other = (trainer_of(recipe, dogs, seed=s, lr_decay_start=0.5) for s in (0, 1))
-    before = addresses(trainer)
+    before, saved = addresses(trainer), trainer_state(trainer)
     options = train_dogs.parse(["--out", str(tmp_path)])
     train_dogs.write_checkpoint(tmp_path, checkpoint_state(trainer, 0.0))
     trainer.step(0.0)
@@ -289,23 +242,11 @@ def test_what_a_replay_touches_never_moves(recipe, dogs, tmp_path):
     trainer.read_stats(), trainer.is_healthy(), trainer_state(trainer)
     trainer.averages.generator(trainer.G, "swa", 1, trainer.config)
     assert load_trainer(trainer, trainer_state(other))
-    first = [next(iter(t.G.parameters())) for t in (trainer, other)]
-    assert torch.equal(*first) and addresses(trainer) == before
+    assert_as_before(trainer, trainer_state(other))
+    trainer.averages.ema[0].fill_(math.nan)
     assert train_dogs.roll_back(trainer, Report(tmp_path), options)
-    assert not torch.equal(*first) and addresses(trainer) == before
-
-
-def test_a_rollback_restores_the_averages_too(dogs, tmp_path):
-    trainer = trainer_of("dogs", dogs)
-    trainer.step(0.0)
-    saved = trainer_state(trainer)
-    train_dogs.write_checkpoint(tmp_path, checkpoint_state(trainer, 0.0))
-    with torch.no_grad():
-        next(iter(trainer.G.parameters())).fill_(math.nan)
-    trainer.step(0.0)
-    assert not trainer.is_healthy() and not all(t.isfinite().all() for t in trainer.averages.ema)
-    train_dogs.roll_back(trainer, Report(tmp_path), train_dogs.parse(["--out", str(tmp_path)]))
     assert_as_before(trainer, saved, ("rollbacks", "rng"))
+    assert addresses(trainer) == before
 
 
 # ----------------------------------------------------------------- the capture, with CUDA pretended
@@ -331,17 +272,16 @@ class Graphs:
     """Stands in for `torch.cuda`: a capture leaves the state alone, and a replay is a step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, trainer: Trainer) -> None:
-        self.trainer, self.capturing, self.monkeypatch = trainer, False, monkeypatch
+        self.trainer, self.capturing = trainer, False
         self.at_end: Exception | None = None  # what the end of a broken capture raises itself
-        self.emptied = 0
         autocast = Trainer(trainer.config, trainer.crops, CPU).autocast
         monkeypatch.setattr(trainer, "autocast", autocast)  # of the CPU, on which it is
         trainer.device = PretendedGpu("cpu")
-        for name in ("Stream", "Event", "current_stream", "CUDAGraph"):
+        for name in ("Stream", "Event", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: self)
-        monkeypatch.setattr(torch.cuda, "empty_cache", self.empty_cache)
-        monkeypatch.setattr(torch.cuda, "default_generators", [torch.Generator()])
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: warnings.catch_warnings())
+        for name in ("synchronize", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: self.captured())
 
     @contextmanager
@@ -351,7 +291,7 @@ class Graphs:
             yield
         except BaseException:
             if self.at_end is not None:
-                raise copy.copy(self.at_end) from None
+                raise copy.copy(self.at_end)
             raise
         finally:
             self.capturing = False
@@ -360,11 +300,8 @@ class Graphs:
     def replay(self) -> None:
         self.trainer.one_step()
 
-    def empty_cache(self) -> None:
-        self.emptied += 1
-
-    def wait_stream(self, stream: object) -> None:
-        pass
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        assert generator is self.trainer.rng is self.trainer.batches.rng
 
     record = synchronize = lambda self: None
 
@@ -391,9 +328,12 @@ def pretended(
     return trainer, Graphs(monkeypatch, trainer), trainer_state(trainer)
 
 
-def is_capturable(trainer: Trainer) -> list[bool]:
-    """Whether Adam believes to be in a capture, of each network."""
-    return [opt.adam.param_groups[0]["capturable"] for opt in (trainer.opt_g, trainer.opt_d)]
+def assert_eager(trainer: Trainer, before: dict) -> None:
+    """That nothing of a failed capture is left, and steps go on."""
+    assert_as_before(trainer, before)
+    assert trainer.rng is trainer.batches.rng and trainer.update_networks == trainer.one_step
+    trainer.step(0.0)
+    assert trainer.is_healthy()
 
 
 AT_END = pytest.mark.parametrize("at_end", [None, RuntimeError("the capture was invalidated")])
@@ -405,26 +345,11 @@ def test_a_capture_leaves_all_as_it_was_and_its_replay_is_what_steps_do(recipe, 
     assert capture(trainer) == ""
     assert_as_before(trainer, before)
     assert trainer.update_networks.__name__ == "replay"
-    assert not any(is_capturable(trainer))
     eager = trainer_of(recipe, dogs)
     for k in range(6 if recipe == "dogs" else 2):  # 6: more than may be in flight
         eager.step(0.0)
         trainer.step(0.0) if k else None
     assert_as_before(trainer, trainer_state(eager))
-
-
-@AT_END
-def test_what_the_captured_step_raised_is_the_reason_and_the_run_goes_on(at_end, dogs, monkeypatch):
-    trainer, graphs, before = pretended(monkeypatch, dogs)
-    graphs.at_end = at_end
-    with monkeypatch.context() as patch:
-        fail_in_step(patch, lambda _: graphs.capturing, RuntimeError("no such kernel\nat all"))
-        reason = capture(trainer)
-    assert "CUDA graph" in reason and "no such kernel" in reason and "\n" not in reason
-    assert_as_before(trainer, before)
-    assert trainer.rng is trainer.batches.rng and trainer.update_networks == trainer.one_step
-    trainer.step(0.0)
-    assert trainer.is_healthy()
 
 
 FULL = torch.cuda.OutOfMemoryError("CUDA out of memory.")
@@ -447,18 +372,17 @@ def test_an_interrupt_or_a_memory_too_small_for_eager_steps_comes_out_and_spoils
             with pytest.raises(type(error)) as raised:
                 capture(trainer)
         assert raised.value is error
-        assert_as_before(trainer, before)
-        assert not any(is_capturable(trainer)) and trainer.update_networks == trainer.one_step
+        assert_eager(trainer, before)
 
 
 @AT_END
 @pytest.mark.parametrize("number", [k for k in ALL if k not in EAGER])
-def test_memory_of_a_graph_that_does_not_fit_is_freed_and_the_run_goes_on_eagerly(
+def test_the_memory_of_a_graph_that_fails_is_freed_its_error_named_and_steps_stay_eager(
     number, at_end, dogs, monkeypatch
 ):
     trainer, graphs, before = pretended(monkeypatch, dogs)
     graphs.at_end, made, alive = at_end, [], []
-    forward = trainer.G.forward
+    forward, change = trainer.G.forward, Optimizer.minimise
 
     def watched(*args: Tensor) -> Tensor:
         images = forward(*args)
@@ -466,30 +390,25 @@ def test_memory_of_a_graph_that_does_not_fit_is_freed_and_the_run_goes_on_eagerl
         return images
 
     def empty_cache() -> None:
-        alive.extend(ref for ref in made if ref() is not None)
-        alive.extend(
-            p for p in (*trainer.G.parameters(), *trainer.D.parameters()) if p.grad is not None
+        parameters = (*trainer.G.parameters(), *trainer.D.parameters())
+        alive.append(
+            [ref for ref in made if ref() is not None]
+            + [p for p in parameters if p.grad is not None]
         )
-        graphs.emptied += 1
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    monkeypatch.setattr(trainer.G, "forward", watched)
-    change = Optimizer.minimise
 
     def full(opt: Optimizer, loss: Tensor) -> None:
         if len(made) == number + 1:  # a new error: a kept one would keep the step's tensors
-            raise torch.cuda.OutOfMemoryError("out of memory")
+            raise torch.cuda.OutOfMemoryError("out of memory\nat all")
         change(opt, loss)
 
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(trainer.G, "forward", watched)
     with monkeypatch.context() as patch:
         patch.setattr(Optimizer, "minimise", full)
         reason = capture(trainer)
-    assert "out of memory" in reason and "\n" not in reason
-    assert graphs.emptied == 1 and made and alive == []
-    assert_as_before(trainer, before)
-    assert not any(is_capturable(trainer)) and trainer.update_networks == trainer.one_step
-    trainer.step(0.0)
-    assert trainer.is_healthy()
+    assert reason == "the step cannot run as a CUDA graph (out of memory)"
+    assert made and alive == [[]]
+    assert_eager(trainer, before)
 
 
 @pytest.mark.parametrize("name", ["opt_g", "opt_d"])
@@ -509,9 +428,8 @@ def test_the_warm_up_goes_on_until_neither_scale_overflows(name, dogs, monkeypat
     assert 3 < len(steps) <= 40 and steps[-3:] == [True] * 3 and not steps[0]
 
 
-@pytest.mark.parametrize("rates", [{"g_lr": 0.0}, {"d_lr": 0.0}, {"g_lr": 0.0, "d_lr": 0.0}])
-def test_a_network_that_does_not_learn_is_no_alarm(rates, dogs, monkeypatch):
-    trainer = trainer_of("dogs", dogs, **rates)
+def test_networks_that_do_not_learn_are_no_alarm(dogs, monkeypatch):
+    trainer = trainer_of("dogs", dogs, g_lr=0.0, d_lr=0.0)
     Graphs(monkeypatch, trainer)
     assert capture(trainer) == ""
 
@@ -537,16 +455,16 @@ LOOSEST = max(ROUNDING, key=ROUNDING.get)  # what this precision's bound refuses
 def test_a_replay_that_does_something_else_is_refused(wrong, dogs, monkeypatch):
     trainer, graphs, before = pretended(monkeypatch, dogs)
     trainer.precision, graphs.replay = LOOSEST, lambda: wrong(trainer)
-    reason = capture(trainer)
-    assert "replayed step" in reason and trainer.update_networks == trainer.one_step
-    assert_as_before(trainer, before)
+    assert "replayed step" in capture(trainer)
+    assert_eager(trainer, before)
 
 
 NOT_REPLAYED = {  # recipe: parts of the names of tensors that a replay leaves as they were
-    "dogs": ["cursor", "running_mean", "running_var", "num_batches_tracked", "opt_d.0.step",
-             "exp_avg", "sums", "rng"],
-    "architecture residual": ["G.linear.parametrizations.weight.0._u", "._v"],
-    "term history": ["d_history.count", "d_history.mean", "g_history.mean"],
+    "dogs": ["cursor", "G.norms.2.running_mean", "G.norms.0.running_var", "num_batches_tracked",
+             "opt_d.0.step", "exp_avg", "sums", "rng"],
+    "architecture residual": ["G.linear.parametrizations.weight.0._u",
+                              "D.blocks.1.conv2.parametrizations.weight.0._v"],
+    "term history": ["d_history.count", "d_history.mean_3", "g_history.mean_0"],
     "fp16": ["opt_g.loss_scale", "opt_d.loss_scale"],
 }  # fmt: skip
 
@@ -569,8 +487,8 @@ def test_whatever_a_replay_leaves_as_it_was_is_seen(recipe, part, dogs, monkeypa
                     tensor.copy_(state["tensors"][name])
 
     trainer.precision, graphs.replay = LOOSEST, replay
-    assert "replayed step" in capture(trainer) and trainer.update_networks == trainer.one_step
-    assert_as_before(trainer, before)
+    assert "replayed step" in capture(trainer)
+    assert_eager(trainer, before)
 
 
 @pytest.mark.parametrize("recipe", ["dogs", "second-private", "improved", "everything"])
@@ -603,47 +521,24 @@ def test_the_bound_is_four_times_what_such_noise_does_to_adams_first_step(precis
         opt.adam.param_groups[0]["eps"] = 1e-12
         opt.minimise((weight * g).sum())
         ends.append(weight.detach())
-    way = distance(ends[:1], [torch.zeros_like(gradient)])
-    apart = distance(ends[1:], ends[:1]) / way
+    apart = float((ends[1] - ends[0]).norm() / ends[0].norm())
     assert apart == pytest.approx(2 * math.sqrt(noise / math.pi), rel=0.1)
-    assert largest_deviation(precision) == pytest.approx(4 * apart, rel=0.1)
+    assert LARGEST_DEVIATION[precision] == pytest.approx(4 * apart, rel=0.1)
 
 
 # -------------------------------------------------------------- another kind of device's randomness
 
 
-class OtherGenerator:
-    """A GPU's: its state is of 16 bytes, and it takes no other."""
-
-    def __init__(self) -> None:
-        self.seeds: list[int] = []
-
-    def get_state(self) -> Tensor:
-        return torch.zeros(16, dtype=torch.uint8)
-
-    def set_state(self, state: Tensor) -> None:
-        if len(state) != 16:
-            raise RuntimeError("RNG state is wrong size")
-
-    def manual_seed(self, seed: int) -> None:
-        self.seeds.append(seed)
-
-
 def test_a_state_of_another_kind_of_device_goes_on_with_fresh_randomness(dogs):
     trainer, other = trainer_of("dogs", dogs), trainer_of("dogs", dogs, seed=9)
     other.step(0.0)
-    state = trainer_state(other)
+    state, own = trainer_state(other), trainer_state(trainer)
     assert load_trainer(trainer, state | {"rng": torch.zeros(16, dtype=torch.uint8)}) is False
     assert_as_before(trainer, state, ("rng",))
     fresh = trainer_state(trainer)["rng"]
-    assert not any(
-        torch.equal(fresh, trainer_state(t)["rng"]) for t in (other, trainer_of("dogs", dogs))
-    )
+    assert not torch.equal(fresh, own["rng"]) and not torch.equal(fresh, state["rng"])
     trainer.step(0.0)
     assert trainer.is_healthy() and load_trainer(trainer, state) is True
-    trainer.rng = OtherGenerator()
-    assert load_trainer(trainer, state) is False and len(trainer.rng.seeds) == 1
-    assert load_trainer(trainer, state | {"rng": trainer.rng.get_state()}) is True
 
 
 def test_a_run_of_a_gpu_is_resumed_and_its_finished_zip_written_again(

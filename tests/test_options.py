@@ -71,38 +71,23 @@ def test_every_field_of_the_configuration_is_a_flag_with_hyphens():
 
 
 def test_actions_are_off_unless_asked_for():
-    words = [
-        "--dry-run",
-        "--fresh",
-        "--sample-only",
-        "--resume",
-        "x.pt",
-        "--breed",
-        "Pug",
-        "--walk",
-    ]
-    given, default = parse(words), parse([])
-    expected = {
-        "dry_run": True, "fresh": True, "sample_only": True, "walk": True, "resume": "x.pt",
-        "breed": "Pug",
-    }  # fmt: skip
-    assert {name: getattr(given, name) for name in expected} == expected
-    assert not any(getattr(default, name) for name in expected) and not default.named
+    switches = ["--dry-run", "--fresh", "--sample-only", "--walk"]
+    given, default = parse([*switches, "--resume", "x.pt", "--breed", "Pug"]), parse([])
+    assert given[2:] == (True, True, "x.pt", True, True, "Pug")
+    assert default[2:] == (False, False, "", False, False, "") and not default.named
 
 
 def test_data_may_be_repeated_and_keeps_its_order():
     assert parse(["--data", "b", "--data", "a"]).config.data == ("b", "a")
 
 
-@pytest.mark.parametrize(("on_kaggle", "folder"), [(True, "/kaggle/working"), (False, "output")])
-def test_out_is_kaggles_working_folder_where_that_exists(monkeypatch, on_kaggle, folder):
-    is_dir = Path.is_dir
-    monkeypatch.setattr(
-        Path,
-        "is_dir",
-        lambda self, **_: on_kaggle if str(self) == "/kaggle/working" else is_dir(self),
-    )
-    assert parse([]).config.out == folder
+def test_out_is_kaggles_working_folder_where_that_exists(monkeypatch):
+    there, is_dir = [], Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda self: str(self) in there or is_dir(self))
+    if not Path("/kaggle/working").is_dir():
+        assert parse([]).config.out == "output"
+    there.append("/kaggle/working")
+    assert parse([]).config.out == "/kaggle/working"
     assert parse(["--out", "elsewhere"]).config.out == "elsewhere"
 
 
@@ -150,12 +135,9 @@ def test_values_beyond_either_end_are_refused_with_the_range_and_the_ends_are_no
             if kind not in (int, float) or not math.isfinite(end):
                 continue
             beyond = end + sign if kind is int else math.nextafter(end, sign * math.inf)
-            with pytest.raises(UserError) as refused:
+            with pytest.raises(UserError, match=f"^{flag(name)} .*{least} to {most}[.]$"):
                 parse([*more, f"{flag(name)}={kind(beyond)!r}"])
-            if name not in ("hours", "part_hours"):  # which refuse 0 too, in other words
-                sentence = str(refused.value)
-                assert flag(name) in sentence and f"{least} to {most}" in sentence
-                assert getattr(parse([*more, f"{flag(name)}={kind(end)!r}"]).config, name) == end
+            assert getattr(parse([*more, f"{flag(name)}={kind(end)!r}"]).config, name) == end
             tried += 1
     assert tried > 40
 
@@ -208,13 +190,8 @@ def test_what_a_row_needs_is_asked_for_with_a_value_that_works(field, choice, ne
 
 
 def test_rows_exclude_what_their_networks_and_losses_cannot_do():
-    assert {field for field, _, _ in ROWS} == {
-        "architecture",
-        "latents",
-        "condition",
-        "g_norm",
-        "loss",
-    }
+    fields = {field for field, _, _ in ROWS}
+    assert fields == {"architecture", "latents", "condition", "g_norm", "loss"}
     excluded = {(choice, name) for _, choice, row in ROWS for name in row.without}
     assert excluded >= {
         ("none", "classify"), ("none", "labelled"), ("breed", "labelled"), ("hinge", "margin"),
@@ -222,26 +199,6 @@ def test_rows_exclude_what_their_networks_and_losses_cannot_do():
         ("breed", "g_norm=virtual"), ("rals", "margin"), ("residual", "g_norm"),
         ("residual", "minibatch_features"), ("residual", "condition=classes"),
     }  # fmt: skip
-
-
-# --------------------------------------------------------------------- flags of earlier versions
-
-
-@pytest.mark.parametrize("name", train_dogs.GONE)
-def test_a_flag_that_is_gone_is_refused_with_the_reason(name, tmp_path, capsys):
-    for words in ([name, "1"], [f"{name}=1"]):
-        assert main(["--out", str(tmp_path / "out"), *words]) == 2
-        reason = train_dogs.GONE[name]
-        assert_one_sentence(capsys.readouterr().err, f"{name} is gone", reason, "leave it out")
-    assert name not in {flag(field) for field in FIELDS}
-
-
-def test_a_renamed_flag_works_and_names_the_new_one(capsys):
-    for words in (["--layers", "paper"], ["--layers=paper"]):
-        assert parse(words).config.architecture == "paper"
-        assert capsys.readouterr().err == "--layers is now called --architecture.\n"
-    assert parse(["--architecture", "paper"]).config.architecture == "paper"
-    assert capsys.readouterr().err == ""
 
 
 # --------------------------------------------------------------------------------------- the help
@@ -271,16 +228,8 @@ def test_help_gives_every_field_its_meaning_and_default_below_its_group(help_ent
         for choice in choices:
             shown = f"{choice} ({choices[choice].text})" if isinstance(choices, dict) else choice
             assert shown in text, (name, text)
-    for name in (
-        "--preset",
-        "--dry-run",
-        "--fresh",
-        "--resume",
-        "--sample-only",
-        "--minutes",
-        "--walk",
-    ):
-        assert len(help_entries[name].split()) >= 3
+    for name in ("preset", "dry-run", "fresh", "resume", "sample-only", "minutes", "walk"):
+        assert len(help_entries[f"--{name}"].split()) >= 3
     assert all(name in help_entries["--preset"] for name in (*train_dogs.PRESETS, "default dogs"))
     assert "hinge (hinge)" in help_entries["--loss"]  # known by its row alone
 

@@ -9,16 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import (
-    SAMPLE,
-    STEPS,
-    all_finite,
-    load,
-    log_of,
-    run_here,
-    sha,
-    tensors_in,
-)
+from runs import SAMPLE, STEPS, all_finite, load, log_of, run_here, sha, tensors_in
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,10 +79,10 @@ def test_a_cpu_gets_bf16_only_with_instructions_for_it(flags, precision, monkeyp
     assert choose_precision("auto", CPU) == precision
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_a_precision_by_name_is_taken_as_it_is_on_any_device(name, monkeypatch):
+def test_a_precision_by_name_is_taken_as_it_is_on_any_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
-    assert choose_precision(name, CPU) == choose_precision(name, CUDA) == name
+    for name in PRECISIONS:
+        assert choose_precision(name, CPU) == choose_precision(name, CUDA) == name
 
 
 # ------------------------------------------------------------------------- a step in less precision
@@ -263,29 +254,17 @@ def test_a_conditional_norm_gives_what_it_was_given(name):
 ADAM = Config(beta1=0.9)
 
 
-def with_optimizer(scaled: bool = True) -> tuple[nn.Module, Optimizer]:
-    """A small network and its optimiser."""
+def with_optimizer() -> tuple[nn.Module, Optimizer]:
+    """A small network and its optimiser, with a loss scale."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
-    return network, Optimizer(network, 0.01, ADAM, scaled)
+    return network, Optimizer(network, 0.01, ADAM, scaled=True)
 
 
 def state_of(opt: Optimizer) -> list[Tensor]:
     """Copies of the weights, Adam's moments and its step counts."""
     moments = [state[k] for state in opt.adam.state.values() for k in sorted(state)]
     return [t.detach().clone() for t in (*opt.parameters, *moments)]
-
-
-def test_an_update_with_a_scale_equals_one_without():
-    states = []
-    for scaled in (False, True):
-        network, opt = with_optimizer(scaled)
-        for k in range(5):
-            x = torch.randn(9, 5, generator=torch.Generator().manual_seed(k))
-            opt.minimise(network(x).square().mean())
-        states.append(state_of(opt))
-    for plain, scaled in zip(*states, strict=True):
-        torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_an_optimisers_state_is_that_of_torchs_own_after_a_step_of_nothing():
@@ -317,26 +296,18 @@ def test_gradients_of_a_whole_step_with_a_scale_are_those_of_one_without(dogs):
 
 
 @pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan, 1e38])
-def test_an_overflow_leaves_weights_and_moments_as_they_were_and_halves_the_scale(broken):
+def test_an_overflow_in_one_weight_leaves_all_and_their_moments_and_halves_the_scale(broken):
     network, opt = with_optimizer()
     x = torch.randn(9, 5)
     opt.loss_scale.fill_(1024.0)
     opt.minimise(network(x).square().mean())
     before, scale_before = state_of(opt), float(opt.loss_scale)
-    opt.minimise(network(x).square().mean() * broken)
+    opt.minimise(network(x).square().mean() + network[0].weight[0, 0] * broken)
     for a, b in zip(state_of(opt), before, strict=True):
         assert torch.equal(a, b)
     assert float(opt.loss_scale) == scale_before / 2
     opt.minimise(network(x).square().mean())  # and it goes on
     assert all(not torch.equal(a, b) for a, b in zip(state_of(opt), before))
-
-
-def test_one_weight_that_overflows_stops_them_all():
-    a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
-    opt = Optimizer(nn.ParameterList([a, b]), 0.1, ADAM, scaled=True)
-    opt.loss_scale.fill_(8.0)
-    opt.minimise(a.sum() + b[0] + b[1] * math.inf)
-    assert (a == 1).all() and (b == 1).all() and float(opt.loss_scale) == 4
 
 
 def test_the_scale_doubles_in_2000_updates_that_are_finite():

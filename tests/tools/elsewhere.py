@@ -1,14 +1,14 @@
 """Train on a machine without the photos: pack the crops here, train from the pack there.
 
-    python tests/tools/elsewhere.py pack crops.zip --data DOGS [--crops square] [--quality 95]
+    python tests/tools/elsewhere.py pack crops.zip --data DOGS [--crops square] [--lossless]
     python tests/tools/elsewhere.py run crops.zip RESULTS --minutes 7.4      # there
 
-`pack` writes the prepared crops as JPEG (4:4:4, about 58 MiB for the 19,536 square crops of
-Stanford Dogs at the default quality) or, by `--lossless`, as PNG: then training gives the same
-bytes as from the photos. `run` takes the options of train_dogs.py except --data and --out. RESULTS
-then holds the log, the configuration, the last sheet, `progress.webp`, and the images in zips of
-less than 16 MiB, at most `--zips` of them (images that do not fit are left out). Until the run has
-ended its whole folder is RESULTS/run, so that a run that was killed leaves what it had.
+`pack` writes the prepared crops as JPEG of quality 95 (4:4:4, about 58 MiB for the 19,536 square
+crops of Stanford Dogs) or, with `--lossless`, as PNG: then training gives the same bytes as from
+the photos. `run` takes the options of train_dogs.py except --data and --out. RESULTS then holds the
+log, the configuration, the last sheet, `progress.webp`, and the images in at most four zips of less
+than 16 MiB (images that do not fit are left out). Until the run has ended its whole folder is
+RESULTS/run, so a killed run leaves what it had.
 
 Score at home: unzip the images into one folder, then `python mifid.py FOLDER DOGS`.
 """
@@ -35,29 +35,27 @@ import train_dogs
 from train_dogs import CropSet, UserError
 
 BLOCK = 1000  # crops in a picture: one column, as a JPEG has at most 65,500 rows
-ZIP_BYTES = 15 << 20
+QUALITY = 95  # of JPEG
+ZIPS, ZIP_BYTES = 4, 15 << 20
 KEPT = ("log.jsonl", "config.json", "progress.webp")
 
 
-def pack(path: Path, data: Sequence[str], crops: str, quality: int | None) -> float:
-    """Write the crops and what is known of them; returns the PSNR in dB (inf: no loss)."""
+def pack(path: Path, data: Sequence[str], crops: str, lossless: bool) -> None:
+    """Write the crops and what is known of them."""
     found = train_dogs.prepare_crops(train_dogs.find_photos(data), crops)
     about = {f.name: getattr(found, f.name) for f in fields(CropSet) if f.name != "pixels"}
-    if quality:  # other pixels, so a checkpoint of the photos' own crops does not fit
-        about["key"] = f"{found.key}, JPEG {quality}"
-    how = {"format": "JPEG", "quality": quality, "subsampling": 0} if quality else {"format": "PNG"}
-    squares = []
+    how = {"format": "JPEG", "quality": QUALITY, "subsampling": 0}
+    if lossless:
+        how = {"format": "PNG"}
+    else:  # other pixels, so a checkpoint of the photos' own crops does not fit
+        about["key"] = f"{found.key}, JPEG {QUALITY}"
     with zipfile.ZipFile(path, "w") as archive:
         for number, block in enumerate(found.pixels.split(BLOCK)):
-            column = block.numpy().reshape(-1, 64, 3)
-            Image.fromarray(column).save(buffer := io.BytesIO(), **how)
+            column = Image.fromarray(block.numpy().reshape(-1, 64, 3))
+            column.save(buffer := io.BytesIO(), **how)
             archive.writestr(f"{number:04d}", buffer.getvalue())
-            error = np.asarray(Image.open(buffer)).astype(np.float32) - column
-            squares.append((len(block), float((error**2).mean())))
         torch.save({"crops": crops, "about": about}, buffer := io.BytesIO())
         archive.writestr("about.pt", buffer.getvalue())
-    mean = np.average([e for _, e in squares], weights=[n for n, _ in squares])
-    return float(10 * np.log10(255**2 / mean)) if mean else float("inf")
 
 
 def unpack(path: Path) -> tuple[str, CropSet]:
@@ -70,7 +68,7 @@ def unpack(path: Path) -> tuple[str, CropSet]:
     return saved["crops"], CropSet(pixels=pixels, **saved["about"])
 
 
-def run(path: Path, results: Path, zips: int, options: Sequence[str]) -> int:
+def run(path: Path, results: Path, options: Sequence[str]) -> int:
     """Train from a pack and collect the results; returns the exit code of the training."""
     kinds, found = unpack(path)
 
@@ -87,16 +85,16 @@ def run(path: Path, results: Path, zips: int, options: Sequence[str]) -> int:
         if place.exists():
             shutil.copy(place, results)
     if code == 0:
-        split_zip(out / "images.zip", results, zips)
+        split_zip(out / "images.zip", results)
         shutil.rmtree(out)
     return code
 
 
-def split_zip(path: Path, results: Path, zips: int) -> None:
-    """Copy the files of a zip into at most `zips` others of at most `ZIP_BYTES`, in order."""
+def split_zip(path: Path, results: Path) -> None:
+    """Copy the files of a zip into at most `ZIPS` others of at most `ZIP_BYTES`, in order."""
     with zipfile.ZipFile(path) as source:
         left = source.infolist()
-        for number in range(zips):
+        for number in range(ZIPS):
             room = ZIP_BYTES
             with zipfile.ZipFile(results / f"images_{number}.zip", "w") as part:
                 # A file needs two headers and its name twice, too.
@@ -104,7 +102,7 @@ def split_zip(path: Path, results: Path, zips: int) -> None:
                     part.writestr(left[0].filename, source.read(left.pop(0)))
             if not left:
                 return
-    print(f"{len(left):,} of the images do not fit in {zips} zips and are left out")
+    print(f"{len(left):,} of the images do not fit in {ZIPS} zips and are left out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,21 +113,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     packing.add_argument("pack", type=Path)
     packing.add_argument("--data", action="append", default=[], help="as for train_dogs.py")
     packing.add_argument("--crops", default="square", help="as for train_dogs.py; default square")
-    packing.add_argument("--quality", type=int, default=95, help="of JPEG; default 95")
     packing.add_argument("--lossless", action="store_true", help="PNG: about three times as large")
     running = commands.add_parser("run", help="train from such a file", allow_abbrev=False)
     running.add_argument("pack", type=Path)
     running.add_argument("results", type=Path)
-    running.add_argument("--zips", type=int, default=4, help="most zips of images; default 4")
     args, options = parser.parse_known_args(argv)
     if args.command == "run":
-        return run(args.pack, args.results, args.zips, options)
+        return run(args.pack, args.results, options)
     if options:
         parser.error(f"unknown: {' '.join(options)}")
-    quality = None if args.lossless else args.quality
-    decibels = pack(args.pack, args.data, args.crops, quality)
-    size = args.pack.stat().st_size / 2**20
-    print(f"{args.pack}: {size:.1f} MiB, PSNR {decibels:.1f} dB")
+    pack(args.pack, args.data, args.crops, args.lossless)
+    print(f"{args.pack}: {args.pack.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 
