@@ -176,9 +176,9 @@ class Config:
 
     steps: int = free(397_000, "length", "steps of the whole recipe", (1, 10**9))
     hours: float = free(8.5, "length",
-        "wall-clock budget of all parts, zip included; inf = no limit", (1e-6, math.inf))
+        "wall-clock budget of all parts, zip included; inf = no limit", (0, math.inf))
     part_hours: float = free(math.inf, "length",
-        "end this part after so many hours, to be resumed", (1e-6, math.inf))
+        "end this part after so many hours, to be resumed", (0, math.inf))
 
     seed: int = option(0, "run", "seed of all randomness", (0, 2**32 - 1))
     device: str = free("auto", "run", "auto, cpu, cuda or cuda:N")
@@ -2196,6 +2196,8 @@ def choose_device(name: str, precision: str = "auto") -> torch.device:
             " or pin the notebook to its original 2025 environment, or install a CUDA 12.6 build of"
             " torch 2.14 or older (pip install --no-index --find-links=FOLDER torch)."
         ) from error
+    if precision == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
+        say("this GPU has no bf16 in hardware and emulates it: --precision auto is faster.")
     return device
 
 
@@ -2321,19 +2323,24 @@ def try_graph(trainer: Trainer, stream: torch.cuda.Stream) -> str:
 
 def captured(trainer: Trainer, stream: torch.cuda.Stream) -> Callable[[], None]:
     """The replay of `one_step` as a CUDA graph, captured on `stream`."""
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(trainer.rng)
-    for optimizer in (trainer.opt_g, trainer.opt_d):
-        optimizer.adam.param_groups[0]["capturable"] = True  # or Adam refuses to be captured
+    graph, own = torch.cuda.CUDAGraph(), trainer.rng
+    default = torch.cuda.default_generators[trainer.device.index]  # the one that a graph knows
+    default.set_state(own.get_state())
+    trainer.rng = trainer.batches.rng = default
+    groups = [optimizer.adam.param_groups[0] for optimizer in (trainer.opt_g, trainer.opt_d)]
     try:
+        for group in groups:  # only now: in eager steps torch warns of it
+            group["capturable"] = True
         with torch.cuda.graph(graph, stream=stream):
             trainer.one_step()
     except BaseException as error:
-        # The old generator may still be in capture mode.
-        trainer.rng = trainer.batches.rng = torch.Generator(trainer.device)
+        trainer.rng = trainer.batches.rng = own  # the default one may stay in capture mode
         if error.__context__:  # the step's own error: this one is of the capture's end
             raise error.__context__
         raise
+    finally:
+        for group in groups:
+            group["capturable"] = False
     return graph.replay
 
 
@@ -3498,6 +3505,25 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help.")
 
 
+GONE = {  # flags of earlier versions
+    "--augment-start": "late augmentation was not better",
+    "--contrast": "it won no FID",
+    "--r1-every": "it was never measured to help",
+    "--checkpoint-seconds": f"checkpoints are written every {CHECKPOINT_SECONDS:.0f} s",
+}
+RENAMED = {"--layers": "--architecture"}
+
+
+def modern(argument: str) -> str:
+    """An argument with a renamed flag replaced. Raises `UserError` for a flag that is gone."""
+    flag, equals, value = argument.partition("=")
+    if flag in GONE:
+        raise UserError(f"{flag} is gone: {GONE[flag]}; leave it out (see data/EXPERIMENTS.md).")
+    if flag in RENAMED:
+        say(f"{flag} is now called {RENAMED[flag]}.", sys.stderr)
+    return RENAMED.get(flag, flag) + equals + value
+
+
 def make_parser() -> Parser:
     """The actions, then the fields of `Config` by group."""
     parser = Parser(prog="train_dogs.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
@@ -3541,12 +3567,15 @@ def help_of(f: Field) -> str:
 
 def parse(argv: Sequence[str]) -> Options:
     """The command line, made from `Config`; `--steps` alone lifts the time limit."""
-    given = vars(make_parser().parse_args(argv))
+    given = vars(make_parser().parse_args([modern(argument) for argument in argv]))
     actions = {name: given.pop(name) for name in ("preset", *Options._fields[2:])}
     if "minutes" in given:
         if "hours" in given:
             raise UserError("--hours and --minutes are the same budget: give one of them.")
         given["hours"] = given.pop("minutes") / 60
+    for name in ("hours", "part_hours"):
+        if not given.get(name, 1) > 0:
+            raise UserError(f"{flag_of(name)} must be above 0.")
     if "steps" in given and "hours" not in given:
         given["hours"] = math.inf
     if "data" in given:

@@ -112,6 +112,18 @@ def test_a_convolution_in_the_precision_of_the_run_decides_whether_a_gpu_is_take
     assert tried == [dtype]
 
 
+@pytest.mark.parametrize(
+    ("precision", "capability", "emulated"),
+    [("auto", (6, 0), False), ("bf16", (7, 5), True), ("bf16", (8, 0), False)],
+)
+def test_bf16_that_a_gpu_emulates_is_one_sentence_and_goes_on(
+    precision, capability, emulated, monkeypatch, capsys
+):
+    tried = pretend_convolutions(monkeypatch, capability, None)
+    assert choose_device("cuda", precision) == torch.device("cuda", 0) and len(tried) == 1
+    assert ("--precision auto" in capsys.readouterr().out) is emulated
+
+
 def test_a_gpu_that_is_full_is_not_called_too_old(tmp_path, monkeypatch, capsys):
     pretend_convolutions(monkeypatch, (7, 5), RuntimeError("CUDA error: out of memory"))
     assert run_here(tmp_path / "out", steps=3, device="cuda") == 2

@@ -281,6 +281,7 @@ class Graphs:
             monkeypatch.setattr(torch.cuda, name, lambda *_: self)
         for name in ("synchronize", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
+        monkeypatch.setattr(torch.cuda, "default_generators", [torch.Generator()])
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: self.captured())
 
@@ -299,9 +300,6 @@ class Graphs:
 
     def replay(self) -> None:
         self.trainer.one_step()
-
-    def register_generator_state(self, generator: torch.Generator) -> None:
-        assert generator is self.trainer.rng is self.trainer.batches.rng
 
     record = synchronize = lambda self: None
 
@@ -332,6 +330,8 @@ def assert_eager(trainer: Trainer, before: dict) -> None:
     """That nothing of a failed capture is left, and steps go on."""
     assert_as_before(trainer, before)
     assert trainer.rng is trainer.batches.rng and trainer.update_networks == trainer.one_step
+    for opt in (trainer.opt_g, trainer.opt_d):
+        assert not opt.adam.param_groups[0]["capturable"]
     trainer.step(0.0)
     assert trainer.is_healthy()
 

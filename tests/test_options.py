@@ -135,9 +135,12 @@ def test_values_beyond_either_end_are_refused_with_the_range_and_the_ends_are_no
             if kind not in (int, float) or not math.isfinite(end):
                 continue
             beyond = end + sign if kind is int else math.nextafter(end, sign * math.inf)
-            with pytest.raises(UserError, match=f"^{flag(name)} .*{least} to {most}[.]$"):
+            above_0 = name in ("hours", "part_hours")
+            words = "must be above 0" if above_0 else f".*{least} to {most}"
+            with pytest.raises(UserError, match=f"^{flag(name)} {words}[.]$"):
                 parse([*more, f"{flag(name)}={kind(beyond)!r}"])
-            assert getattr(parse([*more, f"{flag(name)}={kind(end)!r}"]).config, name) == end
+            if not above_0:
+                assert getattr(parse([*more, f"{flag(name)}={kind(end)!r}"]).config, name) == end
             tried += 1
     assert tried > 40
 
@@ -199,6 +202,26 @@ def test_rows_exclude_what_their_networks_and_losses_cannot_do():
         ("breed", "g_norm=virtual"), ("rals", "margin"), ("residual", "g_norm"),
         ("residual", "minibatch_features"), ("residual", "condition=classes"),
     }  # fmt: skip
+
+
+# --------------------------------------------------------------------- flags of earlier versions
+
+
+@pytest.mark.parametrize("name", train_dogs.GONE)
+def test_a_flag_that_is_gone_is_refused_with_the_reason(name, tmp_path, capsys):
+    for words in ([name, "1"], [f"{name}=1"]):
+        assert main(["--out", str(tmp_path / "out"), *words]) == 2
+        reason = train_dogs.GONE[name]
+        assert_one_sentence(capsys.readouterr().err, f"{name} is gone", reason, "leave it out")
+    assert name not in {flag(field) for field in FIELDS}
+
+
+def test_a_renamed_flag_works_and_names_the_new_one(capsys):
+    for words in (["--layers", "paper"], ["--layers=paper"]):
+        assert parse(words).config.architecture == "paper"
+        assert capsys.readouterr().err == "--layers is now called --architecture.\n"
+    assert parse(["--architecture", "paper"]).config.architecture == "paper"
+    assert capsys.readouterr().err == ""
 
 
 # --------------------------------------------------------------------------------------- the help
