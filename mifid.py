@@ -50,7 +50,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby, islice, pairwise
 from pathlib import Path
@@ -590,7 +590,7 @@ class BadImage(Exception):
 
 
 class Picture(NamedTuple):
-    """One picture. Its functions may run in several threads, and raise the set's `bad`."""
+    """One picture. Its functions may run in several threads, and raise its side's `bad`."""
 
     name: str
     read: Callable[[], bytes]  # the bytes that decide its pixels
@@ -598,20 +598,34 @@ class Picture(NamedTuple):
 
 
 @dataclass
-class ImageSet:
-    """Pictures in a fixed order. In a `strict` set a bad picture is an error that names it; in
-    others it is skipped and counted."""
+class Side:
+    """One side of a score: pictures in a fixed order, features, or both."""
 
     where: str
-    pictures: list[Picture]
-    size: Size
-    rule: str = "whole"
-    strict: bool = False
+    pictures: list[Picture] | None = None  # None if features were given
+    about: dict[str, str] = field(default_factory=dict)  # rule, size, weights, precision, ...
+    strict: bool = False  # a bad picture is an error that names it, else it is skipped and counted
     bad: type[Exception] = BadImage  # what the functions of a picture raise
+    values: np.ndarray | None = None  # N x D features
+    owners: np.ndarray | None = None  # int64 N: which picture each row is a crop of
+    known: Gaussian | None = None  # instead of `values`, if only mean and covariance are known
+    notes: list[str] = field(default_factory=list)
 
-    def about(self) -> dict[str, str]:
-        """What features of the set depend on besides the pictures and the network."""
-        return {"rule": self.rule, "size": "{}x{}".format(*self.size)}
+    def picture(self, row: int) -> np.ndarray:
+        """uint8 H x W x 3: the picture of one row, decoded again."""
+        owner = self.owners[row]
+        return self.pictures[owner].views()[row - np.searchsorted(self.owners, owner)]
+
+    def save(self, path: Path) -> None:
+        """Write the features to an .npz for `load_features`."""
+        owners = {} if self.owners is None else {"owners": self.owners}
+        texts = {"about": json.dumps(self.about), "notes": json.dumps(self.notes)}
+        save_arrays(path, features=self.values, **owners, **texts)
+
+
+def made_by(rule: str, size: Size) -> dict[str, str]:
+    """What features depend on besides the pictures and the network, for `Side.about`."""
+    return {"rule": rule, "size": "{}x{}".format(*size)}
 
 
 def decode(
@@ -660,7 +674,7 @@ def fit(picture: Image.Image, size: Size, rule: str = "whole") -> np.ndarray:
 
 def open_images(
     path: Path, size: Size, rule: str = "whole", exact: bool = False, strict: bool = False
-) -> ImageSet:
+) -> Side:
     """The PNGs and JPEGs in a folder and its subfolders, or in a zip, sorted by name; without the
     hidden files that macOS and Windows write."""
     try:
@@ -689,10 +703,10 @@ def open_images(
         for name in sorted(readers)
         if not hidden.search(name)
     ]
-    return ImageSet(str(path), pictures, size, rule, strict)
+    return Side(str(path), pictures, made_by(rule, size), strict)
 
 
-def open_reference(path: Path, size: Size, rule: str) -> ImageSet:
+def open_reference(path: Path, size: Size, rule: str) -> Side:
     """The photos of a reference in any form that train_dogs.py reads, and as it reads them; without
     train_dogs.py, PNGs and JPEGs in a folder or zip."""
     try:
@@ -725,12 +739,12 @@ def open_reference(path: Path, size: Size, rule: str) -> ImageSet:
             upright = photo.annotation is None  # boxes are drawn on the photo as it is stored
             return [fit(train_dogs.decode_picture(stored, upright=upright), size, rule)]
         picture, boxes = train_dogs.read_photo(photo)
-        edges = ([round(edge) for edge in box] for box in boxes)  # at least a pixel apart
-        edges = ((x, y, max(right, x + 1), max(low, y + 1)) for x, y, right, low in edges)
+        floor, ceil = math.floor, math.ceil  # of a broken box: at least a pixel is left
+        edges = [(floor(x), floor(y), ceil(right), ceil(low)) for x, y, right, low in boxes]
         return [fit(picture.crop(edge), size) for edge in edges]
 
     pictures = [Picture(p.name, partial(read, p), partial(views, p)) for p in found.photos]
-    return ImageSet(str(path), pictures, size, rule, bad=train_dogs.BadItem)
+    return Side(str(path), pictures, made_by(rule, size), bad=train_dogs.BadItem)
 
 
 # ---------------------------------------------------------------- 5. features and their cache
@@ -768,48 +782,24 @@ def submit_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Itera
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass
-class Features:
-    """One side's features and their origin."""
-
-    values: np.ndarray | None  # N x D; None where only mean and covariance are known
-    where: str
-    about: dict[str, str] = field(default_factory=dict)  # rule, size, weights, precision, ...
-    notes: list[str] = field(default_factory=list)
-    owners: np.ndarray | None = None  # int64 N: which picture of `images` each row is a crop of
-    images: ImageSet | None = None  # None for features from an .npz or an array
-    known: Gaussian | None = None  # where `values` is None
-
-    def picture(self, row: int) -> np.ndarray:
-        """uint8 H x W x 3: the picture of one row, decoded again."""
-        owner = self.owners[row]
-        return self.images.pictures[owner].views()[row - np.searchsorted(self.owners, owner)]
-
-    def save(self, path: Path) -> None:
-        """Write an .npz for `load_features`."""
-        owners = {} if self.owners is None else {"owners": self.owners}
-        texts = {"about": json.dumps(self.about), "notes": json.dumps(self.notes)}
-        save_arrays(path, features=self.values, **owners, **texts)
-
-
 def save_arrays(path: Path, **arrays: Any) -> None:
     """Write an .npz, whole or not at all."""
     with written_whole(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
 
 
-def load_features(path: Path) -> Features:
-    """The features in an .npz: those of `Features.save`, or any N x D array `features`, or another
+def load_features(path: Path) -> Side:
+    """The features in an .npz: those of `Side.save`, or any N x D array `features`, or another
     tool's mean and covariance `mu` and `sigma`. Raises UserError for anything else."""
     try:
         with np.load(path) as saved:  # without pickles, which can run code
             arrays = {name: saved[name] for name in saved.files}
-        about, notes = (json.loads(str(arrays.get(key, "{}"))) for key in ("about", "notes"))
+        about, notes = (json.loads(str(arrays.get(name, "{}"))) for name in ("about", "notes"))
         about = {name: str(text) for name, text in about.items()}
-        found = Features(None, str(path), about, [*map(str, notes)], arrays.get("owners"))
+        side = Side(str(path), None, about, owners=arrays.get("owners"), notes=[*map(str, notes)])
         if "features" in arrays:
-            found.values = check_numbers(arrays["features"])
-            return found
+            side.values = check_numbers(arrays["features"])
+            return side
         mu, sigma = check_numbers(arrays["mu"], 1), check_numbers(arrays["sigma"])
         if sigma.shape != (len(mu), len(mu)) or not np.allclose(sigma, sigma.T):
             raise ValueError("`sigma` is not a covariance that fits `mu`")
@@ -820,8 +810,8 @@ def load_features(path: Path) -> Features:
             "--save-features."
         ) from error
     mean, covariance = torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
-    found.known = Gaussian(mean, half_of((covariance + covariance.T) / 2))
-    return found
+    side.known = Gaussian(mean, half_of((covariance + covariance.T) / 2))
+    return side
 
 
 def cache_folder() -> Path:
@@ -831,81 +821,76 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "mifid"
 
 
-@dataclass
-class Extractor:
-    """Computes features of sets of pictures by one network, or finds them in the cache."""
+def cache_entry(side: Side, model: Inception) -> Path:
+    """The cache's file for a side, named by the content of its pictures in their order and by all
+    else that decides its features."""
 
-    model: Inception
-    batch_size: int
-    progress: bool
-
-    def compute(self, images: ImageSet) -> Features:
-        """The features of a set: threads read and decode while the network runs. Raises UserError
-        for a bad picture of a strict set, and for too many of another."""
-        owners: list[int] = []
-        bad: Counter[str] = Counter()
-        total = len(images.pictures)
-
-        def views() -> Iterator[np.ndarray]:
-            loaded = submit_ahead(lambda picture: picture.views(), images.pictures)
-            loaded = tqdm(loaded, "features", total, unit="img", disable=not self.progress)
-            for i, future in enumerate(loaded):
-                try:
-                    found = future.result()
-                except images.bad as error:
-                    if images.strict:
-                        name = images.pictures[i].name
-                        raise UserError(f"{name} in {images.where}: {error}.") from error
-                    bad[str(error)] += 1
-                else:
-                    owners.extend([i] * len(found))
-                    yield from found
-
-        stream = views()
-        batches = iter(lambda: list(islice(stream, self.batch_size)), [])
-        values = run_network(self.model, map(np.stack, batches))
-        reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
-        if bad.total() > MAX_BAD_SHARE * total:
-            raise UserError(
-                f"{bad.total():,} of the {total:,} pictures in {images.where} cannot be used "
-                f"({reasons}): is this the right data set?"
-            )
-        notes = (
-            [f"{bad.total()} pictures of {images.where} were skipped ({reasons})"] if bad else []
-        )
-        known = ("weights", "sha256", "fingerprint", "precision")
-        about = images.about() | {name: getattr(self.model, name) for name in known}
-        return Features(values, images.where, about, notes, np.asarray(owners, np.int64), images)
-
-    def cached(self, images: ImageSet) -> Features:
-        """The features of a set from the cache, or computed and added to it. Processes may share
-        the cache: an entry appears whole, and a damaged one is made again."""
-        entry = self.cache_entry(images)
-        with contextlib.suppress(UserError):  # there is none, or it is damaged
-            return replace(load_features(entry), where=images.where, images=images)
-        found = self.compute(images)
+    def digest(picture: Picture) -> bytes:
         try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            found.save(entry)
-        except OSError as error:
-            found.notes.append(f"the features could not be cached in {entry.parent} ({error})")
-        return found
+            return hashlib.blake2b(picture.read(), digest_size=20).digest()
+        except side.bad:  # it is counted when it is decoded
+            return b"unreadable"
 
-    def cache_entry(self, images: ImageSet) -> Path:
-        """The cache's file for a set, named by the content of its pictures in their order and by
-        all else that decides its features."""
+    digests = (future.result() for future in submit_ahead(digest, side.pictures))
+    content = hashlib.blake2b(b"".join(digests)).hexdigest()
+    key = [3, content, side.about, model.fingerprint, model.precision]
+    name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+    return cache_folder() / f"{name}.npz"
 
-        def digest(picture: Picture) -> bytes:
+
+def compute_features(side: Side, model: Inception, batch_size: int, progress: bool) -> None:
+    """Compute the features of a side's pictures: threads read and decode while the network runs.
+    Raises UserError for a bad picture of a strict side, and for too many of another."""
+    owners: list[int] = []
+    bad: Counter[str] = Counter()
+    total = len(side.pictures)
+
+    def views() -> Iterator[np.ndarray]:
+        loaded = submit_ahead(lambda picture: picture.views(), side.pictures)
+        loaded = tqdm(loaded, "features", total, unit="img", disable=not progress)
+        for i, future in enumerate(loaded):
             try:
-                return hashlib.blake2b(picture.read(), digest_size=20).digest()
-            except images.bad:  # it is counted when it is decoded
-                return b"unreadable"
+                found = future.result()
+            except side.bad as error:
+                if side.strict:
+                    name = side.pictures[i].name
+                    raise UserError(f"{name} in {side.where}: {error}.") from error
+                bad[str(error)] += 1
+            else:
+                owners.extend([i] * len(found))
+                yield from found
 
-        digests = (future.result() for future in submit_ahead(digest, images.pictures))
-        content = hashlib.blake2b(b"".join(digests)).hexdigest()
-        key = [3, content, images.about(), self.model.fingerprint, self.model.precision]
-        name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
-        return cache_folder() / f"{name}.npz"
+    stream = views()
+    batches = iter(lambda: list(islice(stream, batch_size)), [])
+    side.values = run_network(model, map(np.stack, batches))
+    side.owners = np.asarray(owners, np.int64)
+    known = ("weights", "sha256", "fingerprint", "precision")
+    side.about = side.about | {name: getattr(model, name) for name in known}
+    reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
+    if bad.total() > MAX_BAD_SHARE * total:
+        raise UserError(
+            f"{bad.total():,} of the {total:,} pictures in {side.where} cannot be used "
+            f"({reasons}): is this the right data set?"
+        )
+    if bad:
+        side.notes.append(f"{bad.total()} pictures of {side.where} were skipped ({reasons})")
+
+
+def cached_features(side: Side, model: Inception, batch_size: int, progress: bool) -> None:
+    """As `compute_features`, by way of the cache. Processes may share the cache: an entry appears
+    whole, and a damaged one is made again."""
+    entry = cache_entry(side, model)
+    with contextlib.suppress(UserError):  # there is none, or it is damaged
+        found = load_features(entry)
+        side.values, side.owners = found.values, found.owners
+        side.about, side.notes = found.about, found.notes
+        return
+    compute_features(side, model, batch_size, progress)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        side.save(entry)
+    except OSError as error:
+        side.notes.append(f"the features could not be cached in {entry.parent} ({error})")
 
 
 # ---------------------------------------------------------------- 6. how sure a score is
@@ -926,10 +911,9 @@ def fid_with_error(
     None: of 2,000 real photos it would be 6.4, of 3,000 to 7,000 it is 7.5 to 7.7. Of fewer than 20
     images there is no error either.
     """
-    count, length = features.shape
+    (count, length), fid = features.shape, plain_fid(features, reference)
     if count < 2 * GROUPS:
-        return plain_fid(features, reference), None, None
-    fid = plain_fid(features, reference)
+        return fid, None, None
     groups = np.array_split(np.random.default_rng(0).permutation(count), GROUPS)
     others = [plain_fid(np.delete(features, rows, axis=0), reference) for rows in groups]
     mean = float(np.mean(others))
@@ -960,9 +944,7 @@ def verdict(distance: float | None, unseen: float | None, threshold: float, coun
     return f"As far from the reference as unseen pictures, or farther ({line}): no sign of copying."
 
 
-def compare_held_out(
-    made: Features, real: Features, held: Features, device: torch.device
-) -> dict[str, Any]:
+def compare_held_out(made: Side, real: Side, held: Side, device: torch.device) -> dict[str, Any]:
     """The keys that --held-out adds. Distance and FID both fall with the number of photos, so equal
     counts are compared: the larger side in as many parts as it has, the mean distance of all."""
     rng, count = np.random.default_rng(0), min(len(real.values), len(held.values))
@@ -1070,7 +1052,7 @@ def inception_score(logits: np.ndarray | Tensor, splits: int = 10) -> tuple[floa
 
 
 def other_metrics(
-    made: Features, real: Features, model: Inception | None, device: torch.device
+    made: Side, real: Side, model: Inception | None, device: torch.device
 ) -> dict[str, float]:
     """The keys that --all adds: all metrics that the two sides allow."""
     found = {}
@@ -1090,7 +1072,7 @@ def other_metrics(
 
 
 def draw_sheet(
-    path: Path, generated: Features, reference: Features, distance: np.ndarray, index: np.ndarray
+    path: Path, generated: Side, reference: Side, distance: np.ndarray, index: np.ndarray
 ) -> None:
     """A PNG of pairs, generated on the left and its nearest reference on the right: the 32 nearest
     of all, then 32 drawn at random."""
@@ -1140,46 +1122,45 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 def open_side(
     source: Any, name: str, size: Size, crop: str, resize: bool, limit: int | None
-) -> ImageSet | Features:
-    """One side of the score, pictures to be read or features; with `limit`, so many at random.
+) -> Side:
+    """One side of the score, with pictures to be read or with features; `limit` of them at random.
     Raises UserError where `source` is none of the kinds that `score` takes."""
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 2:
-        found = Features(check_numbers(source), f"the {name} array")
+        side = Side(f"the {name} array", values=check_numbers(source))
     elif isinstance(source, (np.ndarray, Tensor)):
         array = as_images(source).cpu().numpy()
         if array.shape[2:0:-1] != size:
             kinds = ("{}x{}".format(*pixels) for pixels in (array.shape[2:0:-1], size))
             raise UserError("The {} array is {}, not {}.".format(name, *kinds))
         pictures = [Picture(str(i), x.tobytes, lambda x=x: [x]) for i, x in enumerate(array)]
-        found = ImageSet(f"the {name} array", pictures, size)
+        side = Side(f"the {name} array", pictures, made_by("whole", size))
     elif not ((path := Path(source)).is_file() or path.is_dir()):
         raise UserError(f"{path} is not there, or neither a file nor a folder.")
     elif path.suffix == ".npz":
-        found = load_features(path)
+        side = load_features(path)
     elif name == "generated":
-        found = open_images(path, size, exact=not resize, strict=True)
+        side = open_images(path, size, exact=not resize, strict=True)
     else:
-        found = open_reference(path, size, crop)
-    about = found.about() if isinstance(found, ImageSet) else found.about
-    if name != "generated" and (rule := about.get("rule", crop)) != crop:
-        raise UserError(f"{found.where} was made under --crop {rule}, not {crop}: give that.")
-    if isinstance(found, Features) and found.known:
+        side = open_reference(path, size, crop)
+    if name != "generated" and (rule := side.about.get("rule", crop)) != crop:
+        raise UserError(f"{side.where} was made under --crop {rule}, not {crop}: give that.")
+    if side.known:
         if name != "reference":
-            raise UserError(f"{found.where} holds mu and sigma, which can only be the reference.")
-        return found
-    rows = found.pictures if isinstance(found, ImageSet) else found.values
-    if len(rows) < 2:
-        raise UserError(f"{found.where} holds {len(rows) or 'no'} image(s): give 2 or more.")
+            raise UserError(f"{side.where} holds mu and sigma, which can only be the reference.")
+        return side
+    count = len(side.values if side.pictures is None else side.pictures)
+    if count < 2:
+        raise UserError(f"{side.where} holds {count or 'no'} image(s): give 2 or more.")
     if limit is not None:
-        chosen = np.random.default_rng(0).permutation(len(rows))[:limit]
-        if isinstance(found, ImageSet):
-            found.pictures = [found.pictures[i] for i in chosen]
+        chosen = np.random.default_rng(0).permutation(count)[:limit]
+        if side.pictures is None:
+            side.values = side.values[chosen]
         else:
-            found.values = found.values[chosen]
-    return found
+            side.pictures = [side.pictures[i] for i in chosen]
+    return side
 
 
-def check_sides(made: Features, other: Features) -> None:
+def check_sides(made: Side, other: Side) -> None:
     """Raises UserError where the features of two sides cannot be compared."""
     length = len(other.known.mean) if other.known else other.values.shape[1]
     pairs = {
@@ -1207,7 +1188,7 @@ def check_options(crop: str, files: Iterable[Any], numbers: dict[str, float | No
             raise UserError(f"{target} is a folder, device or pipe: name a file.")
 
 
-def notes_on(made: Features, real: Features, *held: Features) -> list[str]:
+def notes_on(made: Side, real: Side, *held: Side) -> list[str]:
     """What the user should know about the sides of a score."""
     sides = (made, real, *held)
     notes = [note for side in sides for note in side.notes]
@@ -1268,15 +1249,14 @@ def score(
         for name, source in sources.items()
         if source is not None
     }
-    images = {name: side for name, side in sides.items() if isinstance(side, ImageSet)}
+    images = {name: side for name, side in sides.items() if side.pictures is not None}
     if sheet is not None and not {"generated", "reference"} <= set(images):
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
     model = load_inception(find_weights(weights, offline), device, fast) if images else None
     for name, side in images.items():
-        extractor = Extractor(model, batch_size or model.batch_size, progress)
-        keep = cache and name != "generated"
-        sides[name] = extractor.cached(side) if keep else extractor.compute(side)
-        sides[name].values = sides[name].values[:limit]  # a photo may have several crops
+        compute = cached_features if cache and name != "generated" else compute_features
+        compute(side, model, batch_size or model.batch_size, progress)
+        side.values = side.values[:limit]  # a photo may have several crops
     made, real, *held = sides.values()
     if save is not None:
         made.save(Path(save))
@@ -1383,28 +1363,31 @@ def report(r: dict[str, Any]) -> str:
         fid += f" +- {r['fid_error']:.2f}"
     if r["fid_unbiased"] is not None:
         fid += f", bias-corrected {r['fid_unbiased']:.1f}"
+    rows = [("FID", fid)]
+    if r["mifid"] is not None:
+        distance = f"{r['memorization_distance']:.6f} +- {r['distance_error']:.4f}"
+        rows.append(("memorization distance", distance))
+        rows.append(("MiFID", f"{r['mifid']:.6f}  (threshold {r['threshold']:g})"))
+    if "kid" in r:
+        rows.append(("KID", f"{r['kid']:.6f} +- {r['kid_std']:.6f}"))
+        others = ("precision", "recall", "density", "coverage")
+        rows += [(name, f"{r[name]:.4f}") for name in others]
+    if "inception_score" in r:
+        inception = f"{r['inception_score']:.4f} +- {r['inception_score_std']:.4f}"
+        rows.append(("Inception score", inception))
     lines = [
         f"generated  {r['n_generated']:>7,}  {r['generated']}",
         f"reference  {count:>7}  {r['reference']}",
         f"rule       {rule}",
         f"weights    {weights}",
         "",
-        f"FID                    {fid}",
+        *(f"{name:21}  {value}" for name, value in rows),
+        "",
+        *(r[key] for key in ("verdict", "over_fitting") if key in r),
+        "",
+        "seconds    " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in r["seconds"].items()),
     ]
-    if r["mifid"] is not None:
-        distance = f"{r['memorization_distance']:.6f} +- {r['distance_error']:.4f}"
-        lines.append(f"memorization distance  {distance}")
-        lines.append(f"MiFID                  {r['mifid']:.6f}  (threshold {r['threshold']:g})")
-    if "kid" in r:
-        lines.append(f"KID                    {r['kid']:.6f} +- {r['kid_std']:.6f}")
-        others = ("precision", "recall", "density", "coverage")
-        lines += [f"{name:21}  {r[name]:.4f}" for name in others]
-    if "inception_score" in r:
-        inception = f"{r['inception_score']:.4f} +- {r['inception_score_std']:.4f}"
-        lines.append(f"Inception score        {inception}")
-    seconds = ", ".join(f"{stage} {spent:.1f}" for stage, spent in r["seconds"].items())
-    sentences = [r[key] for key in ("verdict", "over_fitting") if key in r]
-    return "\n".join([*lines, "", *sentences, "", f"seconds    {seconds}"])
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

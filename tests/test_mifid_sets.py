@@ -233,13 +233,13 @@ def test_a_second_scoring_computes_no_reference_features(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     computed: list[str] = []
-    compute = mifid.Extractor.compute
+    compute = mifid.compute_features
 
-    def spy(extractor: mifid.Extractor, images: mifid.ImageSet) -> mifid.Features:
-        computed.append(images.where)
-        return compute(extractor, images)
+    def spy(side: mifid.Side, *rest: object) -> None:
+        computed.append(side.where)
+        compute(side, *rest)
 
-    monkeypatch.setattr(mifid.Extractor, "compute", spy)
+    monkeypatch.setattr(mifid, "compute_features", spy)
 
     def scores() -> dict[str, object]:
         return json.loads(run(generated, reference, "--json")[1]) | {"seconds": None}
