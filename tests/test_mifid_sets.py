@@ -153,21 +153,35 @@ def test_a_copy_of_the_reference_is_infinite_and_null_in_json(run, reference):
     assert "inf" in out and "copy" in out
 
 
-def test_stanford_dogs_are_read_whole_or_by_box_as_pillow_crops_them(run, sample_dogs, generated):
-    train_dogs = pytest.importorskip("train_dogs")
+def test_stanford_dogs_are_read_whole_or_by_box(run, sample_dogs, generated):
+    pytest.importorskip("train_dogs")
     for rule in ("whole", "box"):
         code, out, _ = run(generated, sample_dogs, "--limit", 4, "--crop", rule, "--json")
         result = json.loads(out)
         assert code == 0 and result["reference_rule"] == rule
         assert result["n_reference"] == 4 == result["n_generated"]
-    photo = train_dogs.find_photos([sample_dogs]).photos[3]
-    full = Image.open(io.BytesIO(photo.picture.read())).convert("RGB")
-    (box, *_) = train_dogs.read_photo(photo)[1]
-    for rule, part in (("whole", full), ("box", full.crop(box))):
-        picture = mifid.open_reference(sample_dogs, (64, 64), rule).pictures[3]
-        expected = np.asarray(part.resize((64, 64), Image.LANCZOS))
-        assert picture.name == photo.name
-        assert (picture.views()[0] == expected).all()
+
+
+def test_the_boxes_of_a_photo_are_cut_from_it_as_it_is_stored(tmp_path):
+    pytest.importorskip("train_dogs")
+    stored, turned = np.random.default_rng(6).integers(0, 256, (90, 70, 3), np.uint8), Image.Exif()
+    turned[0x0112] = 6
+    boxes = [(3, 5, 40, 60), (20, 10, 69, 88)]
+    corners = [dict(zip(("xmin", "ymin", "xmax", "ymax"), box)) for box in boxes]
+    tags = ("".join(f"<{tag}>{n}</{tag}>" for tag, n in box.items()) for box in corners)
+    xml = "".join(f"<object><bndbox>{tag}</bndbox></object>" for tag in tags)
+    for name, data in (
+        ("Images/n01-Dog/n01_1.png", png(stored, exif=turned)),
+        ("Annotation/n01-Dog/n01_1", f"<annotation>{xml}</annotation>".encode()),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(data)
+    for rule, parts in (("whole", [(0, 0, 70, 90)]), ("box", boxes)):
+        side = mifid.open_reference(tmp_path, (64, 64), rule)
+        side.owners = np.zeros(len(parts), int)
+        for row, part in enumerate(parts):
+            expected = Image.fromarray(stored).crop(part).resize((64, 64), Image.LANCZOS)
+            assert (side.picture(row) == np.asarray(expected)).all()
 
 
 def test_without_train_dogs_folders_and_zips_of_pngs_and_jpegs_are_read_alike(
