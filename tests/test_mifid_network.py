@@ -1,4 +1,4 @@
-"""mifid.py's network against TorchScript, torch-fidelity and pytorch-fid on the real weights."""
+"""mifid.py's network against torch-fidelity on the real weights, and where weights come from."""
 
 import hashlib
 import http.server
@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,24 +36,6 @@ def features(model: mifid.Inception, pictures: np.ndarray) -> np.ndarray:
     return mifid.extract_features(model, pictures)
 
 
-def resized_by_torch_fidelity(pictures: np.ndarray) -> torch.Tensor:
-    module = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
-    planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
-    return module.interpolate_bilinear_2d_like_tensorflow1x(planes, (299, 299), align_corners=False)
-
-
-# ---------------------------------------------------------------- features
-
-
-def test_the_torchscript_network_itself_gives_the_same_features(script_file, pictures, features):
-    planes = (resized_by_torch_fidelity(pictures[::4]) - 128) / 128
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated
-        theirs = torch.jit.load(str(script_file), map_location="cpu")(planes).flatten(1).numpy()
-    assert features.shape == (32, 2048) and features.dtype == np.float32
-    assert np.abs(features[::4] - theirs).max() < 1e-4
-
-
 def test_torch_fidelitys_network_gives_the_same_features_and_fid(pth_file, pictures, features):
     theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     metric_fid = pytest.importorskip("torch_fidelity.metric_fid")
@@ -63,6 +44,7 @@ def test_torch_fidelitys_network_gives_the_same_features_and_fid(pth_file, pictu
     )
     with torch.inference_mode():
         (expected,) = network(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    assert features.shape == (32, 2048) and features.dtype == np.float32
     assert np.abs(features - expected.numpy()).max() < 1e-4
     moments = [metric_fid.fid_features_to_statistics(part) for part in expected.double().split(16)]
     fid = metric_fid.fid_statistics_to_metric(*moments, verbose=False)
@@ -88,10 +70,13 @@ def test_the_inception_score_is_that_of_torch_fidelitys_logits(pth_file, script_
 
 @pytest.mark.parametrize("shape", [(64, 64), (31, 80), (400, 310)])
 def test_the_resize_is_tensorflows(shape):
+    module = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
     pictures = np.random.default_rng(1).integers(0, 256, (2, *shape, 3), np.uint8)
+    planes = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
     rows, columns = (mifid.resize_matrix(n, 299, torch.device("cpu")) for n in shape)
-    ours = rows @ torch.from_numpy(pictures).permute(0, 3, 1, 2).float() @ columns.T
-    assert (ours - resized_by_torch_fidelity(pictures)).abs().max() < 1e-3  # of 255
+    resize = module.interpolate_bilinear_2d_like_tensorflow1x
+    theirs = resize(planes, (299, 299), align_corners=False)
+    assert (rows @ planes @ columns.T - theirs).abs().max() < 1e-3  # of 255
 
 
 def test_features_depend_neither_on_the_batch_nor_on_the_layout_of_uint8_images(
@@ -133,7 +118,7 @@ def test_the_average_of_a_block_counts_no_padding_and_the_last_block_takes_the_m
             parts[name] = torch.nn.Conv2d(4, 3, 1).requires_grad_(False)
             parts[name].weight.copy_(weight[..., None, None])
             parts[name].bias.zero_()
-        found = mifid.Mixed(parts, last=last)(x)[0]
+        found = mifid.mixed(parts, last=last)(x)[0]
         for i in range(5):
             for j in range(5):
                 window = x[0, :, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2].flatten(1)
@@ -147,14 +132,14 @@ def test_memory_is_contiguous_in_float32_on_cuda_alone(script_file):
     assert mifid.memory_format(cuda, torch.float32) == torch.contiguous_format
     for device, dtype in ((cuda, torch.float16), (cpu, torch.float32), (cpu, torch.bfloat16)):
         assert mifid.memory_format(device, dtype) == torch.channels_last
-    weight = mifid.load_inception(script_file).layers[1].weight
+    weight = mifid.load_inception(script_file).layers[1][0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, 8), ({"cpu.max": "max 100000\n"}, 8), ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, 8), ({"cpu.max": "250000 100000\n"}, 2),
         ({"cpu.max": "50000 100000\n"}, 1),
         ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
@@ -167,18 +152,10 @@ def test_a_containers_quota_limits_the_threads(files, expected, tmp_path, monkey
     monkeypatch.setattr(mifid, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert mifid.usable_cpus() == expected
-
-
-def test_a_score_uses_no_more_threads_than_cpus(monkeypatch):
-    before, used = torch.get_num_threads(), []
-    monkeypatch.setattr(mifid, "usable_cpus", lambda: 1)
-    monkeypatch.setattr(
-        mifid, "check_options", lambda *_, **__: used.append(torch.get_num_threads())
-    )
+    before = torch.get_num_threads()
     try:
-        torch.set_num_threads(3)
-        mifid.score(*np.random.default_rng(0).random((2, 30, 4)))
-        assert used == [1] and torch.get_num_threads() == 3
+        torch.set_num_threads(9)
+        assert mifid.main([]) == 2 and torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
 

