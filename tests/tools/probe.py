@@ -30,12 +30,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from ablation import copy_photos
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dogs
-from train_dogs import Config, PhotoSet, UserError, digest
+from train_dogs import Config, Photo, PhotoSet, UserError, digest
 
 FOLDS = 5
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # of the mean squared length of a feature vector
@@ -43,16 +44,12 @@ RIDGES = (0.003, 0.03, 0.3, 3.0)  # of the mean squared length of a feature vect
 
 def split(photos: PhotoSet, folder: Path) -> None:
     """Copy a fifth of the photos to `folder`/held-out and the others to `folder`/train."""
-    for photo in photos.photos:
-        held_out = int(digest(["held out", photo.name]), 16) % 5 == 0  # not the hash of the folds
-        top = folder / ("held-out" if held_out else "train")
-        name = Path(photo.breed, Path(photo.name).name)
-        files = {top / "Images" / name: photo.picture}
-        if photo.annotation is not None:
-            files[top / "Annotation" / name.with_suffix("")] = photo.annotation
-        for path, entry in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(entry.read())
+
+    def is_held_out(photo: Photo) -> bool:
+        return int(digest(["held out", photo.name]), 16) % 5 == 0  # not the hash of the folds
+
+    copy_photos(photos, folder / "held-out", is_held_out)
+    copy_photos(photos, folder / "train", lambda photo: not is_held_out(photo))
 
 
 def load_discriminators(out: Path) -> tuple[Config, list[str], dict[str, nn.Module]]:
