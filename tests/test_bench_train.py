@@ -1,4 +1,4 @@
-"""The bench at a tiny size: its contestants are what they claim; a failure is shown and counts."""
+"""The training bench at a tiny size: what its contestants compute, and how a failure is shown."""
 
 import json
 import math
@@ -13,17 +13,8 @@ import train_dogs
 CPU = torch.device("cpu")
 TINY = train_dogs.Config(width=2, latent_dim=8, batch_size=4, seed=3, precision="fp32")
 COMMAND = [
-    "--device",
-    "cpu",
-    "--widths",
-    "2",
-    "--batch-sizes",
-    "4",
-    "--repeats",
-    "2",
-    "--seconds",
-    "0.001",
-]
+    "--device", "cpu", "--width", "2", "--batch-size", "4", "--repeats", "2", "--seconds", "0.001",
+]  # fmt: skip
 
 
 def rows_of(printed: str) -> dict[str, dict]:
@@ -31,19 +22,19 @@ def rows_of(printed: str) -> dict[str, dict]:
     return {row["contestant"]: row for row in json.loads(printed.splitlines()[-1])["rows"]}
 
 
-def test_the_last_line_holds_what_each_contestant_showed(capsys):
+def test_the_last_line_has_the_results_of_each_contestant(capsys):
     assert bench_train.main(COMMAND) == 0
     rows = rows_of(capsys.readouterr().out)
     assert {"plain", "eager fp32", "convolutions fp32"} <= rows.keys()
-    assert rows["plain"]["times_plain"] == [1, 1, 1] and rows["plain"]["of_ceiling"] is None
-    assert rows["convolutions fp32"]["of_ceiling"] == [1, 1, 1]
+    assert rows["plain"]["times_plain"] == [1, 1, 1] and rows["plain"]["of_bound"] is None
+    assert rows["convolutions fp32"]["of_bound"] == [1, 1, 1]
     for row in rows.values():
         median, least, most = row["ms_per_step"]
         assert 0 < least <= median <= most
         assert row["images_per_second"] == pytest.approx(4000 / median)
 
 
-def test_one_that_failed_is_shown_with_its_error_and_the_others_go_on(capsys, monkeypatch):
+def test_a_contestant_that_fails_is_shown_with_its_error_and_the_others_go_on(capsys, monkeypatch):
     def fail(trainer: train_dogs.Trainer, progress: float) -> None:
         raise RuntimeError("no such kernel\nat line 1")
 
