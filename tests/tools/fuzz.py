@@ -5,7 +5,7 @@
 
 Each input is a valid one of a family below, then damaged at random, by a seed. The program must
 finish (`done`, exit code 0) or refuse the input (`refused`, exit code 2 and one sentence that
-begins with the program's name). All else is `wrong`: a traceback, another code, no end after 20
+begins with the program's name). All else is `wrong`: a traceback, another code, no end after 60
 seconds, too much memory. Wrong inputs are printed with what the program printed, their folders are
 kept, and the exit code is 1. Scores use a small random network in the place of Inception, since
 only the reading of files is tested.
@@ -49,7 +49,7 @@ from frozen_graph import graph_of
 import mifid
 import train_dogs
 
-SECONDS = 20  # of a child
+SECONDS = 60  # of a child
 MEMORY = 1536 << 20  # bytes that a child may have resident
 
 Rng = random.Random
