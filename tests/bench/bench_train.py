@@ -14,14 +14,12 @@ All train the same networks on the same crops, which are on the device:
 
 Each contestant runs once in each repeat, in alternating order, so that a warm device or another
 process affects all of them; ratios are computed within a repeat. Numbers are the median with the
-minimum and maximum over the repeats. The last line of the output is everything as JSON. A
-contestant that fails is shown with its error, and the exit code is 1.
+minimum and maximum over the repeats.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -37,19 +35,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_dogs
-from train_dogs import Config, CropSet, Discriminator, SplitBatchNorm2d, Trainer, capture
+from train_dogs import Config, CropSet, Discriminator, SplitBatchNorm2d, Trainer, UserError
 
 # -------------------------------------------------------------------------------------- the clock
 
 
-def spread(values: Sequence[float]) -> list[float]:
-    """Median, minimum and maximum of one value for each repeat."""
-    return [statistics.median(values), min(values), max(values)]
-
-
-def shown(numbers: list[float] | None) -> str:
-    """A spread as `1.20 (1.16-1.26)`."""
-    return "{:.2f} ({:.2f}-{:.2f})".format(*numbers) if numbers else "-"
+def spread(values: Sequence[float]) -> str:
+    """Median, minimum and maximum, as `1.20 (1.16-1.26)`."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 @dataclass
@@ -57,30 +50,20 @@ class Contestant:
     """One way to compute a step, with or without TF32."""
 
     name: str
-    make: Callable[[], Callable[[], object]]  # to its step
+    make: Callable[[], Callable[[], object]]  # returns its step
     tf32: bool
-    step: Callable[[], object] = lambda: None
-    count: int = 1  # of steps in a turn
     times: list[float] = field(default_factory=list)  # seconds of a step, by repeat
-    failed: str = ""
-
-    def attempt(self, part: Callable[[], object]) -> None:
-        """Run a part of the race; an error ends it for this contestant only."""
-        torch.backends.cudnn.allow_tf32 = self.tf32
-        try:
-            if not self.failed:
-                part()
-        except (RuntimeError, MemoryError) as error:
-            self.failed = train_dogs.first_line(error)
 
     def prepare(self, device: torch.device, seconds: float) -> None:
         """Make its step, and find how many steps take about `seconds`."""
-        self.step = self.make()
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        self.step, self.count = self.make(), 1
         self.turn(device)  # the first steps choose algorithms
         self.count = max(2, round(seconds / self.turn(device)))
 
     def turn(self, device: torch.device) -> float:
         """Mean seconds of `count` steps, after an untimed one."""
+        torch.backends.cudnn.allow_tf32 = self.tf32
         self.step()
         wait(device)
         begin = time.perf_counter()
@@ -101,10 +84,10 @@ def race(
 ) -> None:
     """Measure `times`: every contestant once in each repeat, in alternating order."""
     for one in contestants:
-        one.attempt(partial(one.prepare, device, seconds))
+        one.prepare(device, seconds)
     for repeat in range(repeats):
         for one in contestants[:: -1 if repeat % 2 else 1]:
-            one.attempt(lambda one=one: one.times.append(one.turn(device)))
+            one.times.append(one.turn(device))
 
 
 # ---------------------------------------------------------------------------------- the plain loop
@@ -176,10 +159,10 @@ class PlainLoop:
 def our_step(
     config: Config, crops: CropSet, device: torch.device, replay: bool = False
 ) -> Callable[[], None]:
-    """A step of a run late enough for SWA. Raises `RuntimeError` where `replay` is not possible."""
+    """A step of a run late enough for SWA. Raises `UserError` if it cannot be replayed."""
     trainer = Trainer(config, crops, device)
-    if replay and (reason := capture(trainer)):
-        raise RuntimeError(reason)
+    if replay and (reason := train_dogs.capture(trainer)):
+        raise UserError(reason)
     return lambda: trainer.step(0.6)
 
 
@@ -250,43 +233,31 @@ def contestants_of(config: Config, crops: CropSet, device: torch.device) -> list
 
 # ---------------------------------------------------------------------------------------- the table
 
-HEAD = (
-    f"{'contestant':>17} {'images/s':>9} {'ms per step':>26} {'times plain':>18}"
-    f" {'GFLOP/s':>9} {'of the bound':>18}"
+COLUMNS = "{:>17} {:>9} {:>26} {:>18} {:>9} {:>18}"
+HEAD = COLUMNS.format(
+    "contestant", "images/s", "ms per step", "times plain", "GFLOP/s", "of the bound"
 )
 
 
-def rows_of(contestants: Sequence[Contestant], config: Config) -> list[dict]:
-    """The results of each contestant; GFLOP/s count the FLOPs of our step, for `plain` too."""
-    flops = train_dogs.flops_per_image(config)
-    times = {one.name: one.times for one in contestants if not one.failed}
+def rows_of(contestants: Sequence[Contestant], config: Config) -> list[str]:
+    """A row for each contestant; GFLOP/s count the FLOPs of our step, for `plain` too."""
+    times = {one.name: one.times for one in contestants}
 
-    def ratio(base: str, mine: list[float]) -> list[float] | None:
-        return spread([b / t for b, t in zip(times[base], mine)]) if base in times else None
+    def ratio(base: str, mine: list[float]) -> str:
+        return spread([b / t for b, t in zip(times[base], mine)]) if base in times else "-"
 
     rows = []
-    for one in contestants:
-        row = {"width": config.width, "batch_size": config.batch_size, "contestant": one.name}
-        if one.failed:
-            rows.append(row | {"failed": one.failed})
-            continue
-        rate = config.batch_size / statistics.median(one.times)
-        row |= {"images_per_second": rate, "gflops": rate * flops / 1e9}
-        row |= {"ms_per_step": spread([1000 * t for t in one.times])}
-        row |= {"times_plain": ratio("plain", one.times)}
-        row |= {"of_bound": ratio(f"convolutions {one.name.partition(' ')[2]}", one.times)}
-        rows.append(row)
+    for name, mine in times.items():
+        rate = config.batch_size / statistics.median(mine)
+        rows.append(COLUMNS.format(
+            name,
+            f"{rate:.1f}",
+            spread([1000 * t for t in mine]),
+            ratio("plain", mine),
+            f"{rate * train_dogs.flops_per_image(config) / 1e9:.1f}",
+            ratio(f"convolutions {name.partition(' ')[2]}", mine),
+        ))  # fmt: skip
     return rows
-
-
-def show(row: dict) -> str:
-    """A row of the table."""
-    if "failed" in row:
-        return f"{row['contestant']:>17} failed: {row['failed']}"
-    return (
-        f"{row['contestant']:>17} {row['images_per_second']:>9.1f} {shown(row['ms_per_step']):>26}"
-        f" {shown(row['times_plain']):>18} {row['gflops']:>9.1f} {shown(row['of_bound']):>18}"
-    )
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -307,8 +278,8 @@ def noise_crops(count: int) -> CropSet:
     )
 
 
-def main(argv: Sequence[str] = ()) -> int:
-    """Print the table and everything as JSON; return 1 if a contestant failed."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--width", type=int, help="default 48 on a GPU, 16 on a CPU")
     parser.add_argument("--batch-size", type=int, default=32, help="default 32")
@@ -326,14 +297,11 @@ def main(argv: Sequence[str] = ()) -> int:
           f"maximum) over {given.repeats} repeats\n{HEAD}")  # fmt: skip
     contestants = contestants_of(config, crops, device)
     race(contestants, device, given.repeats, given.seconds or (0.5 if cuda else 4.0))
-    rows = rows_of(contestants, config)
-    print(*map(show, rows), sep="\n")
-    print(json.dumps({"device": described, "python": sys.version.split()[0], "rows": rows}))
-    return int(any("failed" in row for row in rows))
+    print(*rows_of(contestants, config), sep="\n")
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
-    except train_dogs.UserError as error:
+        main()
+    except UserError as error:
         sys.exit(f"bench_train: {error}")
