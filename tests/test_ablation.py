@@ -212,7 +212,7 @@ def test_a_mixture_is_half_of_each_seed(call, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------ the notebook
 
 
-def test_the_notebook_holds_the_tables_of_its_lines_and_its_commands_are_understood(capsys):
+def test_the_notebook_has_the_tables_of_its_lines_and_valid_commands(capsys):
     notebook = (ROOT / "data" / "EXPERIMENTS.md").read_text("utf-8")
     assert ablation.main(["--table", str(ROOT / "data" / "experiments.jsonl")]) == 0
     rows = [row for row in capsys.readouterr().out.splitlines() if row]
