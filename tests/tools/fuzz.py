@@ -43,7 +43,7 @@ from PIL import Image
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from dog_sets import BOX, annotate, encode, paint
+from dog_sets import BOX, annotate, encode, paint, write
 from frozen_graph import graph_of
 
 import mifid
@@ -160,12 +160,9 @@ Case = tuple[Callable[..., int], list[str]]
 def dogs_in(folder: Path, pictures: Sequence[bytes], annotations: Sequence[bytes | None]) -> Path:
     """A set in Stanford's layout, or a plain folder without annotations."""
     for k, (picture, annotation) in enumerate(zip(pictures, annotations)):
-        files = {f"Images/n01-Dog/n01_{k}.jpg": picture}
+        write(folder / f"Images/n01-Dog/n01_{k}.jpg", picture)
         if annotation is not None:
-            files[f"Annotation/n01-Dog/n01_{k}"] = annotation
-        for name, data in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
+            write(folder / f"Annotation/n01-Dog/n01_{k}", annotation)
     return folder
 
 
@@ -181,22 +178,15 @@ def crop_or_score(data: Path, folder: Path, rng: Rng) -> Case:
     return mifid.main, [*sides, "--crop", crop, "--resize", "--no-cache"]
 
 
-def pictures(folder: Path, rng: Rng) -> Case:
-    """Some pictures are odd."""
-    found = list(GOOD)
+def photos(folder: Path, rng: Rng) -> Case:
+    """Some pictures or annotations are odd."""
+    found, notes = list(GOOD), [rng.choice((None, *[annotate([BOX])] * 2))] * len(GOOD)
     for k in range(rng.choice((1, 1, 3, 18))):
-        found[k] = odd_picture(rng)
-    notes = [rng.choice((None, annotate([BOX])))] * len(found)
+        if notes[k] is None or rng.random() < 0.5:
+            found[k] = odd_picture(rng)
+        else:
+            notes[k] = odd_annotation(rng)
     return crop_or_score(dogs_in(folder / "data", found, notes), folder, rng)
-
-
-def annotations(folder: Path, rng: Rng) -> Case:
-    """Some annotations are odd."""
-    notes = [annotate([BOX])] * len(GOOD)
-    for k in range(rng.choice((1, 1, 3, 18))):
-        notes[k] = odd_annotation(rng)
-    data = dogs_in(folder / "data", GOOD, notes)
-    return crop_or_score(data, folder, rng)
 
 
 def archives(folder: Path, rng: Rng) -> Case:
@@ -393,9 +383,9 @@ def planted(folder: Path, rng: Rng) -> Case:
 finished: dict[str, Path] = {}
 names_of_weights = [f"{n}.{p}" for n in mifid.named_convolutions() for p in mifid.TENSORS]
 FAMILIES: dict[str, tuple[Callable[[Path, Rng], Case], int]] = {
-    "pictures": (pictures, 320), "annotations": (annotations, 220), "archives": (archives, 260),
-    "commands": (commands, 300), "checkpoints": (checkpoints, 160), "generators": (generators, 80),
-    "npz": (npz, 160), "weights": (weights, 60), "idx": (idx, 60),
+    "photos": (photos, 540), "archives": (archives, 260), "commands": (commands, 300),
+    "checkpoints": (checkpoints, 160), "generators": (generators, 80), "npz": (npz, 160),
+    "weights": (weights, 60), "idx": (idx, 60),
 }  # fmt: skip
 
 
@@ -406,9 +396,7 @@ def in_child(program: Callable[..., int], argv: list[str], printed: Path) -> Non
     """Run the program in this process, a fork, and exit with its code; 99 = a traceback, 98 =
     SystemExit with another code than 0."""
     code = 99
-    os.chdir(
-        printed.parent
-    )  # a file that a program writes to its working folder goes with its input
+    os.chdir(printed.parent)  # for options that name a file without a folder
     resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY, 4 * MEMORY))  # protects the machine
     try:
         with open(printed, "w", errors="backslashreplace") as file:
