@@ -120,7 +120,7 @@ def test_a_run_is_compared_with_its_initialisation_the_pixels_and_chance(preset,
     capsys.readouterr()
     assert probe.main([str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "120 of the 120 photos were in its training set" in printed
+    assert "120 of their 120 photos are in the training set" in printed
     rows = re.findall(ROW, printed, re.MULTILINE)
     own = ["D's own"] * (preset != "sample")
     linear = ["linear, D as trained", "linear, D as initialised", "linear, pixels"]

@@ -166,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     breed = torch.tensor([breeds.index(name) for name in names])
     labels = {"none": "no labels", "breed": "labels as input", "classes": "labels as classes"}
     share = f" of {config.labelled:.0%} of its dogs" * (config.labelled < 1)
-    print(f"{len(images):,} dogs of {len(breeds)} breeds, by D of {args.out}, which got"
-          f" {labels[config.condition]}{share}; {seen:,} of the {len(photos.photos):,} photos were"
-          " in its training set")  # fmt: skip
+    print(f"{len(images):,} dogs of {len(breeds)} breeds; {seen:,} of their {len(photos.photos):,}"
+          f" photos are in the training set of {args.out}, whose D had {labels[config.condition]}"
+          f"{share}")  # fmt: skip
     print(f"| classifier | inputs | accuracy, mean of {FOLDS} folds (least to most) |")
     print("| --- | --- | --- |")
 
