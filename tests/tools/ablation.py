@@ -1,27 +1,23 @@
-"""One change at a time: train it, score it, and print what it costs and what it gains.
+"""Compare changes of a recipe: train each at equal cost, score it, and print a table.
 
-    python tests/tools/ablation.py --data DOGS --out runs --seeds 0,1 base breed augment
-    python tests/tools/ablation.py --data DOGS --out runs --points 12 base@8.5
-    python tests/tools/ablation.py --data DOGS --out runs --tenth --seeds 0,1 base no-margin r1
+    python tests/tools/ablation.py --data DOGS --out runs --seeds 0,1 base translation r1=0.1
+    python tests/tools/ablation.py --data DOGS --out runs --tenth --seeds 0,1 base no-margin
     python tests/tools/ablation.py --data DOGS --out runs --mixture --seeds 0,1 base
     python tests/tools/ablation.py --data DOGS --floor base box square+whole
     python tests/tools/ablation.py --table data/experiments.jsonl
 
 A change is a name of `CHANGES` or fields of the configuration, as in `margin=1,smoothing=0.05`;
 `--base width=16` sets fields for all of them. Each run costs `--hours` P100-hours by counted FLOPs,
-or the number after its @, so that changes compare at equal cost on any device. The generators of
-`--averages` are kept at the end (and at `--points` before it), in the format of `generator.pt`, and
-`--images` of each are scored by both rules of mifid.py. Each score is a line of
-`OUT/results.jsonl`; `--log FILE` appends a copy, without the configuration, to a file that can be
-committed. A finished run is not repeated, and an interrupted one continues from its checkpoint:
-stop it at any time and give the same command again.
+so that changes compare at equal cost on any device. At the end `--images` of each generator of
+`--averages` are scored by both rules of mifid.py. Each score is a line of JSON in `--log`; a score
+that is there is not computed again. An interrupted run continues from its checkpoint: give the same
+command again.
 
 `--tenth` trains on a tenth of the photos, chosen by a hash of their names, and scores against the
-others: there over-fitting shows within hours. `--floor` trains nothing: it scores real dogs,
-cropped as each change does it, against other photos: the score of a perfect generator of such
-crops. `--mixture` scores images half from each of two seeds, next to each seed alone at the same
-count. `--fast` scores in half precision; compare such scores only with each other. `--table FILE`
-prints the tables of the lines in a file.
+others: over-fitting shows there within hours. `--floor` trains nothing: it scores real dogs,
+cropped as each change does it, against other photos; a perfect generator of such crops has this
+score. `--mixture` scores images half from each of two trained seeds, and each seed alone at the
+same count. `--fast` scores in half precision; compare such scores only with each other.
 """
 
 from __future__ import annotations
@@ -32,21 +28,19 @@ import json
 import math
 import statistics
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mifid
 import train_dogs
-from train_dogs import Config, Photo, PhotoSet, Trainer, digest
+from train_dogs import Config, Photo, PhotoSet, Trainer, UserError, digest
 
 CHANGES: dict[str, dict[str, object]] = {
     "base": {},
@@ -57,13 +51,9 @@ CHANGES: dict[str, dict[str, object]] = {
     "head+square+context": {"crops": "head:2,square:1,context:1"},  # first-public's
     "translation": {"augment": "translation"},
     "augment": {"augment": "color,translation,cutout"},
-    "breed": {"condition": "breed"},
     "breed+classify": {"condition": "breed", "classify": 0.1},
     "decay": {"lr_decay_start": 0.5},
-    "r1": {"r1": 0.1},
-    "rals": {"loss": "rals"},
     "no-margin": {"margin": 1.0},
-    "batch-16": {"batch_size": 16},
 }
 
 
@@ -82,192 +72,98 @@ def fields_of(text: str) -> dict[str, object]:
 
 
 class Run:
-    """One change at one seed: its configuration, its folder, and the fields that identify it."""
+    """One change at one seed: its configuration and the fields that identify it in the log."""
 
     def __init__(self, args: argparse.Namespace, change: str, seed: int) -> None:
-        self.change, _, own_hours = change.partition("@")
-        hours = float(own_hours or args.hours)
-        recipe = train_dogs.PRESETS[args.preset] | args.base | fields_of(self.change)
+        recipe = train_dogs.PRESETS[args.preset] | args.base | fields_of(change)
         config = replace(Config(**recipe), seed=seed, hours=math.inf, device=args.device)
         self.step_hours = train_dogs.p100_hours(config, 1)
-        self.steps = max(1, round(hours / self.step_hours))
-        self.config = train_dogs.check_config(replace(config, steps=self.steps))
+        steps = max(1, round(args.hours / self.step_hours))
         self.key = {"preset": args.preset, "base": args.base, "tenth": args.tenth}
-        self.key |= {"change": self.change, "seed": seed, "hours": hours}
+        self.key |= {"change": change, "seed": seed, "hours": args.hours}
         self.folder = args.out / digest(self.key)
-
-    def generator(self, step: int, average: str) -> Path:
-        """The file of an average's generator at a step."""
-        return self.folder / f"generator_{step:07d}_{average}.pt"
-
-    def __str__(self) -> str:
-        return f"{self.change}, seed {self.config.seed}"
+        self.config = train_dogs.check_config(replace(config, steps=steps, out=str(self.folder)))
 
 
-# --------------------------------------------------------------------------------------------- dogs
+# ----------------------------------------------------------------------------- dogs and generators
 
 
-def find_dogs(data: Path, tenth: bool) -> tuple[PhotoSet, PhotoSet]:
-    """The photos to train on, and those to compare with: the same, or the other nine tenths."""
+def copy_photos(photos: PhotoSet, folder: Path, chosen: Callable[[Photo], bool]) -> Path:
+    """Copy the chosen photos, if they are not there yet, into `folder` as a set; returns it."""
+    for photo in filter(chosen, photos.photos):
+        name = Path(photo.breed, Path(photo.name).name)
+        files = {folder / "Images" / name: photo.picture}
+        if photo.annotation is not None:
+            files[folder / "Annotation" / name.with_suffix("")] = photo.annotation
+        for path, entry in files.items():
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with train_dogs.whole_file(path) as part:
+                    part.write_bytes(entry.read())
+    return folder
+
+
+def split_tenth(data: Path, out: Path) -> tuple[Path, Path]:
+    """Copies of a tenth of the photos, chosen by a hash of their names, and of the others."""
+
+    def is_in_tenth(photo: Photo) -> bool:
+        return int(digest(photo.name), 16) % 10 == 0
+
     photos = train_dogs.find_photos([data])
-    if not tenth:
-        return photos, photos
-    return split(photos, lambda name: int(digest(name), 16) % 10 == 0)
+    others = copy_photos(photos, out / "others", lambda photo: not is_in_tenth(photo))
+    return copy_photos(photos, out / "tenth", is_in_tenth), others
 
 
-def split(photos: PhotoSet, chosen: Callable[[str], bool]) -> tuple[PhotoSet, PhotoSet]:
-    """The photos that are chosen by name, and the others, each as a set of its own."""
-    both = [[p for p in photos.photos if chosen(p.name) is wanted] for wanted in (True, False)]
-    return tuple(replace(photos, photos=some, skipped=[]) for some in both)
+def train(run: Run, data: Path) -> None:
+    """Train to the end, from the checkpoint if there is one, as train_dogs.py does it."""
+    argv = ["--data", str(data), "--images", "1"]
+    for f in fields(Config):
+        value = getattr(run.config, f.name)
+        if value != f.default:
+            argv += [train_dogs.flag_of(f.name), str(value)]
+    if code := train_dogs.main(argv):
+        sys.exit(code)
 
 
-def references(photos: PhotoSet, model: mifid.Inception) -> dict[str, np.ndarray]:
-    """Features of whole frames and of boxes, as mifid.py's two rules squash them; cached."""
-    names = [(p.name, p.picture.size, p.picture.stamp) for p in photos.photos]
-    views = cache(partial(squashed, photos))  # a photo is read once for both rules
-    found = {}
-    for rule in ("whole", "box") if photos.annotated else ("whole",):
-        key = digest([rule, names, model.precision])
-        path = train_dogs.cache_folder() / f"reference_{key}.npz"
-        found[rule] = kept_features(path, model, lambda rule=rule: views()[rule])
-    return found
+def images_of(checkpoint: Path, count: int, average: str = "") -> tuple[np.ndarray, Trainer]:
+    """uint8 (count, 64, 64, 3): the images that a checkpoint submits; and its trainer.
 
-
-def squashed(photos: PhotoSet) -> dict[str, np.ndarray]:
-    """uint8 (n, 64, 64, 3) by rule: every readable photo whole, and every box by itself."""
-
-    def small(picture: Image.Image) -> np.ndarray:
-        return np.asarray(picture.resize((64, 64), Image.Resampling.LANCZOS))
-
-    def views(photo: Photo) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        try:
-            picture, boxes = train_dogs.read_photo(photo)
-        except train_dogs.BadItem:
-            return [], []
-        return [small(picture)], [small(picture.crop([*map(round, box)])) for box in boxes]
-
-    found = {"whole": [], "box": []}
-    for frames, boxes in train_dogs.in_threads(views, photos.photos):
-        found["whole"] += frames
-        found["box"] += boxes
-    return {rule: np.stack(some) for rule, some in found.items() if some}
-
-
-def kept_features(
-    path: Path, model: mifid.Inception, images: Callable[[], np.ndarray]
-) -> np.ndarray:
-    """The features in `path`; if it does not exist, they are computed from `images` and kept."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mifid.save_arrays(path, features=mifid.extract_features(model, images()))
-    with np.load(path) as arrays:
-        return arrays["features"]
-
-
-# ----------------------------------------------------------------------------------------- training
-
-
-def marks(steps: int, points: int) -> list[int]:
-    """Steps at which generators are kept: the last one, and each time about 1.5 fewer."""
-    return sorted({max(1, round(steps / 1.5**k)) for k in range(points)})
-
-
-def train(run: Run, dogs: train_dogs.CropSet, averages: Sequence[str], points: int) -> float:
-    """Train to the end, from the checkpoint on if there is one, and keep the generators.
-
-    Returns the seconds that it took, all calls together.
+    `average`: weights as in `--average`; default those of the submission.
     """
-    config, checkpoint = run.config, run.folder / "checkpoint.pt"
-    trainer, seconds = Trainer(config, dogs, train_dogs.choose_device(config.device)), 0.0
-    if checkpoint.exists():
-        state = train_dogs.read_checkpoint(checkpoint, trainer)
-        train_dogs.load_trainer(trainer, state["trainer"])
-        seconds = state["seconds_used"]
-    if trainer.steps_done < run.steps and (reason := train_dogs.capture(trainer)):
-        print(f"{run}: {reason}: going on with eager steps", flush=True)
-    begin = saved = time.monotonic()
-    wanted, start = marks(run.steps, points), trainer.steps_done
-    while True:
-        if trainer.steps_done in wanted:
-            if not trainer.is_healthy():
-                sys.exit(f"{run}: not finite at step {trainer.steps_done}")
-            for average in averages:
-                keep_generator(run, trainer, average)
-        done = trainer.steps_done == run.steps
-        if (done and start < run.steps) or time.monotonic() > saved + 60:
-            saved = time.monotonic()
-            used = seconds + saved - begin
-            train_dogs.save(checkpoint, train_dogs.checkpoint_state(trainer, used, done))
-            stats = {k: round(v, 3) for k, v in trainer.read_stats().items()}
-            print(f"{run}: {trainer.steps_done / run.steps:.0%} {stats}", flush=True)
-        if done:
-            return seconds + (saved - begin)
-        trainer.step(trainer.steps_done / run.steps)
-
-
-def keep_generator(run: Run, trainer: Trainer, average: str) -> None:
-    """Save G with the weights of `average`, if it is not there; an average begins some time."""
-    path, averages = run.generator(trainer.steps_done, average), trainer.averages
-    begun = {"swa": averages.swa_updates, "ema": averages.ema_updates, "none": True}[average]
-    if path.exists() or not begun:
-        return
-    G = averages.generator(trainer.G, average, train_dogs.NORM_BATCHES, trainer.config)
-    train_dogs.save(path, train_dogs.generator_state(trainer, G, average))
+    config = train_dogs.read_state(checkpoint, lambda state: state["config"])
+    photos = train_dogs.find_photos(config.data)
+    crops = train_dogs.prepare_crops(photos, config.crops, dedupe=config.dedupe)
+    trainer = Trainer(config, crops, train_dogs.choose_device(config.device))
+    train_dogs.load_trainer(trainer, train_dogs.read_checkpoint(checkpoint, trainer)["trainer"])
+    choice = average or trainer.averages.choose(config.average)
+    if choice == "swa" and not trainer.averages.swa_updates:
+        raise UserError(f"SWA has not begun in {checkpoint}: leave swa out of --averages.")
+    G = trainer.averages.generator(trainer.G, choice, train_dogs.NORM_BATCHES, config)
+    latents = train_dogs.draw_latents(count, config, "submission")
+    labels = train_dogs.draw_labels(G, count, config.seed)
+    return np.concatenate(list(train_dogs.sample_images(G, latents, labels))), trainer
 
 
 # ------------------------------------------------------------------------------------------ scoring
 
 
-class Scorer:
-    """Inception, and the references' features, ready for one generator after another."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        found: Callable[[mifid.Inception], dict[str, np.ndarray]],
-        fast: bool,
-    ) -> None:
-        """`found`: what makes the features of the references, by rule."""
-        self.device, self.model = device, mifid.load_inception(device=device, fast=fast)
-        self.features = found(self.model)
-
-    def features_of(self, path: Path, config: Config, count: int) -> np.ndarray:
-        """float32 (count, 2048), of the images that the generator in `path` submits; kept."""
-        kept = path.with_name(f"{path.stem}_{count}_{self.model.precision}.npz")
-        return kept_features(kept, self.model, partial(submitted, path, config, count))
-
-    def score(self, path: Path, config: Config, count: int) -> dict[str, object]:
-        """`compare` for the images that a submission of the generator in `path` would hold."""
-        return self.compare(self.features_of(path, config, count))
-
-    def compare(self, features: np.ndarray) -> dict[str, object]:
-        """FID by each rule, and the other numbers of the public one, for N x 2048 features."""
-        found = {
-            rule: mifid.score(features, reals, device=str(self.device))
-            for rule, reals in self.features.items()
-        }
-        line = {name: found["whole"][name] for name in SCORES}
-        if len(features) >= 2 * mifid.GROUPS:  # of fewer the jackknife has no error
-            reals = mifid.gaussian_of(self.features["whole"])
-            _, line["fid_error"], line["fid_unbiased"] = mifid.fid_with_error(features, reals)
-        return line | {"fid_box": found["box"]["fid"] if "box" in found else None}
+def features_of(images: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+    """float32 (N, 2048): Inception's features of uint8 images."""
+    device = train_dogs.choose_device(args.device)
+    return mifid.extract_features(mifid.load_inception(None, device, args.fast), images)
 
 
-SCORES = (
-    "fid", "fid_error", "fid_unbiased", "memorization_distance", "mifid", "unseen_distance",
-    "n_generated", "n_reference",
-)  # fmt: skip
-
-
-def submitted(path: Path, config: Config, count: int) -> np.ndarray:
-    """uint8 (count, 64, 64, 3): images of the generator in `path`; a sheet is saved next to it."""
-    device = train_dogs.choose_device(config.device)
-    G, _ = train_dogs.load_generator(path, device)
-    z = train_dogs.draw_latents(count, config, "submission")
-    labels = train_dogs.draw_labels(G, count, config.seed)
-    images = np.concatenate(list(train_dogs.sample_images(G, z, labels)))
-    train_dogs.save_picture(path.with_suffix(".png"), [train_dogs.draw_sheet(images[:100])])
-    return images
+def score(features: np.ndarray, data: Path, args: argparse.Namespace) -> dict[str, object]:
+    """FID against whole photos and against boxes, and the other numbers of the former."""
+    device = str(train_dogs.choose_device(args.device))
+    rules = ("whole", "box") if train_dogs.find_photos([data]).annotated else ("whole",)
+    found = {
+        rule: mifid.score(features, data, crop=rule, device=device, fast=args.fast)
+        for rule in rules
+    }
+    names = ("fid", "fid_error", "fid_unbiased", "memorization_distance", "n_reference")
+    line = {name: found["whole"][name] for name in names}
+    return line | {"fid_box": found["box"]["fid"] if "box" in found else None}
 
 
 def show_floor(args: argparse.Namespace) -> str:
@@ -275,37 +171,35 @@ def show_floor(args: argparse.Namespace) -> str:
     found = train_dogs.find_photos([args.data])
     order = np.random.default_rng(args.seeds[0]).permutation(len(found.photos))
     names = {found.photos[k].name for k in order[: min(args.images, len(order) // 2)]}
-    drawn, others = split(found, names.__contains__)
-    device = train_dogs.choose_device(args.device)
-    scorer = Scorer(device, partial(references, others), args.fast)
+    drawn = replace(found, photos=[p for p in found.photos if p.name in names], skipped=[])
     text = heading("crops", "images")
-    for change in args.changes:
-        crops = Run(args, change, 0).config.crops
-        dogs = train_dogs.prepare_crops(drawn, crops)
-        rows = torch.arange(args.images) % len(dogs.first)  # every dog about as often
-        chance = torch.Generator().manual_seed(args.seeds[0])
-        reals = [train_dogs.draw_reals(dogs, part, chance) for part in rows.split(1000)]
-        images = np.concatenate([train_dogs.to_bytes(real) for real in reals])
-        x = scorer.compare(mifid.extract_features(scorer.model, images))
-        text.append(row([x], crops, f"{len(images):,}"))
+    with tempfile.TemporaryDirectory(prefix="floor-") as folder:
+        others = copy_photos(found, Path(folder), lambda photo: photo.name not in names)
+        for change in args.changes:
+            crops = Run(args, change, 0).config.crops
+            dogs = train_dogs.prepare_crops(drawn, crops)
+            rows = torch.arange(args.images) % len(dogs.first)  # every dog about as often
+            generator = torch.Generator().manual_seed(args.seeds[0])
+            reals = [train_dogs.draw_reals(dogs, part, generator) for part in rows.split(1000)]
+            images = np.concatenate([train_dogs.to_bytes(real) for real in reals])
+            x = score(features_of(images, args), others, args)
+            text.append(row([x], crops, f"{len(images):,}"))
     return "\n".join(text)
 
 
-def show_mixture(args: argparse.Namespace, scorer: Scorer) -> str:
+def show_mixture(args: argparse.Namespace, data: Path) -> str:
     """Markdown: images half from each of the first two seeds, and from each seed alone."""
     text = heading("change", "weights", "images of")
     for change in args.changes:
-        runs = [Run(args, change, seed) for seed in args.seeds[:2]]
+        checkpoints = [Run(args, change, k).folder / "checkpoint.pt" for k in args.seeds[:2]]
         for average in args.averages:
-            paths = [run.generator(run.steps, average) for run in runs]
-            if not all(path.exists() for path in paths):
-                sys.exit(f"ablation: {change}, {average}: train seeds {args.seeds} first")
-            both = [scorer.features_of(p, r.config, args.images) for p, r in zip(paths, runs)]
+            made = [images_of(path, args.images, average)[0] for path in checkpoints]
+            both = [features_of(images, args) for images in made]
             half = args.images // 2
-            sets = {f"seed {run.config.seed}": x for run, x in zip(runs, both)}
+            sets = {f"seed {seed}": x for seed, x in zip(args.seeds, both)}
             sets["half of each"] = np.concatenate([x[:half] for x in both])
             for name, x in sets.items():
-                text.append(row([scorer.compare(x)], change, average, name))
+                text.append(row([score(x, data, args)], change, average, name))
     return "\n".join(text)
 
 
@@ -313,7 +207,7 @@ def show_mixture(args: argparse.Namespace, scorer: Scorer) -> str:
 
 COLUMNS = {  # title: name and digits
     "FID, whole photos": ("fid", 1),
-    "without its bias": ("fid_unbiased", 1),
+    "bias-corrected": ("fid_unbiased", 1),
     "FID, boxes": ("fid_box", 1),
     "distance": ("memorization_distance", 3),
 }
@@ -365,7 +259,7 @@ def grouped(lines: Sequence[dict], *names: str) -> dict[str, list[dict]]:
 
 
 def show_tables(lines: Sequence[dict]) -> str:
-    """Markdown: the scores of each change at the end of its runs, and the curves of long ones.
+    """Markdown: the scores of each change, best first.
 
     A table holds only scores that compare: of equal cost, against the same photos.
     """
@@ -379,21 +273,10 @@ def show_tables(lines: Sequence[dict]) -> str:
             f" against {x.get('reference')}{', `--fast`' * x['fast']}\n"
         )
         text += heading("change", "weights", "seeds", "images")
-        ends, earlier = [], []
-        for run in grouped(mine, "change", "average", "seed").values():
-            *before, end = sorted(run, key=lambda x: x["step"])
-            ends.append(end)
-            earlier += [*before, end] if before else []
-        rows = grouped(ends, "change", "average", "images").values()
+        rows = grouped(mine, "change", "average", "images").values()
         for some in sorted(rows, key=lambda some: statistics.mean(x["fid"] for x in some)):
             x = some[0]
             text.append(row(some, x["change"], x["average"], len(some), f"{x['images']:,}"))
-        text += [
-            f"{x['change']}, seed {x['seed']}, {x['average']}: {x['images']:,} images,"
-            f" {x['p100_hours']:.3f} P100-hours, FID {x['fid']:.1f},"
-            f" distance {x['memorization_distance']:.3f}"
-            for x in earlier
-        ]
     return "\n".join(text)
 
 
@@ -414,17 +297,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="Stanford Dogs, as for train_dogs.py")
     default = Path("output/ablation")
     parser.add_argument("--out", type=Path, default=default, help="folder of the runs")
+    parser.add_argument("--log", type=Path, help="file of the scores (OUT/results.jsonl)")
     parser.add_argument("--preset", default="dogs", choices=list(train_dogs.PRESETS))
     parser.add_argument("--base", type=fields_of, default={}, help="field=value,… for all runs")
     parser.add_argument("--hours", type=float, default=0.85, help="P100-hours of each run")
     parser.add_argument("--seeds", type=lambda x: [*map(int, x.split(","))], default=[0])
     parser.add_argument("--images", type=int, default=10_000, help="images to score")
     parser.add_argument("--averages", type=averages, default=list(train_dogs.WEIGHTS))
-    parser.add_argument("--points", type=int, default=1, help="generators scored along a run")
     parser.add_argument("--tenth", action="store_true", help="train on a tenth of the photos")
     parser.add_argument("--fast", action="store_true", help="score in half precision")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--log", type=Path, help="append a copy of each score to this file")
     parser.add_argument("--floor", action="store_true", help="score real crops and stop")
     parser.add_argument("--mixture", action="store_true", help="score two seeds mixed and stop")
     parser.add_argument("--table", type=Path, help="print the tables of this file and stop")
@@ -433,60 +315,50 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give --data, the folder of dogs to train on")
     if args.mixture and len(args.seeds) < 2:
         parser.error("--mixture needs two seeds: give --seeds 0,1")
+    args.log = args.log or args.out / "results.jsonl"
     return args
 
 
-def missing(run: Run, args: argparse.Namespace) -> list[dict]:
-    """The generators of a run that are not yet scored: the fields that identify their lines."""
-    log = read_lines(args.out / "results.jsonl")
-    names = [
-        run.key | {"step": step, "average": average, "n": args.images, "fast": args.fast}
-        for step in marks(run.steps, args.points)
-        for average in args.averages
-    ]
-    return [name for name in names if not any(line.items() >= name.items() for line in log)]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train and score what is not yet scored; print the tables."""
+    """Train and score what is not in the log yet; print the tables."""
     args = parse(argv)
     if args.table or args.floor:
         print(show_tables(read_lines(args.table)) if args.table else show_floor(args))
         return 0
-    torch.backends.cudnn.benchmark = True
-    device = train_dogs.choose_device(args.device)
-    seen, unseen = find_dogs(args.data, args.tenth)
-    scorer = cache(lambda: Scorer(device, partial(references, unseen), args.fast))
+    data, reference = split_tenth(args.data, args.out) if args.tenth else (args.data, args.data)
     if args.mixture:
-        print(show_mixture(args, scorer()))
+        print(show_mixture(args, reference))
         return 0
-    # All changes at one seed first: a stop leaves whole comparisons.
+    device = train_dogs.describe_device(train_dogs.choose_device(args.device))
+    # All changes at one seed first, so that a stop leaves whole comparisons.
     for run in [Run(args, change, seed) for seed in args.seeds for change in args.changes]:
-        if not (left := missing(run, args)):
-            continue
-        dogs = train_dogs.prepare_crops(seen, run.config.crops)
-        seconds = train(run, dogs, args.averages, args.points)
-        for name in left:
-            path = run.generator(name["step"], name["average"])
-            if not path.exists():  # an average that had not begun
-                continue
-            line = name | {"steps": run.steps, "images": name["step"] * run.config.batch_size}
-            line |= {"p100_hours": name["step"] * run.step_hours, "seconds": round(seconds, 1)}
-            line |= {"device": train_dogs.describe_device(device)}
+        names = [
+            run.key | {"average": a, "n": args.images, "fast": args.fast} for a in args.averages
+        ]
+        log = read_lines(args.log)
+        missing = [name for name in names if not any(x.items() >= name.items() for x in log)]
+        if missing:
+            train(run, data)
+        for name in missing:
+            checkpoint = run.folder / "checkpoint.pt"
+            images, trainer = images_of(checkpoint, args.images, name["average"])
+            steps = trainer.steps_done
+            line = name | {"steps": steps, "images": steps * run.config.batch_size}
+            line |= {"p100_hours": steps * run.step_hours, "device": device}
             line |= {"date": datetime.date.today().isoformat()}
-            line |= scorer().score(path, run.config, args.images)
+            line |= score(features_of(images, args), reference, args)
             kept_out = " not trained on" * args.tenth
             line |= {"reference": f"{line['n_reference']:,} whole photos{kept_out}"}
-            if args.log:
-                append_line(args.log, line)
-            append_line(args.out / "results.jsonl", line | {"config": train_dogs.plain(run.config)})
-            print(f"{run}, {path.stem}: FID {line['fid']:.2f}", flush=True)
-    print(show_tables(read_lines(args.out / "results.jsonl")))
+            append_line(args.log, line)
+            print(
+                f"{name['change']}, seed {name['seed']}, {name['average']}: FID {line['fid']:.2f}"
+            )
+    print(show_tables(read_lines(args.log)))
     return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except train_dogs.UserError as error:
+    except (UserError, mifid.UserError) as error:
         sys.exit(f"ablation: {error}")

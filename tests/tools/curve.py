@@ -1,12 +1,11 @@
-"""A run over its images: FID on the way, D's outputs, losses, variety; as one picture.
+"""Draw the course of a run over its images: FID, D's outputs, losses, variety.
 
-    python tests/tools/curve.py output                                        # what its log tells
-    python tests/tools/curve.py output --checkpoints kept/*.pt --images 5000  # and the FID of each
+    python tests/tools/curve.py output                                        # from its log
+    python tests/tools/curve.py output --checkpoints kept/*.pt --images 5000  # with FID
 
-Copies of `checkpoint.pt`, taken while it trains, are what `--checkpoints` wants: of each the
-averaged generator draws images, which are scored against the run's own photos, whole, by mifid.py.
-Scores are kept in `OUT/curve.json`, so that a second call draws anew and scores what is new. The
-picture is `OUT/curve.png`.
+`--checkpoints` are copies of `checkpoint.pt`, taken during the run. The images that each would
+submit are scored against the run's own photos, whole, by mifid.py. Scores are kept in
+`OUT/curve.json`; a second call scores only new ones. The picture is `OUT/curve.png`.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from ablation import images_of
 from draw_figures import BLUE, GREY, INK, ORANGE, SCALE, font
 from PIL import Image, ImageDraw
 
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mifid
 import train_dogs
-from train_dogs import Trainer, UserError
+from train_dogs import UserError
 
 WIDTH, HEIGHT = 250, 170  # of a panel's axes, in pixels
 LEFT, TOP, GAP = 46, 42, 76
@@ -43,48 +43,39 @@ class Line:
 
 
 def read_log(out: Path) -> list[dict]:
-    """The lines of a run's log that tell of a step, each with its images."""
+    """The lines of a run's log that report a step, each with its count of images."""
     path = out / "log.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} is not there: give the --out of a run.")
+        raise UserError(f"{path} does not exist: give the --out of a run.")
     lines = [json.loads(text) for text in path.read_text("utf-8").splitlines()]
     batch = next(x["config"]["batch_size"] for x in lines if "config" in x)
     return [x | {"images": x["step"] * batch} for x in lines if "step" in x]
 
 
 def smoothed(points: list[tuple[float, float]], count: int = 60) -> list[tuple[float, float]]:
-    """The means of `count` runs of neighbours: a line of a log is one draw of many."""
+    """The means of `count` groups of neighbours: one line of a log is noisy."""
     parts = np.array_split(np.array(points), min(count, len(points)))
     return [tuple(part.mean(0)) for part in parts]
 
 
-def score(checkpoint: Path, images: int, fast: bool, data: Sequence[str]) -> dict[str, object]:
-    """FID, its error and the distance of the averaged generator in a checkpoint."""
-    saved = train_dogs.read_state(checkpoint, lambda state: state["config"])
-    config = replace(saved, data=tuple(data or saved.data))
-    photos = train_dogs.find_photos(config.data)
-    crops = train_dogs.prepare_crops(photos, config.crops, dedupe=config.dedupe)
-    trainer = Trainer(config, crops, train_dogs.choose_device(config.device))
-    train_dogs.load_trainer(trainer, train_dogs.read_checkpoint(checkpoint, trainer)["trainer"])
-    choice = trainer.averages.choose(config.average)
-    G = trainer.averages.generator(trainer.G, choice, train_dogs.NORM_BATCHES, config)
-    latents = train_dogs.draw_latents(images, config, "submission")
-    labels = train_dogs.draw_labels(G, images, config.seed)
-    made = np.concatenate(list(train_dogs.sample_images(G, latents, labels)))
+def score(checkpoint: Path, images: int, fast: bool) -> dict[str, object]:
+    """FID, its error and the distance of the images that a checkpoint submits."""
+    made, trainer = images_of(checkpoint, images)
+    config = trainer.config
     found = mifid.score(made, config.data[0], fast=fast)
-    names = ("fid", "fid_error", "fid_unbiased", "memorization_distance", "n_generated")
-    seen = {"images": trainer.steps_done * config.batch_size, "weights": choice, "fast": fast}
+    names = ("fid", "fid_error", "memorization_distance", "n_generated")
+    seen = {"images": trainer.steps_done * config.batch_size, "fast": fast}
     return seen | {name: found[name] for name in names}
 
 
 def panel(draw: ImageDraw.ImageDraw, left: float, title: str, lines: Sequence[Line]) -> None:
-    """Axes from the least to the most of all lines, images along x, a name at each line's end."""
+    """Axes from the minimum to the maximum of all lines, images along x, and the lines' names."""
     xs, ys = zip(*(point for line in lines for point in line.points))
-    most_x, least, most = max(xs), min(0.0, *ys), max(ys)
+    x_max, y_min, y_max = max(xs), min(0.0, *ys), max(ys)
     bottom = TOP + HEIGHT
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across, up = x / most_x, (y - least) / (most - least or 1)
+        across, up = x / x_max, (y - y_min) / (y_max - y_min or 1)
         return (left + WIDTH * across) * SCALE, (bottom - HEIGHT * up) * SCALE
 
     def text(x: float, y: float, words: str, colour: str = INK, anchor: str = "lm") -> None:
@@ -92,13 +83,13 @@ def panel(draw: ImageDraw.ImageDraw, left: float, title: str, lines: Sequence[Li
 
     corners = ((left, TOP), (left, bottom), (left + WIDTH, bottom))
     draw.line([(x * SCALE, y * SCALE) for x, y in corners], INK, SCALE)
-    if least < 0:
-        draw.line([place(0, 0), place(most_x, 0)], GREY, SCALE)
+    if y_min < 0:
+        draw.line([place(0, 0), place(x_max, 0)], GREY, SCALE)
     text(left, TOP - 29, title)
-    for value in (least, most):
+    for value in (y_min, y_max):
         text(left - 4, place(0, value)[1] / SCALE, f"{value:.3g}", anchor="rm")
     text(left, bottom + 12, "0", anchor="mm")
-    text(left + WIDTH, bottom + 12, f"{most_x / 1e6:.2f} M images", anchor="rm")
+    text(left + WIDTH, bottom + 12, f"{x_max / 1e6:.2f} M images", anchor="rm")
     for k, line in enumerate(lines):
         places = [place(*point) for point in line.points]
         draw.line(places, line.colour, 2 * SCALE, joint="curve")
@@ -113,7 +104,7 @@ def panel(draw: ImageDraw.ImageDraw, left: float, title: str, lines: Sequence[Li
 
 
 def draw_run(log: Sequence[dict], scores: Sequence[dict]) -> Image.Image:
-    """The panels of a run: FID where there are scores, D's mean outputs, losses, shares."""
+    """The panels of a run: FID if there are scores, D's mean outputs, losses, shares."""
 
     def of(name: str) -> list[tuple[float, float]]:
         return [(x["images"], x[name]) for x in log if x.get(name) is not None]
@@ -146,11 +137,10 @@ def draw_run(log: Sequence[dict], scores: Sequence[dict]) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Score what is new, and draw."""
+    """Score new checkpoints, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path, help="the --out of a run")
     parser.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="copies to score")
-    parser.add_argument("--data", action="append", default=[], help="default: the run's own")
     parser.add_argument("--images", type=int, default=10_000, help="images to score of each")
     parser.add_argument("--fast", action="store_true", help="score in half precision")
     args = parser.parse_args(argv)
@@ -159,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in args.checkpoints:
         name = f"{path.resolve()}, {args.images} images{', fast' * args.fast}"
         if name not in scores:
-            scores[name] = score(path, args.images, args.fast, args.data)
+            scores[name] = score(path, args.images, args.fast)
             with train_dogs.whole_file(kept) as part:
                 part.write_text(json.dumps(scores, indent=1))
         x = scores[name]
@@ -171,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mine = [x for x in scores.values() if (x["n_generated"], x["fast"]) == (args.images, args.fast)]
     picture = draw_run(log, sorted(mine, key=lambda x: x["images"]))
     train_dogs.save_picture(args.out / "curve.png", [picture])
-    print(f"look at {args.out / 'curve.png'}")
+    print(f"see {args.out / 'curve.png'}")
     return 0
 
 

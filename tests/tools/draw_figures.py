@@ -1,4 +1,4 @@
-"""The README's drawn figures, made by the program's own functions: the margin loss, split norm.
+"""Draw the README's figures, with the program's own functions: the margin loss and split norm.
 
 python tests/tools/draw_figures.py      # writes data/margin.png and data/split_norm.png
 """
@@ -19,11 +19,11 @@ import train_dogs
 from train_dogs import Config, Seen, Verdict
 
 INK, GREY, BLUE, ORANGE = "#222222", "#bbbbbb", "#2060b0", "#d06010"
-SCALE = 2  # drawn larger and shrunk, for smooth lines
+SCALE = 2  # drawn at this multiple of the size and shrunk, for smooth lines
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own, which is everywhere."""
+    """Pillow's built-in font."""
     try:
         return ImageFont.load_default(size=size * SCALE)
     except TypeError:  # Pillow 10.0
@@ -31,7 +31,7 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def real_loss(logit: float, margin: float) -> tuple[float, float]:
-    """The loss of one real of `logit` beside a fake that costs nothing, and its gradient."""
+    """D's loss of one real with `logit`, and its gradient; the fake's loss is about 0."""
     real = torch.tensor([logit], requires_grad=True)
     nothing = torch.zeros(1, 0)
     verdicts = Verdict(real, nothing, nothing), Verdict(torch.tensor([-50.0]), nothing, nothing)
@@ -43,7 +43,7 @@ def real_loss(logit: float, margin: float) -> tuple[float, float]:
 
 
 def margin_figure() -> Image.Image:
-    """What a real costs, and how hard it pulls, by D's probability, with and without the margin."""
+    """The loss of a real and its gradient over D's probability, with and without the margin."""
     width, height, left, bottom = 760, 300, 50, 250
     picture = Image.new("RGB", (width * SCALE, height * SCALE), "white")
     draw = ImageDraw.Draw(picture)
@@ -62,20 +62,12 @@ def margin_figure() -> Image.Image:
 
     for origin, which, top, title in (
         (left, 0, 4.0, "loss of a real"),
-        (left + 370, 1, 1.0, "its pull on D (|gradient| by the logit)"),
+        (left + 370, 1, 1.0, "|gradient| with respect to the logit"),
     ):
-        draw.line(
-            [
-                (x * SCALE, y * SCALE)
-                for x, y in ((origin, 30), (origin, bottom), (origin + 310, bottom))
-            ],
-            INK,
-            SCALE,
-        )
+        corners = ((origin, 30), (origin, bottom), (origin + 310, bottom))
+        draw.line([(x * SCALE, y * SCALE) for x, y in corners], INK, SCALE)
         margin_at = origin + 300 * 0.8
-        draw.line(
-            [(margin_at * SCALE, 40 * SCALE), (margin_at * SCALE, bottom * SCALE)], GREY, SCALE
-        )
+        draw.line([(margin_at * SCALE, y * SCALE) for y in (40, bottom)], GREY, SCALE)
         curve(origin, which, 1.0, BLUE, top)
         curve(origin, which, 0.8, ORANGE, top)
         text(origin + 8, 22, title)
@@ -89,7 +81,7 @@ def margin_figure() -> Image.Image:
 
 
 def split_norm_figure() -> Image.Image:
-    """One forward of reals and fakes: convolutions see one batch, norms see two."""
+    """One forward of reals and fakes: one batch for convolutions, two for norms."""
     width, height = 760, 190
     picture = Image.new("RGB", (width * SCALE, height * SCALE), "white")
     draw = ImageDraw.Draw(picture)

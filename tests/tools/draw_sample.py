@@ -1,21 +1,18 @@
-"""Draws `data/sample`: small cartoons of invented dogs, in the layout of Stanford Dogs.
+"""Draw `data/sample`: small cartoons of invented dogs, in the layout of Stanford Dogs.
 
-Every dog sits and looks out of the picture, so that its head fills the upper half of its box and a
-network that sees it for three minutes learns a dog. What differs: breed, coat, how the head is
-turned and tilted, tongue, tail, collar, size, scene, and what the frame cuts off. A dog is a list
-of closed curves, painted back to front at four times the size. Picture k depends on `SEED` and k
-alone, so that any one can be redrawn without the rest.
+    python tests/tools/draw_sample.py [--to data/sample]
 
-    python tests/tools/draw_sample.py [--to data/sample] [--sheet FILE.png]
+Every dog sits and looks at the viewer, so its head fills the upper half of its box and a network
+can learn to draw it within three minutes. Breed, coat, the turn and tilt of the head, tongue, tail,
+collar, size, scene and the cut by the frame differ. A dog is a list of closed curves, painted back
+to front at four times the size. Picture k depends only on `SEED` and k.
 
-Points are complex numbers, x + iy with y down: a curve turns by a product and moves by a sum. The
-unit is about the height of a dog, whose paws stand at 0 and whose head is around -0.62i.
+Points are complex numbers, x + iy with y down: a product turns a curve, and a sum moves it. The
+unit is about the height of a dog; its paws are at 0 and its head is around -0.62i.
 """
 
 import argparse
 import io
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +22,9 @@ from PIL import Image, ImageChops, ImageDraw
 
 SEED = 20190814  # the day the competition closed
 PICTURES = 120
-LINE_WIDTH = 0.014  # of the dark line around every part, in widths of a dog
-SUPERSAMPLE = 4  # drawn at four times the size and averaged down, for smooth edges
-QUALITY = 86  # of the JPEGs: 120 pictures and their annotations stay well under 1 MB
+LINE_WIDTH = 0.014  # of the dark outline of every part, as a share of a dog's width
+SUPERSAMPLE = 4  # drawn at this multiple of the size and averaged, for smooth edges
+QUALITY = 86  # of the JPEGs: all pictures and annotations together are under 1 MB
 
 Colour = tuple[int, int, int]
 WHITE, CREAM, SAND, GOLD = (250, 246, 238), (250, 226, 184), (236, 190, 128), (232, 160, 74)
@@ -66,7 +63,7 @@ BREEDS = (
     Breed("n90000006", "Drawn_spitz", "small", 0.075, (0.33, 0.28), (0.13, 0.10), "ruff",
           ((GOLD, CREAM), (CREAM, WHITE), (WHITE, WHITE))),
 )
-EARS = {  # the right ear as points from the head's middle, and whether it hangs before the head
+EARS = {  # the right ear: points relative to the head's centre; whether it hangs in front of it
     "long":   ((0.17 - 0.22j, 0.31 - 0.20j, 0.42 + 0.04j, 0.39 + 0.25j, 0.27 + 0.24j, 0.22), True),
     "drop":   ((0.14 - 0.23j, 0.29 - 0.21j, 0.38 - 0.02j, 0.35 + 0.19j, 0.25 + 0.17j, 0.20), True),
     "flop":   ((0.10 - 0.24j, 0.27 - 0.27j, 0.38 - 0.12j, 0.36 + 0.08j, 0.27 + 0.06j), True),
@@ -95,7 +92,7 @@ def smooth(*points: complex) -> np.ndarray:
 
 
 def furry(curve: np.ndarray, depth: float, tufts: int = 13) -> np.ndarray:
-    """The curve with rounded tufts that stick out by `depth` of its radius."""
+    """The curve with rounded tufts whose height is `depth` of its radius."""
     if not depth:
         return curve
     middle = curve.mean()
@@ -114,7 +111,7 @@ Mark = tuple[np.ndarray, Colour]  # a curve that is filled
 
 
 class Part(NamedTuple):
-    """A closed curve in one colour, with marks that stay inside it, and a dark line around."""
+    """A closed curve filled with one colour, marks clipped to it, and a dark outline."""
 
     curve: np.ndarray
     colour: Colour
@@ -128,9 +125,9 @@ class Part(NamedTuple):
 
 
 def lit(curve: np.ndarray, colour: Colour, *marks: Mark, flip: bool = False) -> Part:
-    """A part under a lamp at the upper left, with a darker rim at its lower right.
+    """A part lit from the upper left, so its lower right rim is darker.
 
-    `flip`: the same on the dog's other side, under the same lamp.
+    `flip`: mirror the curve and its marks, but not the light.
     """
     if flip:
         curve, marks = -curve.conj(), [(-mark.conj(), colour) for mark, colour in marks]
@@ -143,7 +140,7 @@ def lit(curve: np.ndarray, colour: Colour, *marks: Mark, flip: bool = False) -> 
 
 
 def make_dog(breed: Breed, rng: np.random.Generator) -> list[Part]:
-    """A sitting dog, back to front; no two are alike."""
+    """A random sitting dog; the parts are ordered back to front."""
     main, second = breed.coats[rng.integers(len(breed.coats))]
     main = shaded(main, rng.uniform(0.94, 1.05))
     turn, tilt = rng.uniform(-1, 1), np.exp(1j * np.radians(rng.uniform(-9, 9)))
@@ -155,7 +152,7 @@ def make_dog(breed: Breed, rng: np.random.Generator) -> list[Part]:
 def make_body(
     breed: Breed, main: Colour, second: Colour, rng: np.random.Generator
 ) -> list[Part]:
-    """Tail, trunk, haunches, feet, forelegs, and a collar or a ruff; the paws stand at 0."""
+    """Tail, trunk, haunches, feet, forelegs, and a collar or a ruff; the paws are at 0."""
     collar, left_tail, lift = rng.integers(3), rng.random() < 0.5, rng.uniform(-0.05, 0.04) * 1j
     tail = smooth(0.16 - 0.1j, 0.3 - 0.12j, 0.37 - 0.3j + lift, 0.31 - 0.31j + lift, 0.24 - 0.2j,
                   0.14 - 0.16j)
@@ -186,13 +183,13 @@ def make_body(
 def make_head(
     breed: Breed, main: Colour, second: Colour, turn: float, rng: np.random.Generator
 ) -> list[Part]:
-    """Skull, ears, muzzle, tongue, eyes and nose around 0; `turn` in [-1, 1] looks aside."""
+    """Skull, ears, muzzle, tongue, eyes and nose around 0; `turn` in [-1, 1]: to the side."""
     marking, (rx, ry), look = breed.marking, breed.head, 0.06 * turn
     points, hanging = EARS[breed.ears]
     dark = {"spots": second, "mask": second, "beard": shaded(main, 0.86), "ruff": main}
     ears = []
     for flip in (True, False):
-        near = 1 + (0.12 if flip else -0.12) * turn  # the ear that is turned away is narrower
+        near = 1 + (0.12 if flip else -0.12) * turn  # perspective: the far ear is narrower
         ear = smooth(*(p.real * near + 1j * p.imag for p in points)) * rng.uniform(0.96, 1.04)
         ear = furry(ear, breed.fur / 2, 7)
         inner = [] if hanging else [(0.55 * ear + 0.45 * ear.mean() + 0.015j, PINK)]
@@ -238,7 +235,7 @@ def make_head(
 
 
 class Picture(NamedTuple):
-    """Everything about a picture but its pixels."""
+    """All data of a picture except its pixels."""
 
     breed: Breed
     stem: str
@@ -253,7 +250,7 @@ class Picture(NamedTuple):
         return f"{self.breed.wnid}-{self.breed.name}"
 
 
-SCENES = {  # sky or wall at its top and at its foot, then the ground at its top and at its foot
+SCENES = {  # colours of the sky or wall at its top and bottom, then of the ground
     "meadow": ((148, 208, 244), (216, 240, 250), (138, 204, 96), (96, 170, 74)),
     "room":   ((250, 222, 170), (252, 234, 200), (204, 146, 98), (172, 112, 74)),
     "dusk":   ((150, 140, 210), (248, 196, 200), (122, 120, 176), (90, 90, 150)),
@@ -261,13 +258,13 @@ SCENES = {  # sky or wall at its top and at its foot, then the ground at its top
 
 
 def corners(dog: list[Part]) -> tuple[float, float, float, float]:
-    """Least x and y, greatest x and y."""
+    """Minimum of x and y, maximum of x and y."""
     points = np.concatenate([part.curve for part in dog])
     return points.real.min(), points.imag.min(), points.real.max(), points.imag.max()
 
 
 def plan(k: int) -> Picture:
-    """Picture k as curves: quick, and enough for its annotation."""
+    """Picture k as curves, without drawing it; enough for its annotation."""
     rng = np.random.default_rng([SEED, k])
     breed, pair = BREEDS[k % 6], k % 8 == 3
     width, height = ((180, 136), (136, 180), (152, 152))[(k // 2) % 3] if not pair else (232, 128)
@@ -281,12 +278,12 @@ def plan(k: int) -> Picture:
         free = room - scale * (right - left)
         x = room * place + free * rng.uniform(0.2, 0.8) - scale * left
         y = height - scale * bottom - (height - scale * (bottom - top)) * rng.uniform(0.2, 0.6)
-        if not pair and k % 10 == 4:  # cut by the frame's foot, as photographs do
+        if not pair and k % 10 == 4:  # cut off by the lower edge of the frame, as in many photos
             y = height + 0.12 * scale
-        if not pair and k % 20 == 9:  # or at its side
+        if not pair and k % 20 == 9:  # or by the left edge
             x = -scale * left - 0.1 * scale
         dogs.append([part.moved(scale, complex(x, y)) for part in dog])
-        half = LINE_WIDTH * scale * (right - left) / 2  # of the line around it
+        half = LINE_WIDTH * scale * (right - left) / 2  # of the outline
         edges = zip(corners(dogs[-1]), (-half, -half, half, half), strict=True)
         limits = (width, height, width, height)
         boxes.append(tuple(min(max(0, round(c + e)), n) for (c, e), n in zip(edges, limits)))
@@ -297,7 +294,7 @@ def plan(k: int) -> Picture:
 
 
 def drawn(picture: Picture, with_dogs: bool = True) -> Image.Image:
-    """The picture itself, RGB."""
+    """The pixels, RGB."""
     w, h = picture.width * SUPERSAMPLE, picture.height * SUPERSAMPLE
     foot = max(corners(dog)[3] for dog in picture.dogs) * SUPERSAMPLE
     horizon = min(foot, h) - 0.2 * h
@@ -317,7 +314,7 @@ def drawn(picture: Picture, with_dogs: bool = True) -> Image.Image:
 
 
 def paint(image: Image.Image, part: Part, line: int) -> None:
-    """One part and its marks onto the image, with a line of so many pixels around it."""
+    """Paint a part and its marks onto the image, with an outline of `line` pixels."""
 
     def mask(curve: np.ndarray) -> Image.Image:
         found = Image.new("L", image.size)
@@ -334,7 +331,7 @@ def paint(image: Image.Image, part: Part, line: int) -> None:
 
 
 def annotation(picture: Picture) -> str:
-    """The picture's annotation, word for word in the form that Stanford Dogs has."""
+    """The picture's annotation, in exactly the form of Stanford Dogs."""
     objects = "".join(
         f"""\t<object>
 \t\t<name>{picture.breed.name}</name>
@@ -367,43 +364,23 @@ def annotation(picture: Picture) -> str:
 """
 
 
-def contact_sheet(images: Sequence[Image.Image], columns: int, side: int) -> Image.Image:
-    """All images, each fitted into a square of `side` pixels, on one grey sheet."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * side), (90, 90, 90))
-    for k, image in enumerate(images):
-        small = image.copy()
-        small.thumbnail((side, side), Image.Resampling.LANCZOS)
-        sheet.paste(small, ((k % columns) * side, (k // columns) * side))
-    return sheet
-
-
 def main() -> None:
+    """Write all pictures and annotations."""
     here = Path(__file__).resolve().parents[2] / "data" / "sample"
-    parser = argparse.ArgumentParser(description="Draw the sample data set.")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--to", type=Path, default=here, help="folder to write (data/sample)")
-    parser.add_argument("--sheet", type=Path, help="also write a contact sheet, as PNG")
-    options = parser.parse_args()
-    fresh = options.to.with_name(options.to.name + ".part")  # the set appears whole or not at all
-    shutil.rmtree(fresh, ignore_errors=True)
-    images, total = [], 0
+    folder = parser.parse_args().to
     for k in range(PICTURES):
         picture = plan(k)
-        images.append(drawn(picture))
-        buffer = io.BytesIO()
-        images[-1].save(buffer, "JPEG", quality=QUALITY, optimize=True)
-        files = (("Images", ".jpg", buffer.getvalue()),
-                 ("Annotation", "", annotation(picture).encode()))  # fmt: skip
-        for kind, suffix, data in files:
-            path = fresh / kind / picture.folder / (picture.stem + suffix)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            total += len(data)
-    if options.sheet:
-        contact_sheet(images, 12, 128).save(options.sheet)
-    shutil.rmtree(options.to, ignore_errors=True)
-    os.replace(fresh, options.to)
-    print(f"{len(images)} pictures, {total:,} bytes with their annotations, in {options.to}")
+        jpeg = io.BytesIO()
+        drawn(picture).save(jpeg, "JPEG", quality=QUALITY, optimize=True)
+        for path, data in (
+            (Path("Images", picture.folder, f"{picture.stem}.jpg"), jpeg.getvalue()),
+            (Path("Annotation", picture.folder, picture.stem), annotation(picture).encode()),
+        ):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+    print(f"{PICTURES} pictures with their annotations in {folder}")
 
 
 if __name__ == "__main__":

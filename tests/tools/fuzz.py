@@ -1,13 +1,14 @@
-"""Broken inputs for both programs: seeded, each in a child with a limit of time and memory.
+"""Give both programs broken inputs, each in a child process with a limit of time and memory.
 
     python tests/tools/fuzz.py                    # 1,620 inputs, one core, one seed
     python tests/tools/fuzz.py --seed 1 --families checkpoints npz --count 50
 
-Each input begins as a valid one, of a family below, and is then damaged. A program has `done` its
-work (code 0), `refused` it (code 2 and one sentence that names the program), or it is `wrong`: a
-traceback, another code, a hang, or more memory than allowed. Wrong ones are shown with what they
-said, and their folders are kept in `--keep`. The exit code is 1 if there are any. Scores are taken
-of a network of the right shape and random numbers, since what is read is tried here, and not it.
+Each input is a valid one of a family below, then damaged at random, by a seed. The program must
+finish (`done`, exit code 0) or refuse the input (`refused`, exit code 2 and one sentence that
+begins with the program's name). All else is `wrong`: a traceback, another code, no end after 60
+seconds, too much memory. Wrong inputs are printed with what the program printed, their folders are
+kept, and the exit code is 1. Scores use a small random network in the place of Inception, since
+only the reading of files is tested.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ from PIL import Image
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from dog_sets import BOX, annotate, encode, paint
+from dog_sets import BOX, annotate, encode, paint, write
 from frozen_graph import graph_of
 
 import mifid
 import train_dogs
 
-SECONDS = 20  # of a child
+SECONDS = 60  # of a child
 MEMORY = 1536 << 20  # bytes that a child may have resident
 
 Rng = random.Random
 GOOD = [encode(paint(k)) for k in range(18)]  # two more than a run needs
 TINY = ["--architecture", "paper", "--width", "1", "--latent-dim", "4", "--batch-size", "2"]
 TINY += ["--images", "2", "--precision", "fp32", "--hours", "inf", "--device", "cpu"]
-# What stands in the place of a number or a word sooner or later.
+# Values of options.
 NASTY = (
     "", " ", "0", "-1", "1e308", "-1e308", "nan", "inf", "-inf", "1e-320", "99999999999999999999",
     "0x10", "1_000", "²", "٣", "1.5", "True", "None", "é", "\ud800", "a" * 5000, "/", ".", "..",
@@ -65,7 +66,7 @@ NASTY = (
 
 
 class Network(torch.nn.Module):
-    """Features of the right shape, by a projection of the pixels' means."""
+    """Features of the right shape: a fixed projection of the first pixels."""
 
     weights, sha256, fingerprint, precision, batch_size = "none", "0" * 64, "0", "float32", 64
     classifier = None
@@ -81,7 +82,7 @@ class Network(torch.nn.Module):
 
 
 def damage(data: bytes, rng: Rng) -> bytes:
-    """Some bytes of a file, changed, cut off, doubled, or in the wrong place."""
+    """Bytes of a file changed, cut off, removed, doubled or inserted."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
         if not data:
@@ -104,7 +105,7 @@ def damage(data: bytes, rng: Rng) -> bytes:
 
 
 def odd_picture(rng: Rng) -> bytes:
-    """A picture of a rare kind, or one that claims much, or nothing like a picture."""
+    """A picture of a rare format, one with a false size or EXIF block, a damaged one, or none."""
     kind = rng.randrange(8)
     if kind == 0:
         mode, form = rng.choice(
@@ -112,7 +113,7 @@ def odd_picture(rng: Rng) -> bytes:
              ("F", "TIFF"), ("L", "BMP"), ("RGBA", "WEBP"), ("I", "TIFF"), ("YCbCr", "JPEG")]
         )  # fmt: skip
         return encode(Image.new(mode, rng.choice([(96, 80), (1, 1), (1, 300), (64, 64)])), form)
-    if kind == 1:  # a PNG of a few bytes that claims as many pixels as it likes
+    if kind == 1:  # a PNG with any width and height in its header
         side = rng.choice((1, 70, 4000, 8900, 60000, 2**31 - 1))
         head = side.to_bytes(4, "big") * 2 + bytes((8, rng.choice((0, 2, 3, 6)), 0, 0, 0))
         rows = zlib.compress(bytes(min(side, 4000) * 3 + 1) * min(side, 4000))
@@ -120,7 +121,7 @@ def odd_picture(rng: Rng) -> bytes:
         chunks = (len(d).to_bytes(4, "big") + n + d + zlib.crc32(n + d).to_bytes(4, "big")
                   for n, d in parts)  # fmt: skip
         return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-    if kind == 2:  # an EXIF block of anything
+    if kind == 2:  # a random EXIF block
         head = rng.choice((b"Exif\0\0II*\0\x08\0\0\0", b"Exif\0\0MM\0*\0\0\0\x08", b"Exif\0\0"))
         return encode(paint(rng.randrange(99)), "JPEG", exif=head + rng.randbytes(60))
     if kind == 3:
@@ -134,7 +135,7 @@ def odd_picture(rng: Rng) -> bytes:
 
 
 def odd_annotation(rng: Rng) -> bytes:
-    """An annotation with boxes of anything, or damaged, or much too long."""
+    """An annotation with strange boxes, a damaged one, or one that is much too long."""
     kind = rng.randrange(5)
     if kind < 2:
         values = (-(10**30), -5, 0, 1, 8, 40, 79, 96, 10**30, "nan", "inf", "", "x", "1e400", 2.5)
@@ -157,19 +158,16 @@ Case = tuple[Callable[..., int], list[str]]
 
 
 def dogs_in(folder: Path, pictures: Sequence[bytes], annotations: Sequence[bytes | None]) -> Path:
-    """A set in Stanford's layout; without annotations it is a plain folder."""
+    """A set in Stanford's layout, or a plain folder without annotations."""
     for k, (picture, annotation) in enumerate(zip(pictures, annotations)):
-        files = {f"Images/n01-Dog/n01_{k}.jpg": picture}
+        write(folder / f"Images/n01-Dog/n01_{k}.jpg", picture)
         if annotation is not None:
-            files[f"Annotation/n01-Dog/n01_{k}"] = annotation
-        for name, data in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
+            write(folder / f"Annotation/n01-Dog/n01_{k}", annotation)
     return folder
 
 
 def crop_or_score(data: Path, folder: Path, rng: Rng) -> Case:
-    """Either program over `data`."""
+    """Crop `data` with train_dogs.py, or score it with mifid.py."""
     if rng.random() < 0.6:
         crops = rng.choice(("square", "box,head:2", "whole", "context,whole"))
         options = ["--data", str(data), "--out", str(folder / "out"), "--crops", crops, *TINY]
@@ -180,26 +178,19 @@ def crop_or_score(data: Path, folder: Path, rng: Rng) -> Case:
     return mifid.main, [*sides, "--crop", crop, "--resize", "--no-cache"]
 
 
-def pictures(folder: Path, rng: Rng) -> Case:
-    """One picture or more is odd."""
-    found = list(GOOD)
+def photos(folder: Path, rng: Rng) -> Case:
+    """Some pictures or annotations are odd."""
+    found, notes = list(GOOD), [rng.choice((None, *[annotate([BOX])] * 2))] * len(GOOD)
     for k in range(rng.choice((1, 1, 3, 18))):
-        found[k] = odd_picture(rng)
-    notes = [rng.choice((None, annotate([BOX])))] * len(found)
+        if notes[k] is None or rng.random() < 0.5:
+            found[k] = odd_picture(rng)
+        else:
+            notes[k] = odd_annotation(rng)
     return crop_or_score(dogs_in(folder / "data", found, notes), folder, rng)
 
 
-def annotations(folder: Path, rng: Rng) -> Case:
-    """One annotation or more is odd."""
-    notes = [annotate([BOX])] * len(GOOD)
-    for k in range(rng.choice((1, 1, 3, 18))):
-        notes[k] = odd_annotation(rng)
-    data = dogs_in(folder / "data", GOOD, notes)
-    return crop_or_score(data, folder, rng)
-
-
 def archives(folder: Path, rng: Rng) -> Case:
-    """A zip or tar with members of any name and kind, damaged or not."""
+    """A zip or tar with members of strange names and kinds, damaged or not."""
     path = folder / rng.choice(("dogs.zip", "all-dogs.zip", "images.tar", "dogs.tar.gz"))
     names = [f"Images/n01-Dog/n01_{k}.jpg" for k in range(len(GOOD))]
     for k in range(rng.choice((0, 1, 3))):
@@ -213,13 +204,7 @@ def archives(folder: Path, rng: Rng) -> Case:
             for name, data in members.items():
                 archive.writestr(name, data)
     else:
-        kinds = (
-            tarfile.REGTYPE,
-            tarfile.REGTYPE,
-            tarfile.SYMTYPE,
-            tarfile.LNKTYPE,
-            tarfile.FIFOTYPE,
-        )
+        kinds = [tarfile.REGTYPE] * 2 + [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]
         with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
             for name, data in members.items():
                 info = tarfile.TarInfo(name)
@@ -231,7 +216,7 @@ def archives(folder: Path, rng: Rng) -> Case:
 
 
 def idx(folder: Path, rng: Rng) -> Case:
-    """MNIST's files, damaged, or with a header that lies."""
+    """MNIST's files, damaged or with a false header."""
     path = folder / "train-images-idx3-ubyte"
     claimed = [rng.choice((0, 1, 20, 20, 1 << 20, 2**32 - 1)) for _ in range(2)]
     count, side = claimed if rng.random() < 0.3 else (20, 28)
@@ -251,7 +236,7 @@ def idx(folder: Path, rng: Rng) -> Case:
 
 
 def commands(folder: Path, rng: Rng) -> Case:
-    """Options of anything at all, over good data."""
+    """Strange values of options, with good data."""
     data = dogs_in(folder / "data", GOOD, [None] * len(GOOD))
     if rng.random() < 0.6:
         program, argv = train_dogs.main, ["--data", str(data), "--out", str(folder / "out"), *TINY]
@@ -268,7 +253,7 @@ def commands(folder: Path, rng: Rng) -> Case:
 
 
 def odd_value(value: object, rng: Rng) -> object:
-    """Something of the same kind that is not the same, or of another kind."""
+    """Another value, of the same type or of another type."""
     if isinstance(value, torch.Tensor) and rng.random() < 0.7:
         return rng.choice((
             lambda: value.double(), lambda: value.flatten()[:-1], lambda: value[None],
@@ -279,7 +264,7 @@ def odd_value(value: object, rng: Rng) -> object:
 
 
 def odd_state(state: dict, rng: Rng) -> dict:
-    """A checkpoint of which one or two entries at any depth are other, gone or added."""
+    """A checkpoint with one or two entries, at any depth, changed, removed or added."""
     state = copy.deepcopy(state)
     for _ in range(rng.choice((1, 1, 2))):
         place = state
@@ -306,33 +291,32 @@ def finished_run(folder: Path) -> Path:
     return folder
 
 
-def checkpoints(folder: Path, rng: Rng) -> Case:
-    """A run's files, damaged in their bytes or in what they hold, and the run gone on with."""
-    shutil.copytree(finished["folder"], folder, dirs_exist_ok=True)
-    out = folder / "out"
-    argv = ["--data", str(folder / "data"), "--out", str(out), *TINY, "--steps", "3"]
-    for name in rng.choice((("checkpoint.pt",), ("checkpoint.pt", "checkpoint.previous.pt"))):
-        path = out / name
-        if rng.random() < 0.7:
-            torch.save(odd_state(torch.load(path, weights_only=True), rng), path)
-        else:
-            path.write_bytes(damage(path.read_bytes(), rng))
-    return train_dogs.main, argv
-
-
-def generators(folder: Path, rng: Rng) -> Case:
-    """The same of generator.pt, and images drawn from it."""
-    shutil.copytree(finished["folder"], folder, dirs_exist_ok=True)
-    path = folder / "out" / "generator.pt"
+def damage_state(path: Path, rng: Rng) -> None:
+    """Damage a file of torch.save in its bytes or its entries."""
     if rng.random() < 0.7:
         torch.save(odd_state(torch.load(path, weights_only=True), rng), path)
     else:
         path.write_bytes(damage(path.read_bytes(), rng))
+
+
+def checkpoints(folder: Path, rng: Rng) -> Case:
+    """A run with damaged checkpoints is continued."""
+    shutil.copytree(finished["folder"], folder, dirs_exist_ok=True)
+    for name in rng.choice((("checkpoint.pt",), ("checkpoint.pt", "checkpoint.previous.pt"))):
+        damage_state(folder / "out" / name, rng)
+    argv = ["--data", str(folder / "data"), "--out", str(folder / "out"), *TINY, "--steps", "3"]
+    return train_dogs.main, argv
+
+
+def generators(folder: Path, rng: Rng) -> Case:
+    """Images are drawn from a damaged generator.pt."""
+    shutil.copytree(finished["folder"], folder, dirs_exist_ok=True)
+    damage_state(folder / "out" / "generator.pt", rng)
     return train_dogs.main, ["--out", str(folder / "out"), *TINY, "--sample-only"]
 
 
 def npz(folder: Path, rng: Rng) -> Case:
-    """An .npz of anything on either side."""
+    """A strange .npz on either side of a score."""
     noise = np.random.default_rng(rng.randrange(999))
     shape = (rng.choice((0, 1, 2, 30)), rng.choice((0, 1, 64, 2048)))
     x = noise.random(shape if rng.random() < 0.5 else (30, 2048)) + 0.1
@@ -341,14 +325,11 @@ def npz(folder: Path, rng: Rng) -> Case:
     if x.dtype.kind == "f" and x.size and rng.random() < 0.3:
         x.flat[0] = rng.choice((math.nan, math.inf, 1e200, -1e9, 0))
     arrays = {rng.choice(("features", "features", "features", "mu", "arr_0")): x}
-    arrays["about"] = rng.choice(
-        ("{}", "{}", "{}", "{}", "[]", "{", "7", '{"rule": 3}', '{"rule": "box"}')
-    )
+    abouts = ("[]", "{", "7", '{"rule": 3}', '{"rule": "box"}')
+    arrays["about"] = rng.choice(("{}", "{}", "{}", "{}", *abouts))
     if "mu" in arrays:
-        arrays["mu"], arrays["sigma"] = (
-            x[:1].ravel(),
-            rng.choice((x, x.T @ x if x.dtype.kind == "f" else x)),
-        )
+        arrays["mu"] = x[:1].ravel()
+        arrays["sigma"] = rng.choice((x, x.T @ x if x.dtype.kind == "f" else x))
     odd, good = folder / "odd.npz", folder / "good.npz"
     np.savez(good, features=noise.random((30, 2048)) + 0.1)
     if rng.random() < 0.1:
@@ -360,14 +341,12 @@ def npz(folder: Path, rng: Rng) -> Case:
         odd.write_bytes(damage(odd.read_bytes(), rng))
     sides = [str(odd), str(good)]
     rng.shuffle(sides)
-    return mifid.main, [
-        *sides,
-        *rng.choice(([], ["--all"], ["--limit", "2"], ["--held-out", str(good)])),
-    ]
+    more = rng.choice(([], ["--all"], ["--limit", "2"], ["--held-out", str(good)]))
+    return mifid.main, sides + more
 
 
 def weights(folder: Path, rng: Rng) -> Case:
-    """A file of weights that is none."""
+    """A file without the weights of Inception."""
     good = dogs_in(folder / "data", GOOD[:3], [None] * 3)
     path, kind = folder / "weights.pth", rng.randrange(6)
     if kind == 0:
@@ -386,8 +365,7 @@ def weights(folder: Path, rng: Rng) -> Case:
 
 
 def planted(folder: Path, rng: Rng) -> Case:
-    """The positive control: a traceback, a hang, too much memory, or another code, in turn."""
-    del rng
+    """To test this tool: in turn a traceback, a hang, too much memory, and another exit code."""
     kind = int(folder.name.split("-")[2]) % 4
 
     def program(argv: list[str]) -> int:
@@ -405,22 +383,23 @@ def planted(folder: Path, rng: Rng) -> Case:
 finished: dict[str, Path] = {}
 names_of_weights = [f"{n}.{p}" for n in mifid.named_convolutions() for p in mifid.TENSORS]
 FAMILIES: dict[str, tuple[Callable[[Path, Rng], Case], int]] = {
-    "pictures": (pictures, 320), "annotations": (annotations, 220), "archives": (archives, 260),
-    "commands": (commands, 300), "checkpoints": (checkpoints, 160), "generators": (generators, 80),
-    "npz": (npz, 160), "weights": (weights, 60), "idx": (idx, 60),
+    "photos": (photos, 540), "archives": (archives, 260), "commands": (commands, 300),
+    "checkpoints": (checkpoints, 160), "generators": (generators, 80), "npz": (npz, 160),
+    "weights": (weights, 60), "idx": (idx, 60),
 }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the children
 
 
-def in_child(program: Callable[..., int], argv: list[str], said: Path) -> None:
-    """Run the program in this process, a fork, and exit with its code; 99 = a traceback."""
+def in_child(program: Callable[..., int], argv: list[str], printed: Path) -> None:
+    """Run the program in this process, a fork, and exit with its code; 99 = a traceback, 98 =
+    SystemExit with another code than 0."""
     code = 99
-    os.chdir(said.parent)  # what a program writes beside itself goes with its input
-    resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY, 4 * MEMORY))  # the machine is not harmed
+    os.chdir(printed.parent)  # for options that name a file without a folder
+    resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY, 4 * MEMORY))  # protects the machine
     try:
-        with open(said, "w", errors="backslashreplace") as file:
+        with open(printed, "w", errors="backslashreplace") as file:
             sys.stdout, sys.stderr = io.StringIO(), file
             try:
                 code = program(argv)
@@ -433,12 +412,12 @@ def in_child(program: Callable[..., int], argv: list[str], said: Path) -> None:
         os._exit(code if isinstance(code, int) and 0 <= code < 99 else 99)
 
 
-def outcome(program: Callable[..., int], argv: list[str], said: Path, seconds: float) -> str:
-    """`done`, `refused`, or `wrong: ...` of one input."""
+def outcome(program: Callable[..., int], argv: list[str], printed: Path) -> str:
+    """`done`, `refused`, or `wrong: ...` for one input."""
     child = os.fork()
     if child == 0:
-        in_child(program, argv, said)
-    end = time.monotonic() + seconds
+        in_child(program, argv, printed)
+    end = time.monotonic() + SECONDS
     while True:
         pid, status, used = os.wait4(child, os.WNOHANG)
         if pid:
@@ -446,10 +425,10 @@ def outcome(program: Callable[..., int], argv: list[str], said: Path, seconds: f
         if time.monotonic() > end:
             os.kill(child, signal.SIGKILL)
             os.wait4(child, 0)
-            return f"wrong: still running after {seconds:g} s"
+            return f"wrong: still running after {SECONDS} s"
         time.sleep(0.002)
     peak = used.ru_maxrss << (0 if sys.platform == "darwin" else 10)
-    text = said.read_text(errors="replace") if said.exists() else ""
+    text = printed.read_text(errors="replace") if printed.exists() else ""
     code = os.waitstatus_to_exitcode(status)
     name = "mifid" if program is mifid.main else "train_dogs"
     sentences = [line for line in text.splitlines() if line.startswith(name)]
@@ -462,10 +441,8 @@ def outcome(program: Callable[..., int], argv: list[str], said: Path, seconds: f
     return "refused" if code else "done"
 
 
-def fuzz(
-    family: str, count: int, seed: int, keep: Path, seconds: float
-) -> tuple[Counter[str], list[str]]:
-    """(how many ended how; what was wrong with the wrong ones)."""
+def fuzz(family: str, count: int, seed: int, keep: Path) -> tuple[Counter[str], list[str]]:
+    """How many inputs ended in which way, and a report of each wrong one."""
     make = planted if family == "planted" else FAMILIES[family][0]
     counts: Counter[str] = Counter()
     wrong: list[str] = []
@@ -473,11 +450,11 @@ def fuzz(
         rng = Rng(f"{seed} {family} {number}")
         folder = Path(tempfile.mkdtemp(prefix=f"{family}-{seed}-{number}-", dir=keep))
         program, argv = make(folder, rng)
-        said = folder / "said.txt"
-        end = outcome(program, argv, said, seconds)
+        printed = folder / "printed.txt"
+        end = outcome(program, argv, printed)
         counts[end.partition(":")[0]] += 1
         if end.startswith("wrong"):
-            tail = said.read_text(errors="replace").strip()[-400:] if said.exists() else ""
+            tail = printed.read_text(errors="replace").strip()[-400:] if printed.exists() else ""
             wrong.append(f"{family} {number} ({end}): {argv}\n{tail}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -485,48 +462,40 @@ def fuzz(
 
 
 def prepare(keep: Path) -> None:
-    """What all inputs share, made once, before anything is forked."""
+    """Make what all inputs share, before the first fork."""
     torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = str(keep / "cache")
-    network, load = Network(), mifid.load_inception
-    given = mifid.find_weights
-
-    def find(path: object, offline: bool) -> object:
-        return given(path, offline) if path else path
-
-    mifid.find_weights = find
+    network, load, find = Network(), mifid.load_inception, mifid.find_weights
+    mifid.find_weights = lambda path, offline: find(path, offline) if path else None
     mifid.load_inception = lambda path, *rest: load(path, *rest) if path else network
     finished["folder"] = finished_run(Path(tempfile.mkdtemp(prefix="finished-", dir=keep)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """Print a row for each family and what went wrong; returns 1 if anything did."""
+    """Print a row for each family and a report of each wrong input; 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    families = [*FAMILIES, "planted"]
     parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument(
-        "--families", nargs="+", choices=[*FAMILIES, "planted"], default=[*FAMILIES]
-    )
+    parser.add_argument("--families", nargs="+", choices=families, default=[*FAMILIES])
     parser.add_argument("--count", type=int, help="inputs of each family; default its own number")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of an input; {SECONDS}")
-    parser.add_argument("--keep", type=Path, help="folder for inputs that went wrong")
     given = parser.parse_args(argv)
-    keep = given.keep or Path(tempfile.mkdtemp(prefix="fuzz-"))
-    keep.mkdir(parents=True, exist_ok=True)
+    keep = Path(tempfile.mkdtemp(prefix="fuzz-"))
     prepare(keep)
     total: Counter[str] = Counter()
-    begin, failures = time.monotonic(), []
+    failures = []
     for family in given.families:
-        since = time.monotonic()
         count = given.count or FAMILIES.get(family, (None, 4))[1]
-        counts, wrong = fuzz(family, count, given.seed, keep, given.seconds)
+        counts, wrong = fuzz(family, count, given.seed, keep)
         numbers = ", ".join(f"{counts[end]} {end}" for end in ("done", "refused", "wrong"))
-        print(f"{family:12} {numbers}, {time.monotonic() - since:.0f} s", flush=True)
+        print(f"{family:12} {numbers}", flush=True)
         total += counts
         failures += wrong
     print(*failures, sep="\n\n")
-    print(json.dumps(dict(total) | {"seed": given.seed, "seconds": time.monotonic() - begin}))
-    if not failures:
+    print(json.dumps(dict(total)))
+    if failures:
+        print(f"the inputs are in {keep}", file=sys.stderr)
+    else:
         shutil.rmtree(keep)
     return int(bool(failures))
 

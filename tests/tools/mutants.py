@@ -1,14 +1,13 @@
-"""Do the tests notice a fault? Plants one at a time in a copy of the project and runs its tests.
+"""Plant one fault at a time in a copy of the project and run its tests: do they notice it?
 
-    python tests/tools/mutants.py --list
     python tests/tools/mutants.py                       # all: some minutes of a core
     python tests/tools/mutants.py --only head-at-the-bottom seeds-of-uses-collide
 
-A mutant is `killed` if a test fails, and `survived` if all pass: then a test is missing. It is
+A mutant is `killed` if a test fails. It has `survived` if all pass: then a test is missing. It is
 `stale` if its text is not in the file exactly once (the program has changed: update `MUTANTS`), and
 `broken` if pytest ended in another way, for example because the program cannot be imported. The
-tests of the chosen mutants first run without a fault, so that a failure is the fault's. The exit
-code is 0 if all are killed. To add one, add a line to `MUTANTS`.
+tests of the chosen mutants first run without a fault, and must pass. The exit code is 0 if all
+mutants are killed.
 """
 
 from __future__ import annotations
@@ -38,16 +37,14 @@ class Mutant(NamedTuple):
 
 NUMBERS, CROPS = "tests/test_mifid_numbers.py", "tests/test_crops.py"
 MUTANTS = {
-    "biased-covariance": Mutant(
-        "mifid.py", "scatter / (len(features) - 1)", "scatter / len(features)", NUMBERS
-    ),
+    "biased-covariance": Mutant("mifid.py", "scatter / (len(x) - 1)", "scatter / len(x)", NUMBERS),
     "mifid-another-epsilon": Mutant(
         "mifid.py", "fid / (distance + EPSILON)", "fid / (distance + 1e-3)", NUMBERS
     ),
     "copies-have-a-score": Mutant(
         "mifid.py",
-        'if distance < COPY_DISTANCE:\n        return float("inf")',
-        'if distance < 0:\n        return float("inf")',
+        "if distance < COPY_DISTANCE:\n        return math.inf",
+        "if distance < 0:\n        return math.inf",
         NUMBERS,
     ),
     "jackknife-too-narrow": Mutant(
@@ -102,7 +99,7 @@ MUTANTS = {
 
 
 def pytest(folder: Path, tests: str, seconds: float) -> int:
-    """pytest's exit code for the tests of a copy, until the first failure; 1 if they hang."""
+    """pytest's exit code for the tests in a copy, up to the first failure; 1 if they hang."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
@@ -114,15 +111,15 @@ def pytest(folder: Path, tests: str, seconds: float) -> int:
     return done.returncode
 
 
-def judge(folder: Path, mutant: Mutant, seconds: float) -> str:
-    """What becomes of a mutant in a copy of the project, which is as before afterwards."""
+def judge(folder: Path, mutant: Mutant) -> str:
+    """Plant a mutant in a copy of the project, run its tests, and restore the file."""
     path = folder / mutant.file
     text = path.read_text("utf-8")
     if text.count(mutant.old) != 1:
         return "stale"
     path.write_text(text.replace(mutant.old, mutant.new), "utf-8")
     try:
-        code = pytest(folder, mutant.tests, seconds)
+        code = pytest(folder, mutant.tests, SECONDS)
     finally:
         path.write_text(text, "utf-8")
     return {0: "survived", 1: "killed"}.get(code, "broken")
@@ -136,23 +133,17 @@ def main(
     """Print a line for each mutant, and how many were killed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--only", nargs="+", choices=list(mutants), default=list(mutants))
-    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of one mutant")
     args = parser.parse_args(argv)
-    if args.list:
-        for name, mutant in mutants.items():
-            print(f"{name}: {mutant.file}: {mutant.old!r} -> {mutant.new!r} ({mutant.tests})")
-        return 0
     skipped = shutil.ignore_patterns(".git", "__pycache__", "output", ".venv", ".*_cache")
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
         folder = Path(shutil.copytree(root, Path(place) / "project", ignore=skipped))
         tests = dict.fromkeys(word for name in args.only for word in mutants[name].tests.split())
-        if pytest(folder, " ".join(tests), args.seconds * len(args.only)):
+        if pytest(folder, " ".join(tests), SECONDS * len(args.only)):
             print(f"the tests fail without a fault: {' '.join(tests)}")
             return 1
         counts: Counter[str] = Counter()
         for name in args.only:
-            end = judge(folder, mutants[name], args.seconds)
+            end = judge(folder, mutants[name])
             print(f"{end:8} {name}", flush=True)
             counts[end] += 1
     print(", ".join(f"{number} {end}" for end, number in counts.items()))
