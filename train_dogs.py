@@ -1316,8 +1316,7 @@ class SpectralNorm(nn.Module):
                 u = F.normalize(matrix @ self.v, dim=0)
                 if self.training:
                     self.v.copy_(F.normalize(matrix.T @ u, dim=0))
-            # A clone, as the next forward may come before the backward of this one.
-            return weight / (u @ (matrix @ self.v.clone()))
+            return weight / (u @ (matrix @ self.v))
 
 
 def spectral(layer: nn.Module) -> nn.Module:

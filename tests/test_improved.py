@@ -141,6 +141,18 @@ def test_minibatch_features_are_the_papers_sums_over_reals_and_over_fakes(
 
 
 @torch.no_grad()
+def test_their_weighted_sum_is_in_float32_under_autocast():
+    head, outputs = MinibatchDiscrimination(6, 3, 4), []
+    nn.init.normal_(head.weight)
+    head.project.register_forward_hook(lambda _, inputs, out: outputs.append(out.float()))
+    x, none = torch.randn(5, 6, 4, 4), torch.zeros(5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        verdict = head(Verdict(none[:, 0], x, none[:, 1:]), x, 5, None)
+    o = torch.tensor(similarity(outputs[0].view(5, 4, 5).tolist()))
+    torch.testing.assert_close(verdict.logits, o @ head.weight[0], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_reals_logit_depends_on_the_other_reals_and_on_no_fake():
     D = discriminator(minibatch_features=4, **CLASSES)
     images = torch.rand(9, 3, 64, 64) * 2 - 1

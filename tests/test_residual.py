@@ -195,6 +195,20 @@ def test_the_power_iteration_is_one_a_forward_and_in_float32_under_autocast_too(
     assert len(calls) == 26 + 2 * 19
 
 
+@torch.no_grad()
+def test_ds_products_with_sums_over_16_places_are_in_float32_under_autocast():
+    _, D = build_networks(small(), CPU, 6)
+    labels = torch.arange(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, features, classes = D(torch.rand(6, 3, 64, 64), 3, labels)
+    assert features.dtype == torch.bfloat16
+    pooled = features.float().sum((2, 3))
+    D.eval()
+    expected = pooled @ D.linear.weight[0] + (D.projection.weight[labels] * pooled).sum(1)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(classes, pooled @ D.classifier.weight.T, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------- the pieces
 
 
