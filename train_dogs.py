@@ -62,7 +62,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
@@ -945,11 +944,11 @@ def estimate_norms(G: nn.Module, batches: int, config: Config) -> nn.Module:
 
 # -------------------------------------------------------------------------------------- 6. Recipes
 
-# Augmentation, the same for reals and fakes, differentiable, in both updates, drawn anew for each
-# image: Zhao et al. 2020 (DiffAugment, arXiv 2006.10738). Each maps float32 (N, 3, 64, 64) to the
-# same shape.
+# Each recipe can be read alone: its formula and source, then the rows that register it.
 
 
+# ---- Augmentation: differentiable, of reals and fakes in both updates, drawn anew for each image
+# (Zhao et al. 2020, DiffAugment, arXiv 2006.10738). float32 (N, 3, 64, 64) to the same shape.
 def augment_color(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Brightness by up to 0.5, saturation times 0 to 2, contrast times 0.5 to 1.5."""
     shape = (3, len(x), 1, 1, 1)
@@ -988,11 +987,7 @@ def augment_cutout(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0.0)
 
 
-AUGMENTS |= {
-    "color": augment_color,
-    "translation": augment_translation,
-    "cutout": augment_cutout,
-}
+AUGMENTS |= {"color": augment_color, "translation": augment_translation, "cutout": augment_cutout}
 
 
 def parse_augment(text: str) -> tuple[str, ...]:
@@ -1003,10 +998,42 @@ def parse_augment(text: str) -> tuple[str, ...]:
     return names
 
 
-# Conditioning on breeds. In G: class-conditional batch norm. In D: a projection (Miyato and Koyama
-# 2018, arXiv 1802.05637) and a classifier (AC-GAN, Odena et al. 2017, arXiv 1610.09585).
+# ---- Minibatch discrimination: Salimans et al. 2016 (Improved Techniques for Training GANs, arXiv
+# 1606.03498), section 3.2.
+class MinibatchDiscrimination(nn.Module):
+    """Lets D see how similar each image's features are to those of its batch.
+
+    o(x_i)_b = sum over j of exp(-|M_i,b - M_j,b|_1), M = T f(x), with i among the j; reals and
+    fakes separately, like split batch norm. Five numbers per kernel b, and f averaged over the map,
+    as in the authors' network for CIFAR-10.
+    """
+
+    def __init__(self, channels: int, outputs: int, kernels: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(channels, kernels * 5, bias=False)
+        self.weight = nn.Parameter(torch.zeros(outputs, kernels))  # of o, in D's linear layer
+
+    def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
+        """`x`: (N, channels, 4, 4), D's last activations."""
+        m = at_least_float32(self.project(x.mean((2, 3)))).unflatten(1, (-1, 5))
+        groups = m.split([num_real, len(m) - num_real])
+        # leaky_relu(x, -1) is |x|. `cdist` has no second derivative, which R1 needs, and that of
+        # `abs` is a zero tensor without memory, which torch adds up on another device.
+        o = [(-F.leaky_relu(g[:, None] - g, -1.0).sum(3)).exp().sum(1) for g in groups]
+        # Elementwise, in float32: autocast would round a product of matrices.
+        added = (torch.cat(o)[:, None] * self.weight).sum(2)
+        logits, classes = verdict.logits + added[:, 0], verdict.classes + added[:, 1:]
+        return verdict._replace(logits=logits, classes=classes)
 
 
+HEADS["minibatch"] = Head(  # the first, as the others make logits of the outputs that it adds to
+    wanted=lambda config: config.minibatch_features > 0,
+    make=lambda config, breeds: partial(MinibatchDiscrimination, kernels=config.minibatch_features),
+)
+
+
+# ---- Breeds: class-conditional batch norm in G; a projection and, with --classify, a classifier in
+# D, which trains both networks (AC-GAN, Odena et al. 2017, arXiv 1610.09585).
 class BreedBatchNorm2d(nn.Module):
     """Batch norm with a gain and a bias per breed (Dumoulin et al. 2017, arXiv 1610.07629)."""
 
@@ -1038,7 +1065,8 @@ class BreedGenerator(Generator):
 
 
 class Projection(nn.Module):
-    """Adds to the logit the product of an embedding of the breed and the mean features."""
+    """Adds to the logit the product of an embedding of the breed and the mean features (Miyato and
+    Koyama 2018, arXiv 1802.05637)."""
 
     def __init__(self, channels: int, breeds: int) -> None:
         super().__init__()
@@ -1062,6 +1090,50 @@ class Classifier(nn.Module):
         return verdict._replace(classes=at_least_float32(self.linear(x.mean((2, 3)))))
 
 
+def classify_reals(seen: Seen) -> Tensor:
+    """Cross-entropy of the breeds over the reals whose breed is known; 0 if there are none.
+
+    D learns from reals only: a fake without a clear breed teaches nothing.
+    """
+    known = (seen.labels != UNKNOWN).sum().clamp(min=1)
+    classes = seen.real.classes
+    return F.cross_entropy(classes, seen.labels, ignore_index=UNKNOWN, reduction="sum") / known
+
+
+GENERATORS["breed"] = BreedGenerator
+CONDITIONS["breed"] = Variant(
+    text="G and D get the label", generator="breed", without=("labelled", "g_norm=virtual")
+)
+HEADS["projection"] = Head(
+    wanted=lambda config: config.condition == "breed",
+    make=lambda config, breeds: lambda channels, outputs: Projection(channels, breeds),
+)
+HEADS["classifier"] = Head(
+    wanted=lambda config: config.condition == "breed" and config.classify > 0,
+    make=lambda config, breeds: lambda channels, outputs: Classifier(channels, breeds),
+)
+D_TERMS["classify"] = Term(classify_reals)
+G_TERMS["classify"] = Term(
+    lambda seen: F.cross_entropy(seen.fake.classes, seen.labels),
+    wanted=lambda config: config.condition == "breed",
+)
+
+
+# ---- K + 1 classes, the breeds and "fake", while G is unconditional: Salimans et al. 2016, section
+# 5. D may learn from the breeds of a part of the dogs only.
+class FakeClass(nn.Module):
+    """Turns K + 1 outputs, "fake" first, into the logits of the breeds and of being real.
+
+    Only the differences of the K + 1 outputs count, so "fake" is subtracted from the breeds. The
+    logit whose sigmoid is the share of all breeds is then their log-sum-exp.
+    """
+
+    def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
+        """Needs a verdict whose `logits` are of "fake"."""
+        classes = verdict.classes - verdict.logits[:, None]
+        return verdict._replace(logits=classes.logsumexp(1), classes=classes)
+
+
 UNKNOWN = -1  # the label of a dog whose breed D does not learn from
 
 
@@ -1075,93 +1147,27 @@ def hide_labels(breed: Tensor, config: Config) -> Tensor:
     return torch.where(known.to(breed.device), breed, UNKNOWN)
 
 
-def classify_reals(seen: Seen) -> Tensor:
-    """Cross-entropy of the breeds over the reals whose breed is known; 0 if there are none.
-
-    D learns from reals only: a fake without a clear breed teaches nothing.
-    """
-    known = (seen.labels != UNKNOWN).sum().clamp(min=1)
-    classes = seen.real.classes
-    return F.cross_entropy(classes, seen.labels, ignore_index=UNKNOWN, reduction="sum") / known
-
-
-def classify_fakes(seen: Seen) -> Tensor:
-    """Cross-entropy of the breeds that the fakes were generated from."""
-    return F.cross_entropy(seen.fake.classes, seen.labels)
-
-
-def is_conditional(config: Config) -> bool:
-    """Whether G and D get breeds as input."""
-    return config.condition == "breed"
-
-
-GENERATORS["breed"] = BreedGenerator
-CONDITIONS["breed"] = Variant(
-    text="G and D get the label", generator="breed", without=("labelled", "g_norm=virtual")
+HEADS["fake class"] = Head(
+    wanted=lambda config: config.condition == "classes",
+    make=lambda config, breeds: lambda channels, outputs: FakeClass(),
+    outputs=lambda breeds: breeds,
 )
-D_TERMS["classify"] = Term(classify_reals)
-G_TERMS["classify"] = Term(classify_fakes, wanted=is_conditional)
+CONDITIONS["classes"] = Variant(
+    text="D classifies K breeds + fake, G is unconditional", needs=("classify",)
+)
 
 
-# K breeds and "fake" as K + 1 classes, with G unconditional: Salimans et al. 2016 (Improved
-# Techniques for Training GANs, arXiv 1606.03498), section 5; the other parts of that paper follow.
-
-
-class FakeClass(nn.Module):
-    """Turns K + 1 outputs, "fake" first, into the logits of the breeds and of being real.
-
-    Of the K + 1 outputs only the differences count, so "fake" is subtracted from the breeds; the
-    logit whose sigmoid is the breeds' share is then their log-sum-exp.
-    """
-
-    def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
-        """Needs a verdict whose `logits` are of "fake"."""
-        classes = verdict.classes - verdict.logits[:, None]
-        return verdict._replace(logits=classes.logsumexp(1), classes=classes)
-
-
-class MinibatchDiscrimination(nn.Module):
-    """Lets D see how similar each image's features are to those of its batch (section 3.2).
-
-    o(x_i)_b = sum over j of exp(-|M_i,b - M_j,b|_1), M = T f(x), with i among the j; reals and
-    fakes separately, like split batch norm. Five numbers per kernel b, and f averaged over the map,
-    as in the authors' network for CIFAR-10.
-    """
-
-    def __init__(self, channels: int, outputs: int, kernels: int, numbers: int = 5) -> None:
-        super().__init__()
-        self.kernels = kernels
-        self.project = nn.Linear(channels, kernels * numbers, bias=False)
-        self.weight = nn.Parameter(torch.zeros(outputs, kernels))  # of o, in D's linear layer
-
-    def similarity(self, f: Tensor, num_real: int) -> Tensor:
-        """(N, channels), the `num_real` reals first, to float32 (N, kernels): each from 1 to the
-        number of reals or of fakes."""
-        m = at_least_float32(self.project(f)).unflatten(1, (self.kernels, -1))
-        groups = m.split([num_real, len(m) - num_real])
-        # leaky_relu(x, -1) is |x|. `cdist` has no second derivative, which R1 needs, and that of
-        # `abs` is a tensor without memory, which torch adds up on another device.
-        near = [(-F.leaky_relu(g[:, None] - g, -1.0).sum(3)).exp().sum(1) for g in groups]
-        return torch.cat(near)
-
-    def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
-        """`x`: (N, channels, 4, 4), D's last activations."""
-        o = self.similarity(x.mean((2, 3)), num_real)
-        added = (o[:, None] * self.weight).sum(2)
-        logits, classes = verdict.logits + added[:, 0], verdict.classes + added[:, 1:]
-        return verdict._replace(logits=logits, classes=classes)
-
-
+# ---- Virtual batch norm: Salimans et al. 2016, section 3.5.
 class VirtualBatchNorm2d(nn.Module):
-    """Batch norm by a fixed reference batch and the image itself (section 3.5): no image depends on
-    the others of its batch, in training or after."""
+    """Batch norm by a fixed reference batch and the image itself: no image depends on the others
+    of its batch, in training or after."""
 
-    def __init__(self, num_features: int, reference: int, eps: float = 1e-5) -> None:
+    def __init__(self, num_features: int, reference: int) -> None:
         """`reference`: how many images at the head of each batch are the reference."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
-        self.reference, self.eps = reference, eps
+        self.reference = reference
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         """`x`: (reference + N, num_features, H, W); `labels` are ignored.
@@ -1176,7 +1182,7 @@ class VirtualBatchNorm2d(nn.Module):
         pooled = ref_var.lerp(var[n:], share) + share * (1 - share) * gap.square()
         var = torch.cat([ref_var.expand_as(var[:n]), pooled])
         mean = torch.cat([ref_mean.expand_as(mean[:n]), ref_mean + share * gap])
-        gain = self.weight[:, None, None] * (var + self.eps).rsqrt()
+        gain = self.weight[:, None, None] * (var + 1e-5).rsqrt()
         shift = self.bias[:, None, None] - mean * gain
         return torch.addcmul(shift, wide, gain).to(x.dtype)
 
@@ -1201,8 +1207,13 @@ class VirtualGenerator(Generator):
         return super().forward(torch.cat([self.reference, z]))[len(self.reference) :]
 
 
+GENERATORS["virtual"] = VirtualGenerator
+G_NORMS["virtual"] = Variant(text="by a fixed reference batch", generator="virtual")
+
+
+# ---- Feature matching: Salimans et al. 2016, section 3.1.
 def g_matching(seen: Seen) -> Tensor:
-    """Feature matching, |mean f(real) - mean f(fake)|^2, as G's adversarial loss (section 3.1).
+    """|mean f(real) - mean f(fake)|^2, as G's adversarial loss.
 
     f is the output of D's last convolution (of the residual D: activated), each channel at each of
     4 x 4 places, before split norm, which would make the means equal. The gradient is 0 where both
@@ -1212,8 +1223,14 @@ def g_matching(seen: Seen) -> Tensor:
     return (real - fake).square().sum()
 
 
+LOSSES["matching"] = Loss(
+    text="feature matching for G", d=d_margin, g=g_matching, g_reads_reals=True
+)
+
+
+# ---- Historical averaging: Salimans et al. 2016, section 3.3.
 class HistoricalAverage(nn.Module):
-    """|theta - mean of theta[1] ... theta[t]|^2 over all weights of a network (section 3.3).
+    """|theta - mean of theta[1] ... theta[t]|^2 over all weights of a network.
 
     Pulls the weights back to where they were, so that the two players do not circle each other.
     The mean is not part of the gradient.
@@ -1222,58 +1239,25 @@ class HistoricalAverage(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.weights = list(network.parameters())  # in a list, so they are not registered here
-        count = torch.zeros((), dtype=torch.int64, device=self.weights[0].device)
-        self.register_buffer("count", count)
-        for k, weight in enumerate(self.weights):
-            self.register_buffer(f"mean_{k}", weight.detach().clone())
+        self.register_buffer("mean", self.concatenated().detach())
+        self.register_buffer("count", torch.zeros((), device=self.mean.device))
+
+    def concatenated(self) -> Tensor:
+        """All weights as one vector."""
+        return torch.cat([weight.flatten() for weight in self.weights])
 
     def forward(self, seen: Seen) -> Tensor:
         """Adds the current weights to the mean, then measures; reads nothing of `seen`."""
-        means = [self.get_buffer(f"mean_{k}") for k in range(len(self.weights))]
-        with torch.no_grad():
-            self.count += 1
-            share = 1 / self.count
-            for mean, weight in zip(means, self.weights):
-                mean.lerp_(weight, share)
-        gaps = [(weight - mean).square().sum() for weight, mean in zip(self.weights, means)]
-        return torch.stack(gaps).sum()
+        weights = self.concatenated()
+        self.count += 1
+        self.mean.lerp_(weights.detach(), 1 / self.count)
+        return (weights - self.mean).square().sum()
 
 
-GENERATORS["virtual"] = VirtualGenerator
-G_NORMS["virtual"] = Variant(text="by a fixed reference batch", generator="virtual")
-CONDITIONS["classes"] = Variant(
-    text="D classifies K breeds + fake, G is unconditional", needs=("classify",)
-)
-HEADS |= {  # in the order in which D applies them
-    "minibatch": Head(
-        wanted=lambda config: config.minibatch_features > 0,
-        make=lambda config, breeds: partial(
-            MinibatchDiscrimination, kernels=config.minibatch_features
-        ),
-    ),
-    "fake class": Head(
-        wanted=lambda config: config.condition == "classes",
-        make=lambda config, breeds: lambda channels, outputs: FakeClass(),
-        outputs=lambda breeds: breeds,
-    ),
-    "projection": Head(
-        wanted=is_conditional,
-        make=lambda config, breeds: lambda channels, outputs: Projection(channels, breeds),
-    ),
-    "classifier": Head(
-        wanted=lambda config: is_conditional(config) and config.classify > 0,
-        make=lambda config, breeds: lambda channels, outputs: Classifier(channels, breeds),
-    ),
-}
-LOSSES["matching"] = Loss(
-    text="feature matching for G", d=d_margin, g=g_matching, g_reads_reals=True
-)
 D_TERMS["history"] = G_TERMS["history"] = Term(HistoricalAverage)
 
 
-# Other adversarial losses, and the gradient penalty.
-
-
+# ---- Hinge loss: Lim and Ye 2017 (Geometric GAN).
 def d_hinge(seen: Seen) -> Tensor:
     """max(0, 1 - l) on reals and max(0, 1 + l) on fakes: gradient 0 past 1 (arXiv 1705.02894)."""
     return (1 - seen.real.logits).relu().mean() + (1 + seen.fake.logits).relu().mean()
@@ -1285,84 +1269,75 @@ def g_hinge(seen: Seen) -> Tensor:
 
 
 LOSSES["hinge"] = Loss(
-    text="hinge", d=d_hinge, g=g_hinge, certain=lambda seen: seen.real.logits > 1,
-    without=("margin", "smoothing"),
+    text="linear, but 0 for reals above 1 and fakes below -1", d=d_hinge, g=g_hinge,
+    certain=lambda seen: seen.real.logits > 1, without=("margin", "smoothing"),
 )  # fmt: skip
 
 
-def relativistic_squares(first: Tensor, second: Tensor, target: float) -> Tensor:
-    """(mean (a - mean b - target)^2 + mean (b - mean a + 1)^2) / 2 for logits a and b."""
-    above = (first - second.mean() - target).square().mean()
-    return (above + (second - first.mean() + 1).square().mean()) / 2
-
-
-def d_rals(seen: Seen) -> Tensor:
-    """Relativistic average least squares (Jolicoeur-Martineau 2018, arXiv 1807.00734).
-
-    0 only where all reals are 1 above the fakes' mean and all fakes 1 below the reals'. Smoothing s
-    makes the reals' target 1 - 2 s: the mean of +1 and -1 with probabilities 1 - s and s.
-    """
-    target = 1 - 2 * seen.config.smoothing
-    return relativistic_squares(seen.real.logits, seen.fake.logits, target)
-
-
-def g_rals(seen: Seen) -> Tensor:
-    """The same with reals and fakes exchanged; the gradient reaches G through the fakes."""
-    return relativistic_squares(seen.fake.logits, seen.real.logits, 1.0)
+# ---- Relativistic average least squares: Jolicoeur-Martineau 2018 (arXiv 1807.00734).
+def relativistic_squares(above: Tensor, below: Tensor) -> Tensor:
+    """(mean (a - mean b - 1)^2 + mean (b - mean a + 1)^2) / 2 for logits a and b: 0 only where all
+    a are 1 above the mean of b, and all b 1 below the mean of a."""
+    up, down = above - below.mean() - 1, below - above.mean() + 1
+    return (up.square().mean() + down.square().mean()) / 2
 
 
 LOSSES["rals"] = Loss(
-    text="relativistic average least squares", d=d_rals, g=g_rals, g_reads_reals=True,
-    certain=lambda seen: seen.real.logits - seen.fake.logits.mean() > 1, without=("margin",),
-)  # fmt: skip
+    text="relativistic average least squares",
+    d=lambda seen: relativistic_squares(seen.real.logits, seen.fake.logits),
+    g=lambda seen: relativistic_squares(seen.fake.logits, seen.real.logits),
+    certain=lambda seen: seen.real.logits - seen.fake.logits.mean() > 1,
+    g_reads_reals=True,
+    without=("margin", "smoothing"),
+)
 
 
+# ---- R1 gradient penalty: Mescheder et al. 2018 (arXiv 1801.04406).
 def gradient_penalty(seen: Seen) -> Tensor:
-    """R1: the mean over reals of |dD/dx|^2 / 2 (Mescheder et al. 2018, arXiv 1801.04406), where D
-    is the sum of the batch's logits, as split norm makes each depend on the others.
+    """The mean over reals of |dD/dx|^2 / 2, where D is the sum of the batch's logits, as split norm
+    makes each depend on the others.
 
     The inner gradient is taken of scaled logits, or fp16 would round it to 0, and without autocast,
     which would cast the backward pass's float32 products down.
     """
-    total = seen.real.logits.mean() * seen.scale
+    total, count = seen.real.logits.mean() * seen.scale, len(seen.real.logits)
     with torch.autocast("cuda" if total.is_cuda else "cpu", enabled=False):
         (slope,) = torch.autograd.grad(total, seen.images, create_graph=True)
-    count = len(seen.real.logits)
     return (slope[:count] * (count / seen.scale)).square().sum() / (2 * count)
 
 
 D_TERMS["r1"] = Term(gradient_penalty)
 
 
-# The residual pair, a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's
+# ---- The residual pair, a small BigGAN (Brock et al. 2019, arXiv 1809.11096), as the competition's
 # second place built it: no convolution or linear layer has a bias, and their weights and D's
 # embedding are spectrally normalised.
+class SpectralNorm(nn.Module):
+    """Divides a weight by its largest singular value (Miyato et al. 2018, arXiv 1802.05957).
+
+    One power iteration per forward in training mode; its vector is a buffer that changes in place.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """`weight`: (outputs, ...), orthogonal: then any vector is right at first."""
+        super().__init__()
+        self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Computes in float32: autocast would round the products, by 0.4 % in bf16."""
+        with torch.autocast("cuda" if weight.is_cuda else "cpu", enabled=False):
+            matrix = weight.flatten(1)
+            with torch.no_grad():
+                u = F.normalize(matrix @ self.v, dim=0)
+                if self.training:
+                    self.v.copy_(F.normalize(matrix.T @ u, dim=0))
+            return weight / (u @ (matrix @ self.v))
 
 
 def spectral(layer: nn.Module) -> nn.Module:
-    """`layer` with an orthogonal initial weight, always divided by its largest singular value.
-
-    Miyato et al. 2018 (arXiv 1802.05957). One power iteration per forward in training mode; its
-    vectors are buffers that change in place.
-    """
+    """`layer` with an orthogonal initial weight and spectral norm."""
     nn.init.orthogonal_(layer.weight)
-    return spectral_norm(layer)
-
-
-@contextmanager
-def spectral_weights(network: nn.Module) -> Iterator[None]:
-    """Compute each spectrally normalised weight once for the forward inside, in float32.
-
-    Under autocast the power iteration's products would be in half precision: an error of 0.4 % in
-    every weight in bf16, and on a GPU torch's spectral norm fails on them.
-    """
-    kind = "cuda" if next(network.parameters()).is_cuda else "cpu"
-    with parametrize.cached():
-        with torch.autocast(kind, enabled=False):
-            for module in network.modules():
-                if parametrize.is_parametrized(module):
-                    module.weight  # noqa: B018 (computes and caches it)
-        yield
+    return parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
 
 class LatentBatchNorm2d(nn.Module):
@@ -1402,9 +1377,7 @@ class NonLocalBlock(nn.Module):
         query = self.query(x).flatten(2)  # (N, keys, HW)
         key, value = (F.max_pool2d(conv(x), 2).flatten(2) for conv in (self.key, self.value))
         attention = (query.mT @ key).softmax(2)  # (N, HW, HW / 4)
-        mixed = (attention @ value.mT).mT.unflatten(2, x.shape[2:])  # channels last in memory
-        mixed = mixed.contiguous() if x.is_contiguous() else mixed
-        return x + self.gain * self.out(mixed)
+        return x + self.gain * self.out((value @ attention.mT).unflatten(2, x.shape[2:]))
 
 
 class UpBlock(nn.Module):
@@ -1451,18 +1424,17 @@ class ResidualGenerator(nn.Module):
     numbers that all four blocks share, as in BigGAN and in the author's notebook.
     """
 
-    EMBEDDING = 32
-
-    def __init__(self, latent_dim: int = 100, width: int = 64, breeds: int = 0) -> None:
+    def __init__(self, latent_dim: int, width: int, breeds: int) -> None:
         """`latent_dim`: at least 5. `breeds`: how many it is conditioned on; 0 = unconditional."""
         super().__init__()
         self.constructor = {
             "kind": "residual", "latent_dim": latent_dim, "width": width, "breeds": breeds,
         }  # fmt: skip
-        self.latent_dim, self.breeds, code_dim = latent_dim, breeds, 0
+        self.latent_dim, self.breeds = latent_dim, breeds
+        code_dim = 32 if breeds else 0
         if breeds:
             self.register_buffer("frequency", torch.full((breeds,), 1 / breeds))
-            self.embedding, code_dim = nn.Embedding(breeds, self.EMBEDDING), self.EMBEDDING
+            self.embedding = nn.Embedding(breeds, code_dim)
             nn.init.orthogonal_(self.embedding.weight)
         first, *pieces = (len(piece) for piece in torch.empty(latent_dim).tensor_split(5))
         self.linear = spectral(nn.Linear(first, 8 * width * 16, bias=False))
@@ -1479,24 +1451,22 @@ class ResidualGenerator(nn.Module):
         if self.breeds:
             breed = self.embedding(labels)
             codes = [torch.cat([piece, breed], 1) for piece in codes]
-        with spectral_weights(self):
-            x = self.linear(first).unflatten(1, (-1, 4, 4))
-            for block, code in zip(self.blocks, codes):
-                x = block(x, code)
-                if x.shape[-1] == 32:
-                    x = self.non_local(x)
-            return at_least_float32(self.to_rgb(F.relu(self.norm(x), inplace=True))).tanh()
+        x = self.linear(first).unflatten(1, (-1, 4, 4))
+        for block, code in zip(self.blocks, codes):
+            x = block(x, code)
+            if x.shape[-1] == 32:
+                x = self.non_local(x)
+        return at_least_float32(self.to_rgb(F.relu(self.norm(x), inplace=True))).tanh()
 
     @torch.no_grad()
-    def settle(self, rounds: int = 200) -> None:
+    def settle(self) -> None:
         """Run the power iteration to convergence for newly loaded weights, then freeze its vectors:
         those of averaged weights differ from those of the weights in training."""
-        for _ in range(rounds):
-            with spectral_weights(self):
-                pass
-        for module in self.modules():
-            if parametrize.is_parametrized(module):
-                module.parametrizations.eval()
+        for layer in self.modules():
+            if parametrize.is_parametrized(layer):
+                for _ in range(200):
+                    layer.weight  # noqa: B018 (an iteration)
+                layer.parametrizations.eval()
 
 
 class ResidualDiscriminator(nn.Module):
@@ -1506,34 +1476,28 @@ class ResidualDiscriminator(nn.Module):
     slides exempt only G's.
     """
 
-    def __init__(self, width: int = 64, breeds: int = 0, classify: bool = False) -> None:
+    def __init__(self, width: int, breeds: int, classify: bool) -> None:
         """`classify`: with a classifier of the breeds."""
         super().__init__()
-        self.blocks = nn.ModuleList()
-        for source, target in ((0, 1), (1, 2), (2, 4), (4, 8)):
-            self.blocks.append(DownBlock(source * width or 3, target * width, first=not source))
-        self.non_local = NonLocalBlock(width)
+        self.blocks = nn.Sequential(
+            DownBlock(3, width, first=True), NonLocalBlock(width), DownBlock(width, 2 * width),
+            DownBlock(2 * width, 4 * width), DownBlock(4 * width, 8 * width), nn.ReLU(),
+        )  # fmt: skip
         self.linear = spectral(nn.Linear(8 * width, 1, bias=False))
         self.projection = spectral(nn.Embedding(breeds, 8 * width)) if breeds else None
         self.classifier = spectral(nn.Linear(8 * width, breeds, bias=False)) if classify else None
 
     def forward(self, images: Tensor, num_real: int, labels: Tensor | None = None) -> Verdict:
         """As `Discriminator`; `num_real` is ignored."""
-        with spectral_weights(self):
-            x = images
-            for block in self.blocks:
-                x = block(x)
-                if x.shape[-1] == 32:
-                    x = self.non_local(x)
-            x = F.relu(x)
-            pooled = at_least_float32(x).sum((2, 3))
-            # Differences of 1 between sums over 16 places: too fine for half precision.
-            with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-                logits = self.linear(pooled).flatten()
-                if self.projection is not None:
-                    logits = logits + (self.projection(labels) * pooled).sum(1)
-                classes = pooled[:, :0] if self.classifier is None else self.classifier(pooled)
-            return Verdict(logits, x, classes)
+        x = self.blocks(images)
+        pooled = at_least_float32(x).sum((2, 3))
+        # Differences of 1 between sums over 16 places: too fine for half precision.
+        with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+            logits = self.linear(pooled).flatten()
+            if self.projection is not None:
+                logits = logits + (self.projection(labels) * pooled).sum(1)
+            classes = pooled[:, :0] if self.classifier is None else self.classifier(pooled)
+        return Verdict(logits, x, classes)
 
 
 def residual(config: Config, breeds: int) -> tuple[nn.Module, nn.Module]:
@@ -1542,7 +1506,7 @@ def residual(config: Config, breeds: int) -> tuple[nn.Module, nn.Module]:
         raise UserError(
             "--architecture residual splits a latent into 5: give --latent-dim 5 or more."
         )
-    breeds = breeds if is_conditional(config) else 0
+    breeds = breeds if config.condition == "breed" else 0
     G = ResidualGenerator(config.latent_dim, config.width, breeds)
     return G, ResidualDiscriminator(config.d_width or config.width, breeds, config.classify > 0)
 
