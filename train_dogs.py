@@ -618,14 +618,7 @@ class Latents(Row):
     draw: Callable[..., Tensor]
 
 
-LATENTS = {
-    "normal": Latents(text="standard normal", draw=torch.randn),
-    "uniform": Latents(
-        text="from -1 to 1",
-        draw=lambda *shape, **how: 2 * torch.rand(*shape, **how) - 1,
-        without=("truncation",),
-    ),
-}
+LATENTS = {"normal": Latents(text="standard normal", draw=torch.randn)}
 
 
 class Batches:
@@ -998,6 +991,14 @@ def parse_augment(text: str) -> tuple[str, ...]:
     return names
 
 
+# ---- The latents of Radford et al. 2015.
+LATENTS["uniform"] = Latents(
+    text="from -1 to 1",
+    draw=lambda *shape, **how: 2 * torch.rand(*shape, **how) - 1,
+    without=("truncation",),
+)
+
+
 # ---- Minibatch discrimination: Salimans et al. 2016 (Improved Techniques for Training GANs, arXiv
 # 1606.03498), section 3.2.
 class MinibatchDiscrimination(nn.Module):
@@ -1275,20 +1276,23 @@ LOSSES["hinge"] = Loss(
 
 
 # ---- Relativistic average least squares: Jolicoeur-Martineau 2018 (arXiv 1807.00734).
-def relativistic_squares(above: Tensor, below: Tensor) -> Tensor:
+def relativistic_squares(above: Tensor, below: Tensor, smoothing: float = 0.0) -> Tensor:
     """(mean (a - mean b - 1)^2 + mean (b - mean a + 1)^2) / 2 for logits a and b: 0 only where all
-    a are 1 above the mean of b, and all b 1 below the mean of a."""
-    up, down = above - below.mean() - 1, below - above.mean() + 1
+    a are 1 above the mean of b, and all b 1 below the mean of a.
+
+    Smoothing s makes the first target 1 - 2 s: the mean of 1 and -1 with chances of 1 - s and s.
+    """
+    up, down = above - below.mean() - (1 - 2 * smoothing), below - above.mean() + 1
     return (up.square().mean() + down.square().mean()) / 2
 
 
 LOSSES["rals"] = Loss(
     text="relativistic average least squares",
-    d=lambda seen: relativistic_squares(seen.real.logits, seen.fake.logits),
+    d=lambda seen: relativistic_squares(seen.real.logits, seen.fake.logits, seen.config.smoothing),
     g=lambda seen: relativistic_squares(seen.fake.logits, seen.real.logits),
     certain=lambda seen: seen.real.logits - seen.fake.logits.mean() > 1,
     g_reads_reals=True,
-    without=("margin", "smoothing"),
+    without=("margin",),
 )
 
 

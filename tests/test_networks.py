@@ -310,13 +310,11 @@ def test_the_generators_loss_is_the_non_saturating_one(values):
     assert (gradient < 0).all()
 
 
-def test_past_margin_counts_reals_of_which_d_is_certain_by_each_loss():
+def test_past_margin_counts_reals_of_which_d_is_certain():
     r, f = torch.tensor([logit(0.79), logit(0.81), 1.6]), torch.tensor([0.3, 0.5])
     assert LOSSES["margin"].certain is past_margin
     assert past_margin(seen(r, f, margin=0.8)).tolist() == [False, True, True]
     assert past_margin(seen(r, f, margin=1.0)).tolist() == [False, True, True]  # as for 0.8
-    certain = {name: LOSSES[name].certain(seen(r, f)).tolist() for name in ("hinge", "rals")}
-    assert certain == {"hinge": [True, True, True], "rals": [False, True, True]}
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4, 1e30, -1e30])

@@ -199,7 +199,7 @@ def test_rows_exclude_what_their_networks_and_losses_cannot_do():
     assert excluded >= {
         ("none", "classify"), ("none", "labelled"), ("breed", "labelled"), ("hinge", "margin"),
         ("uniform", "truncation"),
-        ("breed", "g_norm=virtual"), ("rals", "smoothing"), ("residual", "g_norm"),
+        ("breed", "g_norm=virtual"), ("rals", "margin"), ("residual", "g_norm"),
         ("residual", "minibatch_features"), ("residual", "condition=classes"),
     }  # fmt: skip
 

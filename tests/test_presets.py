@@ -193,6 +193,18 @@ def test_rals_and_its_gradient_are_the_papers_sums_and_g_swaps_the_sides(reals, 
     np.testing.assert_allclose(of_g, np.array(slopes) / len(fakes), atol=1e-9)
 
 
+@given(reals=LOGITS, fakes=LOGITS, s=st.floats(0, 0.5))
+def test_smoothing_of_rals_is_the_mean_over_labels_that_are_right_or_wrong(reals, fakes, s):
+    """A real's label is -1 with probability s: only a constant, 2 s (1 - s), is left out."""
+    real, fake = (torch.tensor(logits, dtype=torch.float64) for logits in (reals, fakes))
+    none, gap = torch.empty(0), real - fake.mean()
+    verdicts = (Verdict(logits, none, none) for logits in (real, fake))
+    loss = LOSSES["rals"].d(Seen(none, none, none, *verdicts, none, Config(smoothing=s), 1.0))
+    over_labels = (1 - s) * (gap - 1).square().mean() + s * (gap + 1).square().mean()
+    expected = (over_labels + (fake - real.mean() + 1).square().mean()) / 2 - 2 * s * (1 - s)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_rals_is_0_only_where_each_side_is_1_from_the_others_mean():
     (d, _), slopes = values_and_slopes("rals", [2.5] * 3, [1.5] * 2)
     assert d == 0 and not slopes[0].any() and not slopes[1].any()
