@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import SAMPLE
 
 import train_dogs
-from train_dogs import find_photos, prepare_crops, to_bytes, write_zip
+from train_dogs import to_bytes, write_zip
 
 
 def pictures(count: int, seed: int = 0) -> np.ndarray:
@@ -265,25 +264,3 @@ def test_what_is_drawn_of_one_seed_is_drawn_of_its_own_part_of_it(tmp_path, monk
         used.clear()
         draw()
         assert used == uses
-
-
-def test_finishing_is_estimated_for_all_the_batches_that_it_will_draw(own_cache, monkeypatch):
-    now = [0.0]
-    crops = prepare_crops(find_photos([SAMPLE]), "square", show=False)
-    config = train_dogs.Config(width=1, latent_dim=4, batch_size=4, images=1000, precision="fp32")
-    trainer = train_dogs.Trainer(config, crops, torch.device("cpu"))
-    generator, sample = trainer.averages.generator, train_dogs.sample_images
-
-    def slow_generator(G: object, which: str, batches: int, config: object) -> object:
-        now[0] += 3 + batches
-        return generator(G, which, batches, config)
-
-    def slow_sample(*args: object) -> object:
-        now[0] += 2
-        return sample(*args)
-
-    monkeypatch.setattr(trainer.averages, "generator", slow_generator)
-    monkeypatch.setattr(train_dogs, "sample_images", slow_sample)
-    monkeypatch.setattr(train_dogs.time, "monotonic", lambda: now[0])
-    # Three seconds once, a second for a batch of the norms, two for one of images and its PNGs.
-    assert train_dogs.estimate_finish(trainer) == 3 + train_dogs.NORM_BATCHES + 8 * 2
