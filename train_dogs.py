@@ -2746,7 +2746,7 @@ def seed_for(seed: int, use: str) -> int:
 
 
 def draw_latents(count: int, config: Config, use: str) -> Tensor:
-    """float32 (count, latent_dim) latents for a use in `SEED_USES`; row k does not depend on
+    """float32 (count, latent_dim) latents for a use in `SEED_USES`; row k is the same for any
     `count`.
 
     Truncation t > 0: normal given |z| <= t, by the inverse of its distribution function.
@@ -2765,7 +2765,7 @@ def draw_latents(count: int, config: Config, use: str) -> Tensor:
 
 
 def draw_labels(G: nn.Module, count: int, seed: int) -> Tensor:
-    """int64 (count,) breeds, as frequent as in the data; row k does not depend on `count`.
+    """int64 (count,) breeds, as frequent as in the data; row k is the same for any `count`.
 
     Zeros for an unconditional G.
     """
@@ -2879,12 +2879,7 @@ def write_zip(path: Path, batches: Iterable[np.ndarray]) -> None:
 
 
 class TooLate(Exception):
-    """A zip was given up, as it would not be finished in time. `seconds_left`: what the rest of it
-    takes at the rate so far."""
-
-    def __init__(self, seconds_left: float) -> None:
-        super().__init__()
-        self.seconds_left = seconds_left
+    """A zip was given up; its argument: the seconds that the rest takes at the rate so far."""
 
 
 def in_time(batches: Iterator, count: int, deadline: float) -> Iterator:
@@ -3007,11 +3002,7 @@ def write_walk(G: nn.Module, config: Config, breeds: Sequence[int]) -> None:
         z = first.lerp(second, (1 - angle.cos()) / 2)
     else:  # any point of the circle is a standard normal latent
         z = first * angle.cos() + second * angle.sin()
-    labels = (
-        torch.arange(WALK_FRAMES).repeat(WALK_ROWS)
-        if breeds
-        else draw_labels(G, z[..., 0].numel(), 0)
-    )
+    labels = torch.arange(WALK_FRAMES).repeat(WALK_ROWS)  # an unconditional G ignores them
     images = np.concatenate(list(sample_images(G, z.flatten(0, 1), labels)))
     images = images.reshape(WALK_ROWS, WALK_FRAMES, *images.shape[1:])
     columns = np.arange(WALK_COLUMNS) * (WALK_FRAMES // WALK_COLUMNS)
@@ -3060,8 +3051,7 @@ class Clock:
         parts before it."""
         self.steps, self.started = config.steps, started
         self.origin = started - used_before
-        self.budget_seconds = 3600 * config.hours
-        self.deadline = self.origin + self.budget_seconds
+        self.deadline = self.origin + 3600 * config.hours
         self.part_deadline = started + 3600 * config.part_hours
         self.end = min(self.deadline, self.part_deadline)  # of this part
         self.reserve = 0.0  # seconds for finishing, once measured
@@ -3082,8 +3072,8 @@ class Clock:
     def allows(self, seconds: float) -> bool:
         """Whether `seconds` not spent on training are under 2 % of the run (of at least 25
         minutes where there is no limit)."""
-        budget = self.budget_seconds if math.isfinite(self.budget_seconds) else 1500
-        return seconds <= 0.02 * max(budget, self.used())
+        budget = self.deadline - self.origin
+        return seconds <= 0.02 * (budget if math.isfinite(budget) else max(1500, self.used()))
 
 
 class Interrupts:
@@ -3160,7 +3150,7 @@ class Report:
         form = "{percentage:3.0f}%|{bar}| {desc}"
         self.bar = tqdm(total=1.0, bar_format=form, disable=not is_live())
         self.shown = self.logged = self.printed = -math.inf
-        self.last_steps, self.last_time, self.missed = 0, time.monotonic(), 0
+        self.last_steps, self.last_time, self.complete = 0, time.monotonic(), True
 
     def start(self, trainer: Trainer) -> None:
         """Count images per second from here."""
@@ -3179,9 +3169,9 @@ class Report:
                     file.truncate(end)  # no half line, to which the next would be glued
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if not self.missed:
+            if self.complete:
                 say(f"log.jsonl cannot be written ({error.strerror}): going on", sys.stderr)
-            self.missed += 1
+            self.complete = False
 
     def status(self, trainer: Trainer, clock: Clock, last: bool = False) -> dict[str, float]:
         """Show and, every 10 s, log the progress. Returns the mean losses since the last call."""
@@ -3248,7 +3238,7 @@ def write_early_zip(run: Run, deadline: float) -> None:
         submit(run.trainer, deadline)
         run.zip_of = f"step {run.trainer.steps_done}"
     except TooLate as late:
-        left = late.seconds_left
+        (left,) = late.args
     spent = time.monotonic() - begin
     run.zip_seconds, run.spent_on_zips = spent + left, run.spent_on_zips + spent
 
@@ -3261,24 +3251,21 @@ def reserve_time(run: Run) -> None:
     budget, over 30 s. Raises `UserError` where the budget is too small for a zip.
     """
     trainer, clock, out = run.trainer, run.clock, run.out
-    state, scratch = checkpoint_state(trainer, clock.used()), out / "checkpoint.new.pt"
-    begin = time.monotonic()
-    try:
-        save(scratch, state)
-    finally:
-        scratch.unlink(missing_ok=True)
-    # A checkpoint may have to wait for the one before it.
-    rest = 2 * (time.monotonic() - begin) + LAST_SHEET_SECONDS
     if trainer.steps_done and (out / "images.zip").exists():
         run.zip_of = "an earlier part"
-    begin = time.monotonic()
-    allowed = 0.2 * (clock.end - begin)
+    begin, allowed = time.monotonic(), 0.2 * clock.training_left()
     write_early_zip(run, begin + (allowed if math.isfinite(allowed) else 30.0))
+    zipped = time.monotonic()
+    write_checkpoint(out, checkpoint_state(trainer, clock.used()))
+    # A checkpoint may have to wait for the one before it.
+    rest = 2 * (time.monotonic() - zipped) + LAST_SHEET_SECONDS
     # More where it costs under 1 % of the budget, or where the last zip cannot be given up.
     spare = 0.3 if run.zip_of and not clock.allows(2 * run.zip_seconds) else 0.6
     left = clock.training_left()
     clock.reserve = min(0.9 * left, (1 + spare) * run.zip_seconds + rest)
     if run.zip_seconds + rest >= left:
+        if not trainer.steps_done:  # it has only the time that was used
+            (out / "checkpoint.pt").unlink()
         part = clock.part_deadline < clock.deadline
         used = begin - (clock.started if part else clock.origin)
         minutes = math.ceil((used + 2.2 * run.zip_seconds + 2 * rest) / 6) / 10
@@ -3287,7 +3274,6 @@ def reserve_time(run: Run) -> None:
             f"the budget is too small to sample {trainer.config.images} images on this device:"
             f" give {remedy} or more, or fewer --images; or --sample-only after an earlier run."
         )
-    write_checkpoint(out, state)  # for a rollback
 
 
 def train_within_budget(run: Run) -> None:
@@ -3305,12 +3291,11 @@ def train_within_budget(run: Run) -> None:
         if not trainer.is_healthy():
             roll_back(trainer, report, run.options)
         report.status(trainer, run.clock, last=True)
-        saver.save(trainer, run.clock.used() + run.clock.reserve, done)  # at most, at its end
+        # Before the zip, as it cannot be given up. The time is that of the end, at most.
+        saver.save(trainer, run.clock.used() + run.clock.reserve, done)
+        saver.wait()
     finally:
-        try:
-            saver.wait()
-        finally:  # a second Ctrl-C waits for the files too
-            saver.pool.shutdown()
+        saver.pool.shutdown()  # waits for the file, after a second Ctrl-C too
 
 
 def train(run: Run, saver: Saver) -> bool:
@@ -3455,23 +3440,23 @@ def start_run(options: Options, device: torch.device, started: float, stop: Inte
     run = Run(options, trainer, clock, Report(out), stop, out)
     try:
         run.report.event(
-            device=describe_device(device), precision=trainer.precision, config=plain(config)
-        )
-        run.report.event(plan[0], skipped=trainer.crops.skipped)
-        run.report.event(plan[1])
+            device=describe_device(device), precision=trainer.precision, config=plain(config),
+            skipped=trainer.crops.skipped,
+        )  # fmt: skip
+        for line in plan:
+            run.report.event(line)
         if state:
             continue_from(run, state)
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(plain(config), indent=2), encoding="utf-8")
         reals = draw_sheet(real_images(trainer.crops, config))
         save_picture(out / "samples" / "real.png", [reals])
-        more = state and (
-            config.steps > state["config"].steps or config.hours > state["config"].hours
-        )
-        if not state or not state["finished"] or more:
-            train_within_budget(run)
-        else:
+        saved = state["config"] if state else config
+        longer = config.steps > saved.steps or config.hours > saved.hours
+        if state and state["finished"] and not longer:
             clock.end = math.inf  # it is only submitted again
+        else:
+            train_within_budget(run)
         finish(run)
     finally:
         run.report.bar.close()
@@ -3507,12 +3492,12 @@ def sample_only(options: Options, device: torch.device) -> int:
     breeds = find_breeds(options.breed, state["breeds"], G.breeds)
     if options.walk:
         write_walk(G, config, breeds or list(range(G.breeds))[:8])
-        say(f"{Path(config.out) / 'walk.webp'}: eight walks of the {WEIGHTS[state['weights']]}")
-        return 0
-    labels = torch.tensor(breeds)[torch.arange(config.images) % len(breeds)] if breeds else None
-    write_images(G, config, labels)
-    kind = WEIGHTS[state["weights"]]
-    say(f"{Path(config.out) / 'images.zip'}: {config.images} dogs of the {kind}")
+        made = "walk.webp: eight walks"
+    else:
+        labels = torch.tensor(breeds)[torch.arange(config.images) % len(breeds)] if breeds else None
+        write_images(G, config, labels)
+        made = f"images.zip: {config.images} dogs"
+    say(f"{Path(config.out) / made} of the {WEIGHTS[state['weights']]}")
     return 0
 
 
