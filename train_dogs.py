@@ -3117,15 +3117,14 @@ def only_run_in(out: Path) -> Iterator[None]:
         return
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(folder)
-        raise UserError(
-            f"another run is writing to {out}: wait for its end, or give another --out."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing to {out}: wait for its end, or give another --out."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
         for place in (out, out / "samples"):
             remove_parts(place)
         yield
@@ -3246,7 +3245,7 @@ def write_early_zip(run: Run, deadline: float) -> None:
 def reserve_time(run: Run) -> None:
     """Write a first zip and a first checkpoint, and reserve the time that the last ones take.
 
-    Once there is a zip, the last one can be given up, and the run ends in time whatever slows the
+    With a first zip, the last one can be given up, and the run ends in time whatever slows the
     machine down. The first is left out where it would take over a fifth of the time or, without a
     budget, over 30 s. Raises `UserError` where the budget is too small for a zip.
     """
@@ -3264,7 +3263,7 @@ def reserve_time(run: Run) -> None:
     left = clock.training_left()
     clock.reserve = min(0.9 * left, (1 + spare) * run.zip_seconds + rest)
     if run.zip_seconds + rest >= left:
-        if not trainer.steps_done:  # it has only the time that was used
+        if not trainer.steps_done:  # the next try starts with the whole budget
             (out / "checkpoint.pt").unlink()
         part = clock.part_deadline < clock.deadline
         used = begin - (clock.started if part else clock.origin)
@@ -3367,8 +3366,8 @@ def check_samples(run: Run) -> None:
 def finish(run: Run) -> None:
     """Write `generator.pt`, the zip, the last sheet and the animation, and print where they are.
 
-    The zip comes first. If there is an earlier one it must be finished in time, and the sheets must
-    always be.
+    The zip comes first. It is given up where it would be late and an earlier one exists; sheet and
+    animation are left out where they would be late.
     """
     trainer, out, config, steps = run.trainer, run.out, run.trainer.config, run.trainer.steps_done
     try:
