@@ -3232,10 +3232,15 @@ class Run:
 
 def write_early_zip(run: Run, deadline: float) -> None:
     """Submit the present weights if it can be done in time, and measure how long it takes."""
-    begin, left = time.monotonic(), 0.0
+    trainer, begin, left = run.trainer, time.monotonic(), 0.0
+    trainer.averages.generator(trainer.G, "none", 1, trainer.config)
+    batch = time.monotonic() - begin  # about what each batch for the norms takes
     try:
-        submit(run.trainer, deadline)
-        run.zip_of = f"step {run.trainer.steps_done}"
+        if begin + NORM_BATCHES * batch > deadline:
+            # An image of the zip is encoded, too.
+            raise TooLate(batch * (NORM_BATCHES + 1.5 * trainer.config.images / SAMPLE_BATCH))
+        submit(trainer, deadline)
+        run.zip_of = f"step {trainer.steps_done}"
     except TooLate as late:
         (left,) = late.args
     spent = time.monotonic() - begin

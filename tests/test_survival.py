@@ -739,7 +739,8 @@ class MovedClock:
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, sampling: float, saving: float) -> None:
-        """`sampling`: the price of 128 images for a zip; `saving`: that of a checkpoint."""
+        """`sampling`: the price of 128 images of a zip; half of it: of 128 for the norms;
+        `saving`: that of a checkpoint."""
         self.now, self.slower, self.lock = 1000.0, 1.0, threading.Lock()
         sample = train_dogs.sample_images
 
@@ -751,8 +752,15 @@ class MovedClock:
         patch.setattr(train_dogs, "sample_images", sampled)
         patch.setattr(Trainer, "one_step", lambda _: None)
         patch.setattr(Trainer, "step", self.priced(Trainer.step, 0.5))
-        for name, price in (("estimate_norms", 1.0), ("save", saving), ("save_picture", 0.2)):
+        for name, price in (("save", saving), ("save_picture", 0.2)):
             patch.setattr(train_dogs, name, self.priced(getattr(train_dogs, name), price))
+        estimate = train_dogs.estimate_norms
+
+        def estimated(G: object, batches: int, config: Config) -> object:
+            self.pay(batches * sampling / 2)
+            return estimate(G, batches, config)
+
+        patch.setattr(train_dogs, "estimate_norms", estimated)
         fake = SimpleNamespace(monotonic=lambda: self.now, time=time.time)
         patch.setattr(train_dogs, "time", fake)
 
@@ -788,7 +796,7 @@ class MovedClock:
         return self.now - began
 
 
-@pytest.mark.parametrize(("sampling", "early"), [(6.0, True), (15.0, False)])
+@pytest.mark.parametrize(("sampling", "early"), [(2.0, True), (5.0, False)])
 def test_without_a_budget_a_first_zip_is_written_before_the_first_step_if_it_takes_under_30_s(
     sampling, early, tmp_path, monkeypatch
 ):
@@ -858,7 +866,7 @@ def test_only_a_larger_budget_trains_a_finished_run_further(tmp_path, monkeypatc
     assert done[0] == done[1] == done[2] < done[3]
 
 
-@pytest.mark.parametrize(("sampling", "saving"), [(3.0, 0.1), (0.1, 3.0)])
+@pytest.mark.parametrize(("sampling", "saving"), [(1.5, 0.1), (0.1, 3.0)])
 def test_the_parts_of_a_run_end_within_its_budget_together(sampling, saving, tmp_path, monkeypatch):
     clock, out = MovedClock(monkeypatch, sampling, saving), tmp_path / "out"
     argv = arguments(out, images=256, minutes=3, average_every=1)
