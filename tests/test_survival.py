@@ -796,7 +796,7 @@ class MovedClock:
         return self.now - began
 
 
-@pytest.mark.parametrize(("sampling", "early"), [(2.0, True), (5.0, False)])
+@pytest.mark.parametrize(("sampling", "early"), [(1.5, True), (5.0, False)])
 def test_without_a_budget_a_first_zip_is_written_before_the_first_step_if_it_takes_under_30_s(
     sampling, early, tmp_path, monkeypatch
 ):
