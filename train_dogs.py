@@ -2859,8 +2859,9 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_zip(path: Path, batches: Iterable[np.ndarray]) -> None:
-    """Write `00000.png`... at the root of a zip, one batch at a time, encoded in threads.
+def write_zip(path: Path, batches: Iterable[np.ndarray]) -> int:
+    """Write `00000.png`... at the root of a zip, one batch at a time, encoded in threads. Returns
+    how many there are.
 
     `batches`: uint8 (n, 64, 64, 3) arrays. Stored, not deflated: PNGs do not shrink again.
     """
@@ -2876,46 +2877,59 @@ def write_zip(path: Path, batches: Iterable[np.ndarray]) -> None:
             name = zipfile.ZipInfo(f"{count:05d}.png", date_time=(1980, 1, 1, 0, 0, 0))
             name.external_attr = 0o644 << 16
             archive.writestr(name, png)
+    return count + 1
 
 
 class TooLate(Exception):
     """A zip was given up; its argument: the seconds that the rest takes at the rate so far."""
 
 
-def in_time(batches: Iterator, count: int, deadline: float) -> Iterator:
+def in_time(batches: Iterator, count: int, deadline: float, partial: bool) -> Iterator:
     """The `count` batches, at least the first. Raises `TooLate` once the next two, or a quarter of
     the rest, would not be done before `deadline` (a `time.monotonic()`) at the mean rate so far.
 
-    Not the whole rest: what slows the machine down may end.
+    Not the whole rest: what slows the machine down may end. `partial`: where the next two would not
+    be done, the batches end.
     """
     start = time.monotonic()
     for done in range(count):
         now, left = time.monotonic(), count - done
         seconds = (now - start) / max(1, done)  # of a batch
-        if done and now + seconds * max(2, left / 4) > deadline:
+        if done and now + seconds * (2 if partial else max(2, left / 4)) > deadline:
+            if partial:
+                return
             raise TooLate(seconds * left)
         yield next(batches)
 
 
 def write_images(
-    G: nn.Module, config: Config, labels: Tensor | None = None, deadline: float = math.inf
-) -> None:
+    G: nn.Module,
+    config: Config,
+    labels: Tensor | None = None,
+    deadline: float = math.inf,
+    partial: bool = False,
+) -> int:
     """Draw `config.images` dogs into `images.zip`, of `labels` or as frequent as in the data.
-    Raises `TooLate` as `in_time` does; then the old file stays."""
+
+    `deadline`, `partial`: as for `in_time`, which may raise `TooLate`: then the old file stays.
+    Returns the number of images.
+    """
     latents = draw_latents(config.images, config, "submission")
     labels = draw_labels(G, config.images, config.seed) if labels is None else labels
     batches, count = sample_images(G, latents, labels), math.ceil(config.images / SAMPLE_BATCH)
-    write_zip(Path(config.out) / "images.zip", in_time(batches, count, deadline))
+    path = Path(config.out) / "images.zip"
+    return write_zip(path, in_time(batches, count, deadline, partial))
 
 
-def submit(trainer: Trainer, deadline: float = math.inf) -> tuple[nn.Module, str]:
-    """Average, estimate the norms, write `generator.pt` and `images.zip`. Returns G and which
-    weights it has. Raises `TooLate` as `in_time` does, with `generator.pt` written."""
+def submit(
+    trainer: Trainer, deadline: float = math.inf, partial: bool = False
+) -> tuple[nn.Module, str, int]:
+    """Average, estimate the norms, write `generator.pt` and then `images.zip`, as `write_images`.
+    Returns G, which weights it has, and the number of images. May raise `TooLate`."""
     config, choice = trainer.config, trainer.averages.choose(trainer.config.average)
     G = trainer.averages.generator(trainer.G, choice, NORM_BATCHES, config)
     save(Path(config.out) / "generator.pt", generator_state(trainer, G, choice))
-    write_images(G, config, deadline=deadline)
-    return G, choice
+    return G, choice, write_images(G, config, deadline=deadline, partial=partial)
 
 
 def generator_state(trainer: Trainer, G: nn.Module, choice: str) -> dict[str, object]:
@@ -3253,9 +3267,9 @@ def write_early_zip(run: Run, deadline: float) -> None:
 def reserve_time(run: Run) -> None:
     """Write a first zip and a first checkpoint, and reserve the time that the last ones take.
 
-    With a first zip, the last one can be given up, and the run ends in time whatever slows the
-    machine down. The first is left out where it would take over a fifth of the time or, without a
-    budget, over 30 s. Raises `UserError` where the budget is too small for a zip.
+    With a first zip, the last one can be given up where the machine becomes too slow. The first is
+    left out where it would take over a fifth of the time or, without a budget, over 30 s. Raises
+    `UserError` where the budget is too small for a zip.
     """
     trainer, clock, out = run.trainer, run.clock, run.out
     if trainer.steps_done and (out / "images.zip").exists():
@@ -3266,7 +3280,7 @@ def reserve_time(run: Run) -> None:
     write_checkpoint(out, checkpoint_state(trainer, clock.used()))
     # A checkpoint may have to wait for the one before it.
     rest = 2 * (time.monotonic() - zipped) + LAST_SHEET_SECONDS
-    # More where it costs under 1 % of the budget, or where the last zip cannot be given up.
+    # More where it costs under 1 % of the budget, or where the last zip would be the only one.
     spare = 0.3 if run.zip_of and not clock.allows(2 * run.zip_seconds) else 0.6
     left = clock.training_left()
     clock.reserve = min(0.9 * left, (1 + spare) * run.zip_seconds + rest)
@@ -3374,13 +3388,12 @@ def check_samples(run: Run) -> None:
 def finish(run: Run) -> None:
     """Write `generator.pt`, the zip, the last sheet and the animation, and print where they are.
 
-    The zip comes first. It is given up where it would be late and an earlier one exists; sheet and
-    animation are left out where they would be late.
+    The zip comes first. Where it would be late, it is given up if there is an earlier one, else it
+    has fewer images. Sheet and animation are left out where they would be late.
     """
     trainer, out, config, steps = run.trainer, run.out, run.trainer.config, run.trainer.steps_done
     try:
-        deadline = run.clock.end - EXIT_SECONDS if run.zip_of else math.inf
-        G, choice = submit(trainer, deadline)
+        G, choice, count = submit(trainer, run.clock.end - EXIT_SECONDS, partial=not run.zip_of)
     except TooLate:
         run.report.event(
             f"the machine became too slow for a last zip: {out / 'images.zip'} is of {run.zip_of};"
@@ -3389,12 +3402,16 @@ def finish(run: Run) -> None:
         return
     hours = p100_hours(config, steps, len(trainer.crops.breeds))
     run.report.event(
-        f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}, step {steps},"
+        f"{out / 'images.zip'}: {count} dogs of the {WEIGHTS[choice]}, step {steps},"
         f" {steps * config.batch_size:,} images seen, P100-hours: {hours:.3g}",
         step=steps,
         submitted=choice,
         p100_hours=hours,
     )
+    if count < config.images:
+        run.report.event(
+            f"the machine became too slow for {config.images} images: --sample-only draws them all"
+        )
     if time.monotonic() > run.clock.end - LAST_SHEET_SECONDS:
         return
     sheet, _ = save_sheet(G, trainer)

@@ -857,6 +857,20 @@ def test_a_last_zip_that_would_be_too_late_is_given_up_and_the_first_stays(tmp_p
     assert clock.run(*argv) < 60 and steps_of(out) == steps  # the finished run is submitted
 
 
+def test_without_an_earlier_zip_a_last_one_that_would_be_late_has_fewer_images(
+    tmp_path, monkeypatch
+):
+    clock, out = MovedClock(monkeypatch, 2.4, 0.1), tmp_path / "out"
+    argv = arguments(out, images=1280, minutes=2)
+    assert 0.9 * 120 <= clock.run(*argv, slower_end=3.0) <= 120
+    few, texts = pngs(out / "images.zip"), [line.get("text", "") for line in log_of(out)]
+    assert 128 <= len(few) < 1280 and any(f": {len(few)} dogs of" in text for text in texts)
+    assert any("too slow for 1280 images" in text for text in texts) and left_over(out) == []
+    assert train_dogs.main([*argv, "--sample-only"], clock.now) == 0  # as the sentence says
+    every = pngs(out / "images.zip")
+    assert len(every) == 1280 and list(every.items())[: len(few)] == list(few.items())
+
+
 def test_only_a_larger_budget_trains_a_finished_run_further(tmp_path, monkeypatch):
     clock, out = MovedClock(monkeypatch, 0.1, 0.1), tmp_path / "out"
     done = []
