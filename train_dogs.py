@@ -2662,7 +2662,7 @@ def seed_for(seed: int, use: str) -> int:
 
 
 def draw_latents(count: int, config: Config, use: str) -> Tensor:
-    """float32 (count, latent_dim) latents for a use in `SEED_USES`; row k does not depend on
+    """float32 (count, latent_dim) latents for a use in `SEED_USES`; row k is the same for any
     `count`.
 
     Truncation t > 0: normal given |z| <= t, by the inverse of its distribution function.
@@ -2679,7 +2679,7 @@ def draw_latents(count: int, config: Config, use: str) -> Tensor:
 
 
 def draw_labels(G: nn.Module, count: int, seed: int) -> Tensor:
-    """int64 (count,) breeds, as frequent as in the data; row k does not depend on `count`.
+    """int64 (count,) breeds, as frequent as in the data; row k is the same for any `count`.
 
     Zeros for an unconditional G.
     """
@@ -2773,36 +2773,77 @@ def encode_png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_zip(path: Path, batches: Iterable[np.ndarray]) -> None:
-    """Write `00000.png`... at the root of a zip, encoded in threads.
+def write_zip(path: Path, batches: Iterable[np.ndarray]) -> int:
+    """Write `00000.png`... at the root of a zip, one batch at a time, encoded in threads. Returns
+    how many there are.
 
     `batches`: uint8 (n, 64, 64, 3) arrays. Stored, not deflated: PNGs do not shrink again.
     """
-    # A task of 32 images keeps the threads out of each other's way; one image is too little work.
-    tasks = (batch[k : k + 32] for batch in batches for k in range(0, len(batch), 32))
+    # Eight tasks a batch: of single images the threads would get in each other's way.
+    pngs = (
+        png
+        for batch in batches
+        for task in in_threads(lambda images: [*map(encode_png, images)], np.array_split(batch, 8))
+        for png in task
+    )
     with whole_file(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-        encoded = in_threads(lambda task: [*map(encode_png, task)], tasks)
-        for count, png in enumerate(chain.from_iterable(encoded)):
+        for count, png in enumerate(pngs):
             name = zipfile.ZipInfo(f"{count:05d}.png", date_time=(1980, 1, 1, 0, 0, 0))
             name.external_attr = 0o644 << 16
             archive.writestr(name, png)
+    return count + 1
 
 
-def write_images(G: nn.Module, config: Config, labels: Tensor | None = None) -> None:
-    """Draw `config.images` dogs into `images.zip`, of `labels` or as frequent as in the data."""
+class TooLate(Exception):
+    """A zip was given up; its argument: the seconds that the rest takes at the rate so far."""
+
+
+def in_time(batches: Iterator, count: int, deadline: float, partial: bool) -> Iterator:
+    """The `count` batches, at least the first. Raises `TooLate` once the next two, or a quarter of
+    the rest, would not be done before `deadline` (a `time.monotonic()`) at the mean rate so far.
+
+    Not the whole rest: what slows the machine down may end. `partial`: where the next two would not
+    be done, the batches end.
+    """
+    start = time.monotonic()
+    for done in range(count):
+        now, left = time.monotonic(), count - done
+        seconds = (now - start) / max(1, done)  # of a batch
+        if done and now + seconds * (2 if partial else max(2, left / 4)) > deadline:
+            if partial:
+                return
+            raise TooLate(seconds * left)
+        yield next(batches)
+
+
+def write_images(
+    G: nn.Module,
+    config: Config,
+    labels: Tensor | None = None,
+    deadline: float = math.inf,
+    partial: bool = False,
+) -> int:
+    """Draw `config.images` dogs into `images.zip`, of `labels` or as frequent as in the data.
+
+    `deadline`, `partial`: as for `in_time`, which may raise `TooLate`: then the old file stays.
+    Returns the number of images.
+    """
     latents = draw_latents(config.images, config, "submission")
     labels = draw_labels(G, config.images, config.seed) if labels is None else labels
-    write_zip(Path(config.out) / "images.zip", sample_images(G, latents, labels))
+    batches, count = sample_images(G, latents, labels), math.ceil(config.images / SAMPLE_BATCH)
+    path = Path(config.out) / "images.zip"
+    return write_zip(path, in_time(batches, count, deadline, partial))
 
 
-def submit(trainer: Trainer) -> tuple[nn.Module, str]:
-    """Average, estimate the norms, write `generator.pt` and `images.zip`. Returns G and which
-    weights it has."""
+def submit(
+    trainer: Trainer, deadline: float = math.inf, partial: bool = False
+) -> tuple[nn.Module, str, int]:
+    """Average, estimate the norms, write `generator.pt` and then `images.zip`, as `write_images`.
+    Returns G, which weights it has, and the number of images. May raise `TooLate`."""
     config, choice = trainer.config, trainer.averages.choose(trainer.config.average)
     G = trainer.averages.generator(trainer.G, choice, NORM_BATCHES, config)
     save(Path(config.out) / "generator.pt", generator_state(trainer, G, choice))
-    write_images(G, config)
-    return G, choice
+    return G, choice, write_images(G, config, deadline=deadline, partial=partial)
 
 
 def generator_state(trainer: Trainer, G: nn.Module, choice: str) -> dict[str, object]:
@@ -2862,9 +2903,12 @@ def save_picture(path: Path, frames: Sequence[Image.Image], **options: int) -> N
         frames[0].save(part, path.suffix[1:].upper(), **(several if len(frames) > 1 else options))
 
 
-def sheet_path(out: Path, step: int) -> Path:
-    """The file of a step's sheet."""
-    return out / "samples" / f"step_{step:07d}.png"
+def save_sheet(G: nn.Module, trainer: Trainer) -> tuple[Path, np.ndarray]:
+    """Write the sheet of this step. Returns its path and its images."""
+    path = Path(trainer.config.out) / "samples" / f"step_{trainer.steps_done:07d}.png"
+    images = sheet_images(G, trainer.config)
+    save_picture(path, [draw_sheet(images)])
+    return path, images
 
 
 WALK_ROWS, WALK_COLUMNS, WALK_FRAMES = 8, 10, 80
@@ -2886,11 +2930,7 @@ def write_walk(G: nn.Module, config: Config, breeds: Sequence[int]) -> None:
         z = first.lerp(second, (1 - angle.cos()) / 2)
     else:  # any point of the circle is a standard normal latent
         z = first * angle.cos() + second * angle.sin()
-    labels = (
-        torch.arange(WALK_FRAMES).repeat(WALK_ROWS)
-        if breeds
-        else draw_labels(G, z[..., 0].numel(), 0)
-    )
+    labels = torch.arange(WALK_FRAMES).repeat(WALK_ROWS)  # an unconditional G ignores them
     images = np.concatenate(list(sample_images(G, z.flatten(0, 1), labels)))
     images = images.reshape(WALK_ROWS, WALK_FRAMES, *images.shape[1:])
     columns = np.arange(WALK_COLUMNS) * (WALK_FRAMES // WALK_COLUMNS)
@@ -2927,6 +2967,8 @@ def pairwise_distance(images: np.ndarray) -> float:
 
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
 CHECKPOINT_SECONDS = 300.0
+LAST_SHEET_SECONDS = 3.0  # for the last sheet and the animation
+EXIT_SECONDS = 1.0  # from the last zip to the end of the process
 
 
 class Clock:
@@ -2937,9 +2979,9 @@ class Clock:
         parts before it."""
         self.steps, self.started = config.steps, started
         self.origin = started - used_before
-        self.budget_seconds = 3600 * config.hours
-        self.deadline = self.origin + self.budget_seconds
+        self.deadline = self.origin + 3600 * config.hours
         self.part_deadline = started + 3600 * config.part_hours
+        self.end = min(self.deadline, self.part_deadline)  # of this part
         self.reserve = 0.0  # seconds for finishing, once measured
 
     def used(self) -> float:
@@ -2948,7 +2990,7 @@ class Clock:
 
     def training_left(self) -> float:
         """Seconds until this part must begin to finish."""
-        return min(self.deadline, self.part_deadline) - self.reserve - time.monotonic()
+        return self.end - self.reserve - time.monotonic()
 
     def progress(self, steps_done: int) -> float:
         """The larger of steps done over `steps` and time used over the budget less the reserve."""
@@ -2958,8 +3000,8 @@ class Clock:
     def allows(self, seconds: float) -> bool:
         """Whether `seconds` not spent on training are under 2 % of the run (of at least 25
         minutes where there is no limit)."""
-        budget = self.budget_seconds if math.isfinite(self.budget_seconds) else 1500
-        return seconds <= 0.02 * max(budget, self.used())
+        budget = self.deadline - self.origin
+        return seconds <= 0.02 * (budget if math.isfinite(budget) else max(1500, self.used()))
 
 
 class Interrupts:
@@ -3003,15 +3045,14 @@ def only_run_in(out: Path) -> Iterator[None]:
         return
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(folder)
-        raise UserError(
-            f"another run is writing to {out}: wait for its end, or give another --out."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
-    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing to {out}: wait for its end, or give another --out."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
         for place in (out, out / "samples"):
             remove_parts(place)
         yield
@@ -3036,7 +3077,7 @@ class Report:
         form = "{percentage:3.0f}%|{bar}| {desc}"
         self.bar = tqdm(total=1.0, bar_format=form, disable=not is_live())
         self.shown = self.logged = self.printed = -math.inf
-        self.last_steps, self.last_time, self.missed = 0, time.monotonic(), 0
+        self.last_steps, self.last_time, self.complete = 0, time.monotonic(), True
 
     def start(self, trainer: Trainer) -> None:
         """Count images per second from here."""
@@ -3055,9 +3096,9 @@ class Report:
                     file.truncate(end)  # no half line, to which the next would be glued
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if not self.missed:
+            if self.complete:
                 say(f"log.jsonl cannot be written ({error.strerror}): going on", sys.stderr)
-            self.missed += 1
+            self.complete = False
 
     def status(self, trainer: Trainer, clock: Clock, last: bool = False) -> dict[str, float]:
         """Show and, every 10 s, log the progress. Returns the mean losses since the last call."""
@@ -3101,8 +3142,9 @@ def is_live() -> bool:
     return live and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch"
 
 
-class Run(NamedTuple):
-    """The parts of one run."""
+@dataclass
+class Run:
+    """The parts of one run, and what its zips and sheets cost."""
 
     options: Options
     trainer: Trainer
@@ -3110,90 +3152,91 @@ class Run(NamedTuple):
     report: Report
     stop: Interrupts
     out: Path
+    zip_of: str = ""  # which step images.zip is of, once it is this run's
+    zip_seconds: float = 0.0  # what a zip takes
+    spent_on_zips: float = 0.0  # seconds so far
+    spent_on_sheets: float = 0.0
 
 
-def estimate_finish(trainer: Trainer) -> float:
-    """Seconds that norms, sampling and the zip take here, measured on one and two batches."""
-    config = trainer.config
-    for _ in range(2):  # the first time warms up
-        marks = [time.monotonic()]
-        for batches in (1, 2):
-            G = trainer.averages.generator(trainer.G, "none", batches, config)
-            next(G.parameters()).sum().item()  # waits for the device
-            marks.append(time.monotonic())
-        latents, labels = (
-            draw_latents(SAMPLE_BATCH, config, "sheet"),
-            draw_labels(G, SAMPLE_BATCH, 0),
-        )
-        (images,) = sample_images(G, latents, labels)
-        list(in_threads(encode_png, images))
-        one, two, sampling = (b - a for a, b in pairwise([*marks, time.monotonic()]))
-    norms = one + (NORM_BATCHES - 1) * max(0.0, two - one)
-    return norms + math.ceil(config.images / SAMPLE_BATCH) * sampling
+def write_early_zip(run: Run, deadline: float) -> None:
+    """Submit the present weights if it can be done in time, and measure how long it takes."""
+    trainer, begin, left = run.trainer, time.monotonic(), 0.0
+    batch = math.inf  # the seconds of a batch for the norms; the first warms up
+    for _ in range(3):
+        start = time.monotonic()
+        trainer.averages.generator(trainer.G, "none", 1, trainer.config)
+        batch = min(batch, time.monotonic() - start)
+    try:
+        if start + NORM_BATCHES * batch > deadline:
+            # An image of the zip is encoded, too.
+            raise TooLate(batch * (NORM_BATCHES + 1.5 * trainer.config.images / SAMPLE_BATCH))
+        submit(trainer, deadline)
+        run.zip_of = f"step {trainer.steps_done}"
+    except TooLate as late:
+        (left,) = late.args
+    spent = time.monotonic() - begin
+    run.zip_seconds, run.spent_on_zips = spent + left, run.spent_on_zips + spent
 
 
-def reserve_time(run: Run) -> float:
-    """Write a first checkpoint, and a first zip if it costs under 2 % of the budget; reserve the
-    time that the last ones take.
+def reserve_time(run: Run) -> None:
+    """Write a first zip and a first checkpoint, and reserve the time that the last ones take.
 
-    Returns the seconds of finishing. Raises `UserError` where the budget is too small for them.
+    With a first zip, the last one can be given up where the machine becomes too slow. The first is
+    left out where it would take over a fifth of the time or, without a budget, over 30 s. Raises
+    `UserError` where the budget is too small for a zip.
     """
-    trainer, clock = run.trainer, run.clock
-    begin = time.monotonic()
-    state = checkpoint_state(trainer, clock.used())
-    save(run.out / "checkpoint.new.pt", state)
-    saving, finishing = time.monotonic() - begin, estimate_finish(trainer)
-    first = clock.training_left() > 4 * finishing and clock.allows(finishing)
-    if first:
-        write_checkpoint(run.out, state)  # so that an interrupt from here on leaves one
-        begin = time.monotonic()
-        submit(trainer)
-        finishing = time.monotonic() - begin
-    # More than measured, as other programs may slow down the end: generous where it costs under 1 %
-    # of the budget. The checkpoint may have to wait for the one before it. 2 s: sheet, animation.
-    clock.reserve = (1.5 if first else 1.3) * (finishing + 2 * saving) + 2
-    if clock.training_left() <= 0:
-        (run.out / "checkpoint.new.pt").unlink(missing_ok=True)
+    trainer, clock, out = run.trainer, run.clock, run.out
+    if trainer.steps_done and (out / "images.zip").exists():
+        run.zip_of = "an earlier part"
+    begin, allowed = time.monotonic(), 0.2 * clock.training_left()
+    write_early_zip(run, begin + (allowed if math.isfinite(allowed) else 30.0))
+    zipped = time.monotonic()
+    write_checkpoint(out, checkpoint_state(trainer, clock.used()))
+    # A checkpoint may have to wait for the one before it.
+    rest = 2 * (time.monotonic() - zipped) + LAST_SHEET_SECONDS
+    # More where it costs under 1 % of the budget, or where the last zip would be the only one.
+    spare = 0.3 if run.zip_of and not clock.allows(2 * run.zip_seconds) else 0.6
+    left = clock.training_left()
+    clock.reserve = min(0.9 * left, (1 + spare) * run.zip_seconds + rest)
+    if run.zip_seconds + rest >= left:
+        if not trainer.steps_done:  # the next try starts with the whole budget
+            (out / "checkpoint.pt").unlink()
         part = clock.part_deadline < clock.deadline
-        used = time.monotonic() - clock.started if part else clock.used()
-        minutes = math.ceil((used + 1.2 * clock.reserve) / 6) / 10
+        used = begin - (clock.started if part else clock.origin)
+        minutes = math.ceil((used + 2.2 * run.zip_seconds + 2 * rest) / 6) / 10
         remedy = f"--part-hours {minutes / 60 + 0.0005:.3f}" if part else f"--minutes {minutes}"
         raise UserError(
             f"the budget is too small to sample {trainer.config.images} images on this device:"
             f" give {remedy} or more, or fewer --images; or --sample-only after an earlier run."
         )
-    if not first:
-        write_checkpoint(run.out, state)  # for a rollback
-    return finishing
 
 
 def train_within_budget(run: Run) -> None:
     """Reserve the time to finish, train, and save. Raises `UserError` for too small a budget."""
     trainer, report = run.trainer, run.report
-    finishing = reserve_time(run)
+    reserve_time(run)
     run.stop.armed = True
     if reason := capture(trainer):
         report.event(f"{reason}: going on with slower eager steps", slower=reason)
     report.start(trainer)
     saver = Saver(run.out, report)
     try:
-        done = train(run, saver, finishing)
+        done = train(run, saver)
         saver.wait()
         if not trainer.is_healthy():
             roll_back(trainer, report, run.options)
         report.status(trainer, run.clock, last=True)
-        saver.save(trainer, run.clock.used() + run.clock.reserve, done)  # at most, at its end
+        # Before the zip, as it cannot be given up. The time is that of the end, at most.
+        saver.save(trainer, run.clock.used() + run.clock.reserve, done)
+        saver.wait()
     finally:
-        try:
-            saver.wait()
-        finally:  # a second Ctrl-C waits for the files too
-            saver.pool.shutdown()
+        saver.pool.shutdown()  # waits for the file, after a second Ctrl-C too
 
 
-def train(run: Run, saver: Saver, finishing: float) -> bool:
+def train(run: Run, saver: Saver) -> bool:
     """Train to progress 1 (returns True), or until this part's time is over or a signal came."""
     trainer, clock, report = run.trainer, run.clock, run.report
-    saved, spent = time.monotonic(), (0.0, finishing)
+    saved = time.monotonic()
     sheets = [s for s in SHEETS if s > clock.progress(trainer.steps_done)]
     while (progress := clock.progress(trainer.steps_done)) < 1:
         if run.stop.stopped or clock.training_left() <= 0:
@@ -3217,26 +3260,23 @@ def train(run: Run, saver: Saver, finishing: float) -> bool:
             saved = time.monotonic()
         if looking:
             sheets = [s for s in sheets if s > progress]
-            spent = show_progress(run, spent, finishing)
+            show_progress(run)
     return True
 
 
-def show_progress(run: Run, spent: tuple[float, float], finishing: float) -> tuple[float, float]:
-    """Write a sheet, and the zip again, if the seconds `spent` on each so far allow it: 5 % of the
-    time for sheets, 2 % of the run for zips. Returns `spent` with the new ones added."""
-    on_sheets, on_zips = spent
-    begin = time.monotonic()
+def show_progress(run: Run) -> None:
+    """Write a sheet, and the zip again, if the time spent on each so far allows it: 5 % of the time
+    for sheets, 2 % of the run for zips."""
+    clock = run.clock
     try:
-        if on_sheets <= 0.05 * run.clock.used():
+        if run.spent_on_sheets <= 0.05 * clock.used():
+            begin = time.monotonic()
             check_samples(run)
-            on_sheets += time.monotonic() - begin
-        begin = time.monotonic()
-        if run.clock.allows(on_zips + finishing):
-            submit(run.trainer)
-            on_zips += time.monotonic() - begin
+            run.spent_on_sheets += time.monotonic() - begin
+        if clock.allows(run.spent_on_zips + run.zip_seconds):
+            write_early_zip(run, clock.end - clock.reserve)
     except OSError as error:  # a full disk must not end the training
         run.report.event(f"samples cannot be written ({error.strerror}): going on")
-    return on_sheets, on_zips
 
 
 def check_samples(run: Run) -> None:
@@ -3245,8 +3285,7 @@ def check_samples(run: Run) -> None:
     stats = report.status(trainer, run.clock)
     choice = trainer.averages.choose(config.average)
     G = trainer.averages.generator(trainer.G, choice, 8, config)
-    images = sheet_images(G, config)
-    save_picture(sheet_path(run.out, trainer.steps_done), [draw_sheet(images)])
+    _, images = save_sheet(G, trainer)
     reals = real_images(trainer.crops, config)
     variety = pairwise_distance(images) / pairwise_distance(reals)
     report.event(step=trainer.steps_done, variety=round(variety, 4))
@@ -3261,22 +3300,38 @@ def check_samples(run: Run) -> None:
 
 
 def finish(run: Run) -> None:
-    """Write `generator.pt`, the zip, the last sheet and the animation, and print where they are."""
+    """Write `generator.pt`, the zip, the last sheet and the animation, and print where they are.
+
+    The zip comes first. Where it would be late, it is given up if there is an earlier one, else it
+    has fewer images. Sheet and animation are left out where they would be late.
+    """
     trainer, out, config, steps = run.trainer, run.out, run.trainer.config, run.trainer.steps_done
-    G, choice = submit(trainer)
-    sheet = sheet_path(out, steps)
-    save_picture(sheet, [draw_sheet(sheet_images(G, config))])
-    reals = draw_sheet(real_images(trainer.crops, config))
-    sheets = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
-    save_picture(out / "progress.webp", [reals, *sheets])
+    try:
+        G, choice, count = submit(trainer, run.clock.end - EXIT_SECONDS, partial=not run.zip_of)
+    except TooLate:
+        run.report.event(
+            f"the machine became too slow for a last zip: {out / 'images.zip'} is of {run.zip_of};"
+            f" --sample-only draws it from generator.pt, of step {steps}"
+        )
+        return
     hours = p100_hours(config, steps, len(trainer.crops.breeds))
     run.report.event(
-        f"{out / 'images.zip'}: {config.images} dogs of the {WEIGHTS[choice]}, step {steps},"
+        f"{out / 'images.zip'}: {count} dogs of the {WEIGHTS[choice]}, step {steps},"
         f" {steps * config.batch_size:,} images seen, P100-hours: {hours:.3g}",
         step=steps,
         submitted=choice,
         p100_hours=hours,
     )
+    if count < config.images:
+        run.report.event(
+            f"the machine became too slow for {config.images} images: --sample-only draws them all"
+        )
+    if time.monotonic() > run.clock.end - LAST_SHEET_SECONDS:
+        return
+    sheet, _ = save_sheet(G, trainer)
+    reals = draw_sheet(real_images(trainer.crops, config))
+    sheets = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
+    save_picture(out / "progress.webp", [reals, *sheets])
     run.report.event(f"look at {sheet} (100 of them) and {out / 'progress.webp'} (how they grew)")
 
 
@@ -3323,20 +3378,22 @@ def start_run(options: Options, device: torch.device, started: float, stop: Inte
     run = Run(options, trainer, clock, Report(out), stop, out)
     try:
         run.report.event(
-            device=describe_device(device), precision=trainer.precision, config=plain(config)
-        )
-        run.report.event(plan[0], skipped=trainer.crops.skipped)
-        run.report.event(plan[1])
+            device=describe_device(device), precision=trainer.precision, config=plain(config),
+            skipped=trainer.crops.skipped,
+        )  # fmt: skip
+        for line in plan:
+            run.report.event(line)
         if state:
             continue_from(run, state)
         with whole_file(out / "config.json") as part:
             part.write_text(json.dumps(plain(config), indent=2), encoding="utf-8")
         reals = draw_sheet(real_images(trainer.crops, config))
         save_picture(out / "samples" / "real.png", [reals])
-        more = state and (
-            config.steps > state["config"].steps or config.hours > state["config"].hours
-        )
-        if not state or not state["finished"] or more:
+        saved = state["config"] if state else config
+        longer = config.steps > saved.steps or config.hours > saved.hours
+        if state and state["finished"] and not longer:
+            clock.end = math.inf  # it is only submitted again
+        else:
             train_within_budget(run)
         finish(run)
     finally:
@@ -3373,12 +3430,12 @@ def sample_only(options: Options, device: torch.device) -> int:
     breeds = find_breeds(options.breed, state["breeds"], G.breeds)
     if options.walk:
         write_walk(G, config, breeds or list(range(G.breeds))[:8])
-        say(f"{Path(config.out) / 'walk.webp'}: eight walks of the {WEIGHTS[state['weights']]}")
-        return 0
-    labels = torch.tensor(breeds)[torch.arange(config.images) % len(breeds)] if breeds else None
-    write_images(G, config, labels)
-    kind = WEIGHTS[state["weights"]]
-    say(f"{Path(config.out) / 'images.zip'}: {config.images} dogs of the {kind}")
+        made = "walk.webp: eight walks"
+    else:
+        labels = torch.tensor(breeds)[torch.arange(config.images) % len(breeds)] if breeds else None
+        write_images(G, config, labels)
+        made = f"images.zip: {config.images} dogs"
+    say(f"{Path(config.out) / made} of the {WEIGHTS[state['weights']]}")
     return 0
 
 

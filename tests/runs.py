@@ -8,9 +8,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,29 +50,12 @@ def environment() -> dict[str, str]:
     return os.environ | one
 
 
-def start(*argv: object, script: Path = SCRIPT, **options: object) -> subprocess.Popen[str]:
-    """train_dogs.py as a process of its own, its output in pipes."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, str(script), *map(str, argv)]
-    return subprocess.Popen(command, **(pipes | {"env": environment()} | options))
-
-
-def run_script(*argv: object, **options: object) -> tuple[int, str, str]:
+def run_script(*argv: object, script: Path = SCRIPT, **options: object) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of train_dogs.py as a process of its own."""
-    process = start(*argv, **options)
-    try:
-        stdout, stderr = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    return process.returncode, stdout, stderr
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Poll `condition` until it holds; fail after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+    command = [sys.executable, str(script), *map(str, argv)]
+    known = {"capture_output": True, "text": True, "timeout": 240, "env": environment()}
+    done = subprocess.run(command, check=False, **(known | options))
+    return done.returncode, done.stdout, done.stderr
 
 
 def log_of(out: Path) -> list[dict]:

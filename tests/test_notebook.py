@@ -29,7 +29,7 @@ manager = pytest.importorskip("jupyter_client.manager")
 
 
 class Notebook:
-    """A kernel, started in `folder`, and what its cells say."""
+    """A kernel, started in `folder`, and the output of its cells."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,14 +40,14 @@ class Notebook:
     def run(
         self, cell: str, interrupt_when: Callable[[str], bool] | None = None, seconds: float = 120
     ) -> tuple[str, str]:
-        """Run a cell; returns its reply's status and all it said.
+        """Run a cell; returns its reply's status and all it printed.
 
         The kernel is interrupted, as by the stop button, once `interrupt_when` holds of the text.
         """
         message = self.client.execute(cell)
-        said, end = "", time.monotonic() + seconds
+        printed, end = "", time.monotonic() + seconds
         while True:
-            assert time.monotonic() < end, said[-3000:]
+            assert time.monotonic() < end, printed[-3000:]
             try:
                 news = self.client.get_iopub_msg(timeout=0.1)
             except queue.Empty:
@@ -56,15 +56,15 @@ class Notebook:
                 content = news["content"]
                 if content.get("execution_state") == "idle":
                     break
-                said += content.get("text", "") + "".join(content.get("traceback", []))
-                said += str(content.get("data", ""))
-            if interrupt_when and interrupt_when(said):
+                printed += content.get("text", "") + "".join(content.get("traceback", []))
+                printed += str(content.get("data", ""))
+            if interrupt_when and interrupt_when(printed):
                 self.kernel.interrupt_kernel()
                 interrupt_when = None
         while True:
             reply = self.client.get_shell_msg(timeout=30)
             if reply["parent_header"].get("msg_id") == message:
-                return reply["content"]["status"], said
+                return reply["content"]["status"], printed
 
     def close(self) -> None:
         """Stop the kernel."""
@@ -74,7 +74,7 @@ class Notebook:
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Iterator[Notebook]:
-    """A notebook in a folder with the dogs in `data/`, as they lie where the file is a script."""
+    """A notebook in a folder with the dogs in `data/`, as next to the script."""
     if Path("/kaggle").exists():
         pytest.skip("on Kaggle the defaults name other folders")
     folder = tmp_path_factory.mktemp("notebook")
@@ -87,18 +87,18 @@ def notebook(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Itera
 
 @pytest.fixture(scope="module")
 def pasted(notebook: Notebook) -> tuple[str, str]:
-    """What came of the pasted file, stopped before its first step."""
-    return notebook.run(SCRIPT.read_text("utf-8"), lambda said: "breeds" in said)
+    """Status and output of the pasted file, interrupted before its first step."""
+    return notebook.run(SCRIPT.read_text("utf-8"), lambda printed: "breeds" in printed)
 
 
 def test_pasted_whole_it_runs_with_its_defaults_and_an_interrupt_ends_it_in_one_line(
     pasted, notebook
 ):
-    status, said = pasted
-    assert status == "ok", said
-    assert "135 dogs of 6 breeds in data" in said.replace(str(notebook.folder) + "/", "")
-    assert "usage" not in said and "Traceback" not in said and "SystemExit" not in said
-    assert "interrupted" in said
+    status, printed = pasted
+    assert status == "ok", printed
+    assert "135 dogs of 6 breeds in data" in printed.replace(str(notebook.folder) + "/", "")
+    assert "usage" not in printed and "Traceback" not in printed and "SystemExit" not in printed
+    assert "interrupted" in printed
     assert (notebook.folder / "output").is_dir()  # the default of --out
     assert not (notebook.folder / "output" / "images.zip").exists()
     cell = """
@@ -125,13 +125,13 @@ def test_a_shell_below_the_kernels_is_a_notebook_too_and_a_terminals_is_not(monk
 @pytest.mark.slow
 def test_main_takes_options_shows_a_bar_and_returns(pasted, notebook):
     out = notebook.folder / "run"
-    status, said = notebook.run(f"code = main({arguments(out, steps=20, images=6)})")
-    assert status == "ok", said
-    assert "images/s" in said and "left" in said and "|" in said  # the bar
+    status, printed = notebook.run(f"code = main({arguments(out, steps=20, images=6)})")
+    assert status == "ok", printed
+    assert "images/s" in printed and "left" in printed and "|" in printed  # the bar
     assert notebook.run("print(code)")[1].strip() == "0"
     assert len(pixels(out / "images.zip")) == 6
-    status, said = notebook.run("codes = main(['--width', '0']), main(['--help'])")
-    assert status == "ok" and "out of range" in said and "Traceback" not in said
+    status, printed = notebook.run("codes = main(['--width', '0']), main(['--help'])")
+    assert status == "ok" and "out of range" in printed and "Traceback" not in printed
     assert notebook.run("print(*codes)")[1].split() == ["2", "0"]
 
 
@@ -142,13 +142,13 @@ def test_the_stop_button_ends_the_step_saves_and_writes_the_zip(pasted, notebook
         return (out / "log.jsonl").exists() and any("d_loss" in line for line in log_of(out))
 
     cell = f"code = main({arguments(out, steps=10**6, images=6)})"
-    status, said = notebook.run(cell, training)
-    assert status == "ok" and "Traceback" not in said, said
+    status, printed = notebook.run(cell, training)
+    assert status == "ok" and "Traceback" not in printed, printed
     assert notebook.run("print(code)")[1].strip() == "130"
     done = load(out / "checkpoint.pt")["trainer"]["steps_done"]
     assert done > 0 and len(pixels(out / "images.zip")) == 6 and left_over(out) == []
     assert notebook.run("print(6 * 7)")[1].strip() == "42"  # the kernel lives
     cell = f"code = main({arguments(out, steps=done + 5, images=6)})"
-    status, said = notebook.run(cell)
-    assert status == "ok" and f"resumed at step {done}" in said
+    status, printed = notebook.run(cell)
+    assert status == "ok" and f"resumed at step {done}" in printed
     assert load(out / "checkpoint.pt")["trainer"]["steps_done"] == done + 5

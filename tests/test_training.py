@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -177,34 +178,38 @@ def test_the_learning_rate_follows_progress(dogs, start, progress, share):
 # ---------------------------------------------------------------------------------- the schedule
 
 
-def clock(used: float, **changes: object) -> Clock:
-    """A clock of which `used` seconds have gone by."""
-    return Clock(Config(**changes), time.monotonic() - used, 0.0)
+@contextmanager
+def at(seconds: float) -> Iterator[None]:
+    """The program's clock shows `seconds`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dogs, "time", SimpleNamespace(monotonic=lambda: seconds))
+        yield
 
 
 @given(st.floats(0, 5000), st.integers(0, 2000))
 def test_progress_is_the_larger_of_steps_and_time(used, steps):
-    got = clock(used, steps=1000, hours=1.0).progress(steps)
-    assert got == pytest.approx(min(1, max(steps / 1000, used / 3600)), abs=1e-3)
+    with at(100 + used):
+        got = Clock(Config(steps=1000, hours=1.0), 100.0, 0.0).progress(steps)
+    assert got == pytest.approx(min(1, max(steps / 1000, used / 3600)))
 
 
 @given(st.floats(0, 1e7), st.integers(0, 1000))
 def test_without_a_budget_progress_is_the_steps_alone_and_time_never_ends_a_run(used, steps):
-    options = train_dogs.parse(["--steps", "1000"])
-    endless = Clock(options.config, time.monotonic() - used, 0.0)
-    assert endless.progress(steps) == steps / 1000
-    assert endless.training_left() == math.inf
+    endless = Clock(train_dogs.parse(["--steps", "1000"]).config, 100.0, 0.0)
+    with at(100 + used):
+        assert endless.progress(steps) == steps / 1000
+        assert endless.training_left() == math.inf
 
 
 def test_the_clock_counts_all_parts_and_keeps_the_reserve():
-    now = time.monotonic()
-    parts = Clock(Config(hours=1.0, part_hours=0.25), now - 100, used_before=600)
+    parts = Clock(Config(hours=1.0, part_hours=0.25), 1000.0, used_before=600)
+    whole = Clock(Config(hours=1.0), 1000.0, used_before=600)
     parts.reserve = 50
-    assert parts.used() == pytest.approx(700, abs=0.5)
-    assert parts.training_left() == pytest.approx(900 - 100 - 50, abs=0.5)  # this part's end
-    assert parts.progress(0) == pytest.approx(700 / 3550, abs=1e-3)
-    whole = Clock(Config(hours=1.0), now - 100, used_before=600)
-    assert whole.training_left() == pytest.approx(3600 - 700, abs=0.5)
+    with at(1100):
+        assert parts.used() == 700
+        assert parts.training_left() == 900 - 100 - 50  # this part's end
+        assert parts.progress(0) == pytest.approx(700 / 3550)
+        assert whole.training_left() == 3600 - 700
 
 
 def test_the_budget_is_tested_at_every_step(tmp_path, monkeypatch):
@@ -333,12 +338,12 @@ def test_a_collapsed_generator_and_a_d_that_has_won_are_warned_of(dogs, tmp_path
     options = train_dogs.parse([*words, "--width", "1", "--latent-dim", "8", "--batch-size", "8",
                                 "--g-lr", "0", "--d-lr", "0.01", "--average", "none"])  # fmt: skip
     trainer, report = Trainer(options.config, dogs, CPU), train_dogs.Report(tmp_path)
-    run_clock, stop = Clock(options.config, time.monotonic(), 0.0), train_dogs.Interrupts()
+    run_clock, stop = Clock(options.config, 0.0, 0.0), train_dogs.Interrupts()
     run = train_dogs.Run(options, trainer, run_clock, report, stop, tmp_path)
     for _ in range(150):
         trainer.step(0.0)
     trainer.read_stats()
-    for steps_done in (150, 1000):  # early on a G that draws one image is no news
+    for steps_done in (999, 1000):  # early on a G that draws one image is no news
         trainer.step(0.0)
         trainer.steps_done = steps_done
         train_dogs.check_samples(run)
