@@ -13,7 +13,7 @@ images against 18,163 photos, torch 2.14.1, bf16). The default recipe costs 8.49
 counted FLOPs; its score has not been measured yet.
 
 Sections 1 to 5 are the whole idea: configuration, networks, losses, one training step, averages.
-Section 6 holds the parts of other recipes, each of which registers itself. Sections 7 to 12 are
+Section 6 holds the parts of other recipes, each of which registers itself. Sections 7 to 14 are
 what a run needs: data, device, state, images, the run, the command line.
 """
 
@@ -2416,7 +2416,7 @@ def p100_hours(config: Config, steps: int, breeds: int = 120) -> float:
     return steps * config.batch_size * flops_per_image(config, breeds) / P100_FLOPS / 3600
 
 
-# --------------------------------------------------------------------------------------- 9. State
+# -------------------------------------------------------------------------------------- 11. State
 
 FORMAT = 3  # of checkpoint.pt and generator.pt
 
@@ -2650,7 +2650,7 @@ def roll_back(trainer: Trainer, report: Report, options: Options) -> bool:
     return rollbacks <= 3
 
 
-# ----------------------------------------------------------------------------- 10. Images and files
+# ----------------------------------------------------------------------------- 12. Images and files
 
 NORM_BATCHES = 32  # x 128 latents, to estimate the norms of the G that is submitted
 SEED_USES = ("training", "submission", "norms", "sheet", "reals", "breeds", "labelled")
@@ -2963,7 +2963,7 @@ def pairwise_distance(images: np.ndarray) -> float:
     return (torch.pdist(x) / math.sqrt(x.shape[1])).mean().item()
 
 
-# -------------------------------------------------------------------------------------- 11. The run
+# -------------------------------------------------------------------------------------- 13. The run
 
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
 CHECKPOINT_SECONDS = 300.0
@@ -3461,7 +3461,7 @@ def find_breeds(names: str, breeds: Sequence[str], conditioned: int) -> list[int
     return found
 
 
-# ----------------------------------------------------------------------------- 12. The command line
+# ----------------------------------------------------------------------------- 14. The command line
 
 
 def flag_of(name: str) -> str:

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("tools", "b
 # Before torch is imported anywhere: as many threads as there are cores for each worker, in this
 # process and in those that the tests start, so that byte-for-byte claims compare like with like.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(CORES, 4) // WORKERS)))
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
