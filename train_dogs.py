@@ -1695,7 +1695,7 @@ def find_set(folder: Path, levels: int) -> list[Path]:
 
 
 def find_idx(folder: Path) -> list[Path]:
-    """The IDX file of pictures in a folder, MNIST's training set before its test set; [] if none."""
+    """A folder's IDX file of pictures, MNIST's training set before its test set; [] if none."""
     found = [p for p in folder.glob("[!.]*") if p.name.endswith(IDX_PICTURES)]
     return sorted(found, key=lambda p: ("train" not in p.name, p.name))[:1]
 
@@ -2146,8 +2146,8 @@ def choose_device(name: str, precision: str = "auto") -> torch.device:
     wanted = "cuda:0" if name in ("auto", "cuda") else name
     if wanted not in usable:
         raise UserError(
-            f"--device {name} is not available here: give one of auto, {', '.join(['cpu', *usable])},"
-            " or turn a GPU on."
+            f"--device {name} is not available here: give one of"
+            f" {', '.join(['auto', 'cpu', *usable])}, or turn a GPU on."
         )
     device = torch.device(wanted)
     try:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,7 +135,7 @@ def assert_whole(out: Path) -> None:
 
 # ------------------------------------------------------------------------------- kill -9 and resume
 
-# Imports once, and forks a run for each line: [name, count, when, argv]. It is killed at the renaming
+# Imports once, and forks a run for each line: [name, count, when, argv]. It is killed at the rename
 # number `count` of the file `name`: "before" it, with the file half written, or "after" it.
 KILLER = """
 import json, os, signal, sys
@@ -752,6 +753,14 @@ class MovedClock:
         patch.setattr(train_dogs, "sample_images", sampled)
         patch.setattr(Trainer, "one_step", lambda _: None)
         patch.setattr(Trainer, "step", self.priced(Trainer.step, 0.5))
+        begin_to_save = train_dogs.Saver.save
+
+        def saved(saver: train_dogs.Saver, *args: object) -> None:
+            """At once, as real time would go by: a thread that lags would pay later."""
+            begin_to_save(saver, *args)
+            wait([saver.pending])
+
+        patch.setattr(train_dogs.Saver, "save", saved)
         for name, price in (("save", saving), ("save_picture", 0.2)):
             patch.setattr(train_dogs, name, self.priced(getattr(train_dogs, name), price))
         estimate = train_dogs.estimate_norms

@@ -148,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, nargs="?", default="output", help="the --out of a run")
     parser.add_argument("--data", action="append", help="dogs; default: those of the run")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--split", nargs=2, metavar=("DOGS", "FOLDER"), type=Path,
-                        help="copy DOGS into FOLDER/train and FOLDER/held-out, and stop")  # fmt: skip
+    folders = "copy DOGS into FOLDER/train and FOLDER/held-out, and stop"
+    parser.add_argument("--split", nargs=2, metavar=("DOGS", "FOLDER"), type=Path, help=folders)
     args = parser.parse_args(argv)
     if args.split:
         split(train_dogs.find_photos(args.split[:1]), args.split[1])
