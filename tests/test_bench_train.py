@@ -22,6 +22,7 @@ SPREAD = rf"{NUMBER} \({NUMBER}-{NUMBER}\)"
 ROW = rf"(?m)^ *(\w[\w ]+?) +{NUMBER} +{SPREAD} +{SPREAD} +{NUMBER} +(-|{SPREAD})$"
 
 
+@pytest.mark.slow
 def test_a_row_has_the_numbers_of_a_contestant(capsys):
     bench_train.main(COMMAND)
     rows = {row[0]: row[1:] for row in re.findall(ROW, capsys.readouterr().out)}

@@ -36,6 +36,7 @@ def blue(path: Path) -> np.ndarray:
     return (x[..., 2] - x[..., 0] > 90) & (x[..., 2] - x[..., 1] > 50)
 
 
+@pytest.mark.slow
 def test_each_checkpoint_is_scored_once_as_its_submission(scored, tmp_path, capsys):
     out, kept = tmp_path / "out", tmp_path / "kept"
     kept.mkdir()

@@ -52,6 +52,7 @@ def test_torch_fidelitys_network_gives_the_same_features_and_fid(pth_file, pictu
     assert ours == pytest.approx(fid["frechet_inception_distance"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_inception_score_is_that_of_torch_fidelitys_logits(pth_file, script_file, pictures):
     theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     network = theirs.FeatureExtractorInceptionV3(

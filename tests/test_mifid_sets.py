@@ -271,6 +271,7 @@ def test_a_second_scoring_computes_no_reference_features(
     assert computed.pop() == str(reference)
 
 
+@pytest.mark.slow
 def test_other_content_rule_or_precision_is_another_entry(
     run, sample_dogs, generated, tmp_path, monkeypatch
 ):
@@ -516,6 +517,7 @@ def test_a_training_loops_tensors_are_scored_as_they_are():
         mifid.score(planes[:5], np.zeros((3, 64, 64, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_a_mean_and_covariance_give_fid_alone(run, generated, reference, tmp_path):
     saved, moments = tmp_path / "f.npz", tmp_path / "stats.npz"
     run(reference, generated, "--save-features", saved)

@@ -67,6 +67,7 @@ def test_the_unbiased_fid_agrees_with_fid_infinity_within_its_error():
     assert abs(np.mean(ends) - unbiased) < error
 
 
+@pytest.mark.slow
 def test_the_distance_error_is_the_spread_of_the_distance_over_draws():
     reference = photos(9, 1000)
     found = [mifid.score(photos(10 + i, 100), reference) for i in range(100)]
