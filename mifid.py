@@ -301,6 +301,7 @@ class Inception(nn.Module):
             if block in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
                 layers.append(nn.MaxPool2d(3, stride=2))
         self.layers = nn.Sequential(*layers)
+        self.seconds = 0.0  # spent in `run_network`
 
     def forward(self, images: Tensor) -> Tensor:
         weight = self.layers[0][0].weight
@@ -337,7 +338,10 @@ def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
     try:
         with kept_memory(), exact:
-            out += [model(torch.as_tensor(batch)).cpu().numpy() for batch in batches]
+            for batch in batches:
+                begin = time.perf_counter()
+                out.append(model(torch.as_tensor(batch)).cpu().numpy())
+                model.seconds += time.perf_counter() - begin
     except RuntimeError as error:
         if "memory" not in str(error):
             raise
@@ -1253,6 +1257,7 @@ def score(
     if sheet is not None and not {"generated", "reference"} <= set(images):
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
     model = load_inception(find_weights(weights, offline), device, fast) if images else None
+    network_before = model.seconds if images else 0.0
     for name, side in images.items():
         compute = cached_features if cache and name != "generated" else compute_features
         compute(side, model, batch_size or model.batch_size, progress)
@@ -1272,7 +1277,7 @@ def score(
     gaussian = real.known or gaussian_of(real.values, place)
     gaussian = Gaussian(*(tensor.to(place) for tensor in gaussian))
     fid, error, unbiased = fid_with_error(made.values, gaussian)
-    ends["FID"] = time.perf_counter()
+    ends["trace"] = time.perf_counter()
     distance = spread = unseen = mifid = None
     if not real.known:
         near, index = nearest_references(made.values, real.values, place)
@@ -1311,7 +1316,10 @@ def score(
         draw_sheet(Path(sheet), made, real, near, index)
         ends["sheet"] = time.perf_counter()
     stages = pairwise(ends.items())
-    seconds = {stage: round(end - begin, 3) for (_, begin), (stage, end) in stages}
+    seconds = {stage: end - begin for (_, begin), (stage, end) in stages}
+    network = model.seconds - network_before if images else 0.0
+    seconds = {"reading": seconds.pop("features") - network, "network": network} | seconds
+    seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
     return result | {"notes": notes_on(made, real, *held), "seconds": seconds}
 
 

@@ -114,7 +114,7 @@ def test_json_is_one_object_and_the_report_says_the_same(run, generated, referen
     fid, distance = result["fid"], result["memorization_distance"]
     assert fid > 0 and 0 < distance < 0.1  # drawn dogs are alike: the penalty's case
     assert result["mifid"] == pytest.approx(fid / distance)
-    assert list(result["seconds"]) == ["features", "FID", "distance"]
+    assert list(result["seconds"]) == ["reading", "network", "trace", "distance"]
     assert all(spent >= 0 for spent in result["seconds"].values())
     assert "2,048" in err  # few images: the plain warning
     code, out, err = run(generated, reference)
