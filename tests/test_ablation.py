@@ -36,7 +36,7 @@ HAND_WRITTEN = {
 }  # fmt: skip
 
 
-def colours(model: object, batches: Iterable[object], watch: object = None) -> np.ndarray:
+def colours(model: object, batches: Iterable[object]) -> np.ndarray:
     """uint8 batches of (N, 64, 64, 3) to float32 (N, 48): the mean colours of 4 x 4 regions."""
     images = np.concatenate([np.asarray(batch) for batch in batches]).astype(np.float32)
     return images.reshape(-1, 4, 16, 4, 16, 3).mean((2, 4)).reshape(-1, 48)
@@ -46,7 +46,8 @@ def colours(model: object, batches: Iterable[object], watch: object = None) -> n
 def small_network(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     """`colours` as the network of mifid.py."""
     known = {"weights": "none", "sha256": "0", "fingerprint": "0", "batch_size": 64}
-    load = lambda path, device, fast: SimpleNamespace(**known, classifier=None, precision="float32")
+    known |= {"classifier": None, "precision": "float32", "seconds": 0.0}
+    load = lambda path, device, fast: SimpleNamespace(**known)
     monkeypatch.setattr(mifid, "find_weights", lambda given, offline: None)
     monkeypatch.setattr(mifid, "load_inception", load)
     monkeypatch.setattr(mifid, "run_network", colours)
@@ -151,10 +152,15 @@ def test_the_images_that_are_scored_are_those_of_the_submission(finished_run):
     assert trainer.config.average == "swa" and not np.array_equal(images, raw)
 
 
-def test_scores_are_those_of_mifid_by_both_rules(tmp_path):
+def test_scores_are_those_of_mifid_by_both_rules_and_photos_are_read_once(tmp_path, monkeypatch):
     data, args = as_folders(tmp_path, make_dogs(30)), argparse.Namespace(device="cpu", fast=False)
     images = np.random.default_rng(0).integers(0, 256, (90, 64, 64, 3), np.uint8)
-    found = ablation.score(ablation.features_of(images, args), data, args)
+    read, seen = train_dogs.read_photo, []
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dogs, "read_photo", lambda photo: (seen.append(photo), read(photo))[1])
+        for _ in range(2):
+            found = ablation.score(ablation.features_of(images, args), data, args)
+    assert len(seen) == 30
     whole, box = (mifid.score(images, data, crop=rule, device="cpu") for rule in ("whole", "box"))
     assert found.pop("fid_box") == box["fid"] != whole["fid"]
     assert found.items() <= whole.items() and found["fid_unbiased"] is not None
