@@ -99,6 +99,7 @@ def test_the_frozen_graph_is_the_same_network_and_gives_the_same_features(
     np.testing.assert_array_equal(ours.classifier.numpy(), real["softmax/weights"].T)
 
 
+@pytest.mark.slow
 def test_a_graph_with_a_tensor_missing_or_of_another_shape_or_value_is_refused(real, path):
     name = "mixed_4/tower_1/conv_2/batchnorm/beta"
     less = {key: values for key, values in real.items() if key != name}

@@ -290,6 +290,7 @@ def test_other_content_rule_or_precision_is_another_entry(
         assert len(cached(tmp_path)) == count
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cache(generated, reference, tmp_path):
     command = [sys.executable, str(ROOT / "mifid.py"), str(generated), str(reference), "--json"]
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}

@@ -28,6 +28,7 @@ def toy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_each_end_of_a_mutant_is_counted_and_the_project_is_left_as_it_was(toy, capsys):
     before = {p.name: p.read_text() for p in toy.iterdir()}
     assert mutants.main([], TOY, toy) == 1
