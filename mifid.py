@@ -48,7 +48,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -676,6 +676,16 @@ def fit(picture: Image.Image, size: Size, rule: str = "whole") -> np.ndarray:
     return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
 
 
+def fit_boxes(
+    picture: Image.Image, boxes: Iterable[Sequence[float]], size: Size
+) -> list[np.ndarray]:
+    """Each box (left, top, right, bottom) of an RGB picture by `fit`. Edges are rounded outwards:
+    of a broken box at least a pixel is left."""
+    floor, ceil = math.floor, math.ceil
+    edges = [(floor(x), floor(y), ceil(right), ceil(low)) for x, y, right, low in boxes]
+    return [fit(picture.crop(edge), size) for edge in edges]
+
+
 def open_images(
     path: Path, size: Size, rule: str = "whole", exact: bool = False, strict: bool = False
 ) -> Side:
@@ -742,10 +752,7 @@ def open_reference(path: Path, size: Size, rule: str) -> Side:
             stored = train_dogs.open_picture(photo.picture.read())
             upright = photo.annotation is None  # boxes are drawn on the photo as it is stored
             return [fit(train_dogs.decode_picture(stored, upright=upright), size, rule)]
-        picture, boxes = train_dogs.read_photo(photo)
-        floor, ceil = math.floor, math.ceil  # of a broken box: at least a pixel is left
-        edges = [(floor(x), floor(y), ceil(right), ceil(low)) for x, y, right, low in boxes]
-        return [fit(picture.crop(edge), size) for edge in edges]
+        return fit_boxes(*train_dogs.read_photo(photo), size)
 
     pictures = [Picture(p.name, partial(read, p), partial(views, p)) for p in found.photos]
     return Side(str(path), pictures, made_by(rule, size), bad=train_dogs.BadItem)

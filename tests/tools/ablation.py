@@ -166,11 +166,7 @@ def references(data: Path) -> dict[str, np.ndarray]:
             picture, boxes = train_dogs.read_photo(photo)
         except train_dogs.BadItem:
             return [], []
-        cut = [
-            picture.crop((math.floor(x), math.floor(y), math.ceil(right), math.ceil(low)))
-            for x, y, right, low in boxes
-        ]
-        return [mifid.fit(picture, (64, 64))], [mifid.fit(dog, (64, 64)) for dog in cut]
+        return [mifid.fit(picture, (64, 64))], mifid.fit_boxes(picture, boxes, (64, 64))
 
     sides = zip(*train_dogs.in_threads(views, found.photos))
     whole, box = (np.stack([*chain.from_iterable(side)]) for side in sides)
