@@ -150,25 +150,37 @@ def frechet_distance(features: Any, reference: Any, device: str | torch.device =
     x, y = check_both(features, reference)
     if min(len(x), len(y)) < 2:
         raise UserError("FID needs two rows of features or more on both sides.")
-    return plain_fid(x, gaussian_of(y, device))
+    return fids_without(x, gaussian_of(y, device))[0]
 
 
-def plain_fid(features: np.ndarray, reference: Gaussian) -> float:
-    """FID of N x D features (N >= 2), in float64 where `reference` is.
+def fids_without(
+    features: np.ndarray, reference: Gaussian, groups: Sequence[np.ndarray] = ()
+) -> list[float]:
+    """FID of N x D features (N >= 2), then of those without each group of rows, in float64.
 
     With y = (x - mean) half, the trace of the root is the sum of the roots of the eigenvalues of
-    cov(y), or of y's inner products where y has fewer rows than columns.
+    cov(y), or of y's inner products where y has fewer rows than columns. The products are computed
+    once, and what a group adds to them is subtracted.
     """
-    half = reference.half
-    x = torch.as_tensor(features, device=half.device)
-    mean, count = x.mean(0, dtype=torch.float64), len(x)
-    x = x.double() - mean
-    y = x @ half
-    product = y @ y.T if count <= half.shape[1] else y.T @ y
-    roots = torch.linalg.eigvalsh(product / (count - 1)).clamp_min(0).sqrt().sum()
-    trace = x.square().sum() / (count - 1) + half.square().sum()
-    gap = (mean - reference.mean).square().sum()
-    return max(0.0, (gap + trace - 2 * roots).item())
+    half, fids = reference.half, []
+    x = torch.as_tensor(features, device=half.device).double() - reference.mean
+    y, squares = x @ half, x.square().sum(1)
+    few = len(y) <= half.shape[1]
+    product = y @ y.T if few else y.T @ y
+    for rows in (np.arange(0), *groups):
+        keep = np.delete(np.arange(len(x)), rows)
+        count, mean = len(keep), (x.sum(0) - x[rows].sum(0)) / len(keep)
+        if few:
+            inner = product[keep][:, keep]
+            centred = inner - inner.mean(0) - inner.mean(1, keepdim=True) + inner.mean()
+        else:
+            left_out, middle = y[rows], mean @ half
+            centred = product - left_out.T @ left_out - count * torch.outer(middle, middle)
+        roots = torch.linalg.eigvalsh(centred / (count - 1)).clamp_min(0).sqrt().sum()
+        gap = mean.square().sum()
+        spread = (squares[keep].sum() - count * gap) / (count - 1)
+        fids.append(max(0.0, (gap + spread + half.square().sum() - 2 * roots).item()))
+    return fids
 
 
 def nearest_references(
@@ -922,11 +934,12 @@ def fid_with_error(
     None: of 2,000 real photos it would be 6.4, of 3,000 to 7,000 it is 7.5 to 7.7. Of fewer than 20
     images there is no error either.
     """
-    (count, length), fid = features.shape, plain_fid(features, reference)
-    if count < 2 * GROUPS:
+    count, length = features.shape
+    rows = np.random.default_rng(0).permutation(count)
+    groups = np.array_split(rows, GROUPS) if count >= 2 * GROUPS else []
+    fid, *others = fids_without(features, reference, groups)
+    if not groups:
         return fid, None, None
-    groups = np.array_split(np.random.default_rng(0).permutation(count), GROUPS)
-    others = [plain_fid(np.delete(features, rows, axis=0), reference) for rows in groups]
     mean = float(np.mean(others))
     error = math.sqrt((GROUPS - 1) / GROUPS * sum((other - mean) ** 2 for other in others))
     return fid, error, fid - (GROUPS - 1) * (mean - fid) if count >= 1.5 * length else None
@@ -965,7 +978,7 @@ def compare_held_out(made: Side, real: Side, held: Side, device: torch.device) -
         parts = [side.values[rows[i * count :][:count]] for i in range(len(rows) // count)]
         nearest = [nearest_references(made.values, part, device)[0] for part in parts]
         distances.append(np.mean(nearest, axis=0))
-        values.append(plain_fid(made.values, gaussian_of(parts[0], device)))
+        values += fids_without(made.values, gaussian_of(parts[0], device))
     seen, unseen = (float(np.nanmean(distance)) for distance in distances)
     error = float(np.nanstd(distances[1] - distances[0]) / math.sqrt(len(made.values)))
     error = math.hypot(error, PHOTO_NOISE / math.sqrt(count) * unseen)  # of images, of photos

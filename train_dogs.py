@@ -2798,19 +2798,19 @@ class TooLate(Exception):
     """A zip was given up; its argument: the seconds that the rest takes at the rate so far."""
 
 
-def in_time(batches: Iterator, count: int, deadline: float, partial: bool) -> Iterator:
+def in_time(batches: Iterator, count: int, deadline: float, allow_fewer: bool) -> Iterator:
     """The `count` batches, at least the first. Raises `TooLate` once the next two, or a quarter of
     the rest, would not be done before `deadline` (a `time.monotonic()`) at the mean rate so far.
 
-    Not the whole rest: what slows the machine down may end. `partial`: where the next two would not
-    be done, the batches end.
+    Not the whole rest: what slows the machine down may end. `allow_fewer`: where the next two would
+    not be done, the batches end.
     """
     start = time.monotonic()
     for done in range(count):
         now, left = time.monotonic(), count - done
         seconds = (now - start) / max(1, done)  # of a batch
-        if done and now + seconds * (2 if partial else max(2, left / 4)) > deadline:
-            if partial:
+        if done and now + seconds * (2 if allow_fewer else max(2, left / 4)) > deadline:
+            if allow_fewer:
                 return
             raise TooLate(seconds * left)
         yield next(batches)
@@ -2821,29 +2821,29 @@ def write_images(
     config: Config,
     labels: Tensor | None = None,
     deadline: float = math.inf,
-    partial: bool = False,
+    allow_fewer: bool = False,
 ) -> int:
     """Draw `config.images` dogs into `images.zip`, of `labels` or as frequent as in the data.
 
-    `deadline`, `partial`: as for `in_time`, which may raise `TooLate`: then the old file stays.
+    `deadline`, `allow_fewer`: as for `in_time`, which may raise `TooLate`: then the old file stays.
     Returns the number of images.
     """
     latents = draw_latents(config.images, config, "submission")
     labels = draw_labels(G, config.images, config.seed) if labels is None else labels
     batches, count = sample_images(G, latents, labels), math.ceil(config.images / SAMPLE_BATCH)
     path = Path(config.out) / "images.zip"
-    return write_zip(path, in_time(batches, count, deadline, partial))
+    return write_zip(path, in_time(batches, count, deadline, allow_fewer))
 
 
 def submit(
-    trainer: Trainer, deadline: float = math.inf, partial: bool = False
+    trainer: Trainer, deadline: float = math.inf, allow_fewer: bool = False
 ) -> tuple[nn.Module, str, int]:
     """Average, estimate the norms, write `generator.pt` and then `images.zip`, as `write_images`.
     Returns G, which weights it has, and the number of images. May raise `TooLate`."""
     config, choice = trainer.config, trainer.averages.choose(trainer.config.average)
     G = trainer.averages.generator(trainer.G, choice, NORM_BATCHES, config)
     save(Path(config.out) / "generator.pt", generator_state(trainer, G, choice))
-    return G, choice, write_images(G, config, deadline=deadline, partial=partial)
+    return G, choice, write_images(G, config, deadline=deadline, allow_fewer=allow_fewer)
 
 
 def generator_state(trainer: Trainer, G: nn.Module, choice: str) -> dict[str, object]:
@@ -2968,7 +2968,7 @@ def pairwise_distance(images: np.ndarray) -> float:
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
 CHECKPOINT_SECONDS = 300.0
 LAST_SHEET_SECONDS = 3.0  # for the last sheet and the animation
-EXIT_SECONDS = 1.0  # from the last zip to the end of the process
+EXIT_SECONDS = 2.0  # from the last zip to the end of the process
 
 
 class Clock:
@@ -3307,7 +3307,7 @@ def finish(run: Run) -> None:
     """
     trainer, out, config, steps = run.trainer, run.out, run.trainer.config, run.trainer.steps_done
     try:
-        G, choice, count = submit(trainer, run.clock.end - EXIT_SECONDS, partial=not run.zip_of)
+        G, choice, count = submit(trainer, run.clock.end - EXIT_SECONDS, allow_fewer=not run.zip_of)
     except TooLate:
         run.report.event(
             f"the machine became too slow for a last zip: {out / 'images.zip'} is of {run.zip_of};"
