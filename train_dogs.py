@@ -895,13 +895,20 @@ class Averages:
         return "none" if average == "ema" and self.ema_updates == 0 else average
 
     @torch.no_grad()
-    def generator(self, like: nn.Module, choice: str, batches: int, config: Config) -> nn.Module:
-        """A copy of G with the weights of `choice`, its norms estimated over `batches`, in eval."""
+    def generator(
+        self,
+        like: nn.Module,
+        choice: str,
+        batches: int,
+        config: Config,
+        deadline: float = math.inf,
+    ) -> nn.Module:
+        """A copy of G with the weights of `choice`, and its norms by `estimate_norms`."""
         G = copy.deepcopy(like)
         weights = {"swa": self.swa, "ema": self.ema, "none": list(like.parameters())}[choice]
         for target, source in zip(G.parameters(), weights, strict=True):
             target.copy_(source)
-        return estimate_norms(G, batches, config)
+        return estimate_norms(G, batches, config, deadline)
 
 
 WEIGHTS = {"swa": "SWA generator", "ema": "EMA generator", "none": "raw generator"}
@@ -912,8 +919,11 @@ def stepped_beta(progress: float) -> float:
     return 1 - 0.1 ** (1 + sum(progress >= epoch / 620 for epoch in (200, 300, 400)))
 
 
-def estimate_norms(G: nn.Module, batches: int, config: Config) -> nn.Module:
-    """Estimate G's batch-norm statistics over `batches` x 128 latents; returns it in eval mode.
+def estimate_norms(
+    G: nn.Module, batches: int, config: Config, deadline: float = math.inf
+) -> nn.Module:
+    """Estimate G's batch-norm statistics over `batches` x 128 latents, or fewer where that would
+    take longer than to `deadline` (a `time.monotonic()`); returns it in eval mode.
 
     Averaged weights have no statistics of their own, and those of any single G are wrong for them
     (Izmailov et al. 2018, section 3.2). Cumulative means, as in PreciseBN (arXiv 2105.07576).
@@ -930,7 +940,8 @@ def estimate_norms(G: nn.Module, batches: int, config: Config) -> nn.Module:
         latents = draw_latents(batches * SAMPLE_BATCH, config, "norms")
         labels = draw_labels(G, len(latents), config.seed)
         with full_precision(), torch.no_grad():
-            for z, label in in_batches(latents, labels):
+            pairs = in_batches(latents, labels)
+            for z, label in in_time(pairs, batches, deadline, allow_fewer=True):
                 G(z.to(device), label.to(device))
     return G.eval()
 
@@ -2841,7 +2852,10 @@ def submit(
     """Average, estimate the norms, write `generator.pt` and then `images.zip`, as `write_images`.
     Returns G, which weights it has, and the number of images. May raise `TooLate`."""
     config, choice = trainer.config, trainer.averages.choose(trainer.config.average)
-    G = trainer.averages.generator(trainer.G, choice, NORM_BATCHES, config)
+    share = NORM_BATCHES / (NORM_BATCHES + math.ceil(config.images / SAMPLE_BATCH))
+    now = time.monotonic()
+    for_norms = now + share * (deadline - now)
+    G = trainer.averages.generator(trainer.G, choice, NORM_BATCHES, config, for_norms)
     save(Path(config.out) / "generator.pt", generator_state(trainer, G, choice))
     return G, choice, write_images(G, config, deadline=deadline, allow_fewer=allow_fewer)
 

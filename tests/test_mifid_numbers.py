@@ -66,6 +66,17 @@ def test_the_formula_written_out_and_scipys_square_root_give_the_same(counts):
         assert mifid.fids_without(x, known)[0] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("count", [20, 200])  # of 24 dimensions
+def test_without_a_group_it_is_the_fid_of_the_others(count):
+    x, known = gaussian_features(1, count), mifid.gaussian_of(gaussian_features(2, 300))
+    groups = np.array_split(np.random.default_rng(0).permutation(count), 4)
+    whole, *others = mifid.fids_without(x, known, groups)
+    assert mifid.fids_without(x, known) == [whole]
+    for rows, fid in zip(groups, others):
+        alone = mifid.fids_without(np.delete(x, rows, axis=0), known)
+        assert alone == [pytest.approx(fid, rel=1e-9)]
+
+
 @pytest.mark.parametrize("count", [500, 3000])  # singular and regular covariances of 2,048
 def test_a_set_against_itself_or_its_permutation_is_zero(count):
     x = np.random.default_rng(3).gamma(0.5, 0.5, (count, 2048)).astype(np.float32)

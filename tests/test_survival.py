@@ -740,17 +740,13 @@ class MovedClock:
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, sampling: float, saving: float) -> None:
-        """`sampling`: the price of 128 images of a zip; half of it: of 128 for the norms;
-        `saving`: that of a checkpoint."""
+        """`sampling`: the price of 128 images of a zip, half of it for G, which the norms need
+        too; `saving`: that of a checkpoint."""
         self.now, self.slower, self.lock = 1000.0, 1.0, threading.Lock()
-        sample = train_dogs.sample_images
-
-        def sampled(G: object, latents: torch.Tensor, labels: torch.Tensor) -> Iterator:
-            for images in sample(G, latents, labels):
-                self.pay(sampling if len(latents) >= 128 else 0.4)  # a sheet has 100
-                yield images
-
-        patch.setattr(train_dogs, "sample_images", sampled)
+        for name in ("in_batches", "sample_images"):
+            patch.setattr(
+                train_dogs, name, self.by_batches(getattr(train_dogs, name), sampling / 2)
+            )
         patch.setattr(Trainer, "one_step", lambda _: None)
         patch.setattr(Trainer, "step", self.priced(Trainer.step, 0.5))
         begin_to_save = train_dogs.Saver.save
@@ -763,13 +759,6 @@ class MovedClock:
         patch.setattr(train_dogs.Saver, "save", saved)
         for name, price in (("save", saving), ("save_picture", 0.2)):
             patch.setattr(train_dogs, name, self.priced(getattr(train_dogs, name), price))
-        estimate = train_dogs.estimate_norms
-
-        def estimated(G: object, batches: int, config: Config) -> object:
-            self.pay(batches * sampling / 2)
-            return estimate(G, batches, config)
-
-        patch.setattr(train_dogs, "estimate_norms", estimated)
         fake = SimpleNamespace(monotonic=lambda: self.now, time=time.time)
         patch.setattr(train_dogs, "time", fake)
 
@@ -777,6 +766,16 @@ class MovedClock:
         """Let that many seconds go by."""
         with self.lock:  # a thread writes checkpoints
             self.now += price * self.slower
+
+    def by_batches(self, batches: Callable[..., Iterator], price: float) -> Callable:
+        """A generator of batches, each at its price."""
+
+        def done(*args: torch.Tensor) -> Iterator:
+            for batch in batches(*args):
+                self.pay(price if len(args[-1]) >= 128 else 0.2)  # a sheet has 100
+                yield batch
+
+        return done
 
     def priced(self, do: Callable, price: float) -> Callable:
         """`do` at its price."""
