@@ -299,6 +299,15 @@ def test_odd_names_are_read_like_any_other(layout, tmp_path):
     }
 
 
+def test_where_two_breeds_use_a_name_the_pictures_folder_decides(tmp_path):
+    breeds = ("n1-a", "n2-b") * 8
+    dogs = [make_dog(k, breed=breed, stem=f"{k // 2}") for k, breed in enumerate(breeds)]
+    crops = crops_by_name(LAYOUTS["one level down"](tmp_path, dogs))
+    assert {name: breed for name, (breed, _) in crops.items()} == {
+        f"{d.breed}/{d.stem}.jpg": d.breed for d in dogs
+    }
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes exist on Linux alone")
 def test_names_that_are_no_text_do_not_stop_a_run(dogs, tmp_path):
     root = as_folders(tmp_path / "set", dogs)

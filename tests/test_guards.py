@@ -459,6 +459,23 @@ def test_a_replay_that_does_something_else_is_refused(wrong, dogs, monkeypatch):
     assert_eager(trainer, before)
 
 
+def test_at_the_edge_of_an_overflow_steps_are_compared_all_the_same(dogs, monkeypatch):
+    """Where a step overflows it is skipped, and any other that is skipped looks the same."""
+    trainer, graphs, before = pretended(monkeypatch, dogs, "fp16")
+    monkeypatch.setattr(train_dogs, "warm_up", lambda trainer: None)
+    scale = trainer.opt_g.loss_scale
+    for power in range(16, 60):
+        load_trainer(trainer, before)
+        scale.fill_(2.0**power)
+        trainer.one_step()
+        if scale < 2.0**power:
+            break
+    load_trainer(trainer, before)
+    scale.fill_(2.0**power)
+    graphs.replay = lambda: half_a_step(trainer)
+    assert "G's weights" in capture(trainer)
+
+
 NOT_REPLAYED = {  # recipe: parts of the names of tensors that a replay leaves as they were
     "dogs": ["cursor", "G.norms.2.running_mean", "G.norms.0.running_var", "num_batches_tracked",
              "opt_d.0.step", "exp_avg", "sums", "rng"],

@@ -59,7 +59,7 @@ def translucent(mode: str) -> bytes:
 
 
 def grey16(form: str) -> bytes:
-    levels = np.asarray(halves().convert("L")).astype(np.uint16) * 257
+    levels = np.asarray(halves().convert("L")).astype(np.uint16) * 256 + 99
     return encode(Image.fromarray(levels), form)
 
 

@@ -62,7 +62,7 @@ MUTANTS = {
         DOGS, "cursor += config.batch_size", "cursor += 1", "training"
     ),
     "mirror-is-for-the-others": Mutant(
-        DOGS, "(random[2] < mirror)", "(random[2] >= mirror)", "crops"
+        DOGS, "(random[2] < mirror)", "(random[2] >= mirror)", "sources"
     ),
     "weights-of-crops-reversed": Mutant(
         DOGS, "crops.weights.cumsum", "crops.weights.flip(0).cumsum", "crops"
@@ -89,7 +89,7 @@ MUTANTS = {
     "norms-of-the-last-batches": Mutant(
         DOGS, "norm.momentum = None", "norm.momentum = 0.1", "averaging"
     ),
-    "another-schedule": Mutant(DOGS, "in (200, 300, 400))", "in (200, 300, 500))", "averaging"),
+    "another-schedule": Mutant(DOGS, "in (200, 300, 400))", "in (200, 300, 500))", "presets"),
     # Recipes.
     "brighter-only": Mutant(DOGS, "x + (brightness - 0.5)", "x + brightness", "augmentation"),
     "shifts-too-far": Mutant(DOGS, "reach = side // 8", "reach = side // 4", "augmentation"),
@@ -119,9 +119,9 @@ MUTANTS = {
     "hinge-of-the-wrong-side": Mutant(
         DOGS, "(1 + seen.fake.logits).relu()", "(1 - seen.fake.logits).relu()", "presets"
     ),
-    "rals-half-smooth": Mutant(DOGS, "(1 - 2 * smoothing)", "(1 - smoothing)", "residual"),
+    "rals-half-smooth": Mutant(DOGS, "(1 - 2 * smoothing)", "(1 - smoothing)", "presets"),
     "r1-twice": Mutant(
-        DOGS, ".square().sum() / (2 * count)", ".square().sum() / count", "precision"
+        DOGS, ".square().sum() / (2 * count)", ".square().sum() / count", "presets"
     ),
     "a-norm-that-stands-still": Mutant(
         DOGS, "                if self.training:\n",
