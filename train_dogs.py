@@ -68,7 +68,7 @@ from tqdm.auto import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder are not told apart there
+except ImportError:  # Windows: two runs in one folder are not detected there
     fcntl = None
 
 IMAGE_SIZE = 64
@@ -85,10 +85,10 @@ class UserError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One choice of an option, in a registry. `--help` and the refusals are made of such rows."""
+    """One choice of an option, in a registry. `--help` and errors are made of such rows."""
 
     text: str  # for --help
-    without: tuple[str, ...] = ()  # fields it cannot be combined with, or "field=value"
+    without: tuple[str, ...] = ()  # fields that must be at their default, or "field=value"
     needs: tuple[str, ...] = ()  # fields that must not be 0
 
 
@@ -120,9 +120,10 @@ class Config:
     data: tuple[str, ...] = free((), "files", "folder, zip or tar of dogs; repeatable")
     out: str = free("", "files", "folder for results (/kaggle/working or output)")
 
-    crops: str = option("square", "data", "kinds of crop with weights, as in square:3,context:1")
+    crops: str = option("square", "data",
+        "box, square, head, context or whole; several with weights, as in square:3,context:1")
     dedupe: float = option(0.0, "data",
-        "drop a dog whose thumbnail has a higher cosine than this with an earlier one; 0 = off",
+        "drop a dog whose thumbnail's cosine similarity to an earlier one is above this; 0 = off",
         (0, 1))
     mirror: float = option(0.5, "data", "probability of mirroring a photo", (0, 1))
     noise: float = option(0.0, "data", "uniform noise from 0 to this is added to reals", (0, 1))
@@ -133,8 +134,8 @@ class Config:
     latents: str = option("normal", "networks", "distribution of a latent's numbers",
         choices=lambda: LATENTS)
     latent_dim: int = option(256, "networks", "numbers in a latent z", (1, 4096))
-    width: int = option(48, "networks", "channels per unit of the architecture's table", (1, 1024))
-    d_width: int = option(0, "networks", "the same for D alone; 0 = width", (0, 1024))
+    width: int = option(48, "networks", "base channels, which each layer multiplies", (1, 1024))
+    d_width: int = option(0, "networks", "base channels of D; 0 = width", (0, 1024))
     init_std: float = option(0.0, "networks",
         "standard deviation of normal initial weights; 0 = PyTorch's initialisation", (0, 1))
     condition: str = option("none", "networks", "use of breed labels", choices=lambda: CONDITIONS)
@@ -147,7 +148,7 @@ class Config:
         "probability of being real above which a real has loss 0; 1 = never", (0.01, 1))
     smoothing: float = option(0.0, "loss",
         "one-sided label smoothing: the label of reals is 1 - this", (0, 0.5))
-    classify: float = option(0.0, "loss", "weight of the breed classifier", (0, 10))
+    classify: float = option(0.0, "loss", "weight of the breed classification loss", (0, 10))
     labelled: float = option(1.0, "loss", "share of the dogs whose breed D learns from", (0, 1))
     history: float = option(0.0, "loss",
         "weight of historical averaging: squared distance of the weights to their mean", (0, 1000))
@@ -161,27 +162,28 @@ class Config:
     lr_decay_start: float = option(1.0, "optimisation",
         "progress (0 to 1) from which learning rates fall linearly to 0", (0, 1))
 
-    average: str = free("swa", "averaging", "weights that make the submission",
+    average: str = free("swa", "averaging", "weights of the submitted G; none = the last step's",
         choices=lambda: tuple(WEIGHTS))
     average_every: int = option(20, "averaging",
         "steps between updates of the averages", (1, 10**9))
     swa_start: float = option(0.5, "averaging", "progress (0 to 1) at which SWA begins", (0, 1))
     ema_beta: float = option(0.9995, "averaging", "decay of the EMA per step", (0, 0.9999999))
     ema_schedule: str = option("constant", "averaging",
-        "of that decay; stepped: 0.9, 0.99, 0.999, 0.9999 instead",
+        "schedule of --ema-beta; stepped: 0.9, 0.99, 0.999, 0.9999 instead",
         choices=lambda: ("constant", "stepped"))
     truncation: float = free(0.0, "averaging",
-        "redraw numbers of a latent beyond this when sampling; 0 = off", (0, 100))
+        "sample latents from a normal truncated to +- this; 0 = off", (0, 100))
 
-    steps: int = free(397_000, "length", "steps of the whole recipe", (1, 10**9))
+    steps: int = free(397_000, "length",
+        "steps of the whole recipe; given without --hours, there is no time limit", (1, 10**9))
     hours: float = free(8.5, "length",
         "wall-clock budget of all parts, zip included; inf = no limit", (0, math.inf))
     part_hours: float = free(math.inf, "length",
-        "end this part after so many hours, to be resumed", (0, math.inf))
+        "stop after this many hours; the same command resumes", (0, math.inf))
 
     seed: int = option(0, "run", "seed of all randomness", (0, 2**32 - 1))
     device: str = free("auto", "run", "auto, cpu, cuda or cuda:N")
-    precision: str = free("auto", "run", "of convolutions",
+    precision: str = free("auto", "run", "number format in training",
         choices=lambda: ("auto", *PRECISIONS))
     images: int = free(10_000, "run", "images in the zip", (1, 99_999))
 # fmt: on
@@ -198,7 +200,7 @@ PRESETS: dict[str, dict[str, object]] = {  # the fields that differ from the def
         "crops": "head:2,square:1,context:1", "smoothing": 0.05, "average": "ema",
         "average_every": 1, "ema_schedule": "stepped",
     },
-    # Radford et al. 2015 (arXiv 1511.06434). Differs: twice as wide; no weight decay; split norm.
+    # Radford et al. 2015 (arXiv 1511.06434). Differs: no weight decay; split norm.
     "dcgan": {
         "architecture": "paper5", "latents": "uniform", "latent_dim": 100, "width": 128,
         "init_std": 0.02, "mirror": 0.0, "margin": 1.0, "batch_size": 128, "g_lr": 2e-4,
@@ -293,7 +295,7 @@ class NoNorm(nn.Module):
         return x
 
 
-# Each layer: (channels per unit of width, kernel). "rgb": the kernel of G's last layer. D's first
+# Each layer: (channels / width, kernel). "rgb": the kernel of G's last layer. D's first
 # "plain" layers have no norm. G's first layer makes 4 x 4 places of the latent.
 LAYERS = {
     "deep": {  # deeper and wider, as in the notebook of preset first-public
@@ -316,7 +318,7 @@ GEOMETRY = {  # by kernel: 3 keeps the side; 4 and 5 double it in G and halve it
 }
 
 
-def upsample(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.ConvTranspose2d:
+def transposed_conv(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.ConvTranspose2d:
     """A layer of G after the first."""
     extra = int(kernel == 5)  # else 4 x 4 becomes 7 x 7
     return nn.ConvTranspose2d(
@@ -347,9 +349,9 @@ class Generator(nn.Module):
         channels, kernel = layers[0]  # 1 x 1 to 4 x 4
         self.convs = nn.ModuleList([nn.ConvTranspose2d(latent_dim, channels, kernel, bias=False)])
         for (inputs, _), (outputs, kernel) in pairwise(layers):
-            self.convs.append(upsample(inputs, outputs, kernel, bias=False))
+            self.convs.append(transposed_conv(inputs, outputs, kernel, bias=False))
         self.norms = nn.ModuleList(norm(channels) for channels, _ in layers)
-        self.to_rgb = upsample(layers[-1][0], 3, LAYERS[architecture]["rgb"], bias=True)
+        self.to_rgb = transposed_conv(layers[-1][0], 3, LAYERS[architecture]["rgb"], bias=True)
 
     @classmethod
     def of(cls, config: Config, breeds: int) -> Generator:
@@ -369,7 +371,7 @@ class Verdict(NamedTuple):
     """D's outputs for n images."""
 
     logits: Tensor  # float32 (n,): above 0 means real
-    features: Tensor  # (n, channels, 4, 4): of the last convolution, before its norm
+    features: Tensor  # (n, channels, 4, 4): last convolution before its norm; residual: last ReLU
     classes: Tensor  # float32 (n, K): logits of the breeds; K = 0 without a classifier
 
     def split(self, count: int) -> tuple[Verdict, Verdict]:
@@ -388,8 +390,9 @@ class Discriminator(nn.Module):
         heads: Sequence[Callable[[int, int], nn.Module]] = (),
         float32_norms: bool = False,
     ) -> None:
-        """`outputs` of the linear layer: the logit, then any classes. `heads` (section 6) make of
-        (channels, outputs) modules that map (verdict, x, num_real, labels) to a new verdict."""
+        """`outputs` of the linear layer: the logit, then any classes. `heads` (section 6): each
+        makes, from (channels, outputs), a module that maps (verdict, x, num_real, labels) to a new
+        verdict."""
         super().__init__()
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         channels = 3
@@ -399,7 +402,7 @@ class Discriminator(nn.Module):
             plain = k < LAYERS[architecture]["plain"]
             self.convs.append(conv)
             self.norms.append(NoNorm() if plain else SplitBatchNorm2d(channels, float32_norms))
-        # It reads the whole 4 x 4 map: split norm makes the maps' means of reals and fakes equal.
+        # No pooling before it: split norm gives reals and fakes equal channel means.
         self.linear = nn.Conv2d(channels, outputs, 4)
         self.heads = nn.ModuleList(make(channels, outputs) for make in heads)
 
@@ -458,7 +461,7 @@ class Architecture(Row):
 ARCHITECTURES = {
     "deep": Architecture(text="a deeper and wider DCGAN", build=dcgan),
     "paper": Architecture(text="the DCGAN of 2015 with kernels of 4", build=dcgan),
-    "paper5": Architecture(text="the same with its own kernels of 5", build=dcgan),
+    "paper5": Architecture(text="the same with the original kernels of 5", build=dcgan),
 }
 
 
@@ -512,7 +515,7 @@ class Seen(NamedTuple):
     """Everything that a loss may read of one update."""
 
     images: Tensor  # (N, 3, 64, 64): D's input, augmented, the reals first
-    reals: Tensor  # (n, 3, 64, 64) before augmentation; n = 0 in G's update if no term reads them
+    reals: Tensor  # (n, 3, 64, 64) before augmentation; n = 0 in G's update if its loss reads none
     fakes: Tensor  # (batch, 3, 64, 64) before augmentation
     real: Verdict
     fake: Verdict
@@ -569,7 +572,6 @@ class Term(NamedTuple):
     """A further part of a loss. Its weight is the field of `Config` with the name of its row."""
 
     loss: Callable[[Seen], Tensor]  # or a class with this interface, made of the network
-    reads_reals: bool = False  # for G: then D is shown the reals in G's update too
     wanted: Callable[[Config], bool] = lambda config: True  # besides a weight above 0
 
 
@@ -585,7 +587,6 @@ class Objective:
         row = LOSSES[config.loss]
         first, rows = {"d": (row.d, D_TERMS), "g": (row.g, G_TERMS)}[letter]
         chosen = {n: t for n, t in rows.items() if getattr(config, n) and t.wanted(config)}
-        self.reads_reals = row.g_reads_reals or any(t.reads_reals for t in chosen.values())
         self.terms: dict[str, Callable[[Seen], Tensor]] = {f"{letter}_loss": first}
         self.weights = [1.0]
         for name, term in chosen.items():
@@ -622,7 +623,7 @@ LATENTS = {"normal": Latents(text="standard normal", draw=torch.randn)}
 
 
 class Batches:
-    """Draws reals, their breeds and latents on the device; each dog once an epoch."""
+    """Draws reals, their breeds and latents on the device; each dog at most once an epoch."""
 
     def __init__(self, crops: CropSet, config: Config, rng: torch.Generator | None) -> None:
         """`crops` and `rng` are on one device."""
@@ -760,7 +761,7 @@ class Trainer:
         self.config, self.device, self.crops = config, device, crops.to(device)
         self.layout = memory_layout(device)
         self.precision = choose_precision(config.precision, device)
-        if device.type != "meta":  # FLOPs are counted while a run's setting holds
+        if device.type != "meta":  # counting FLOPs must not change a run's setting
             torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
         self.G, self.D = build_networks(config, device, len(crops.breeds))
         if self.G.breeds:
@@ -810,7 +811,7 @@ class Trainer:
             d_loss, d_values = self.d_objective(seen)
         self.opt_d.minimise(d_loss)
         with self.autocast():  # a new context: the old one has cached D's weights
-            shown = reals if self.g_objective.reads_reals else reals[:0]
+            shown = reals if LOSSES[self.config.loss].g_reads_reals else reals[:0]
             g_loss, g_values = self.g_objective(self.judge(shown, fakes, labels, self.opt_g))
         self.opt_g.minimise(g_loss)
         certain = LOSSES[self.config.loss].certain(seen).float().mean()
@@ -965,7 +966,7 @@ def augment_color(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def augment_translation(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A shift by up to 8 pixels along each axis, reflected at the border: no black wedges to learn.
+    """A shift by up to 8 pixels along each axis, reflected at the border: no black bars to learn.
 
     Two products with shift matrices: exact, and with a reproducible gradient, where that of an
     indexed copy is summed in any order.
@@ -1023,7 +1024,7 @@ class MinibatchDiscrimination(nn.Module):
     def __init__(self, channels: int, outputs: int, kernels: int) -> None:
         super().__init__()
         self.project = nn.Linear(channels, kernels * 5, bias=False)
-        self.weight = nn.Parameter(torch.zeros(outputs, kernels))  # of o, in D's linear layer
+        self.weight = nn.Parameter(torch.zeros(outputs, kernels))  # from o to D's outputs
 
     def forward(self, verdict: Verdict, x: Tensor, num_real: int, labels: Tensor) -> Verdict:
         """`x`: (N, channels, 4, 4), D's last activations."""
@@ -1150,7 +1151,7 @@ UNKNOWN = -1  # the label of a dog whose breed D does not learn from
 
 
 def hide_labels(breed: Tensor, config: Config) -> Tensor:
-    """int64 (dogs,): `breed`, with `UNKNOWN` outside a share of `config.labelled`.
+    """int64 (dogs,): `breed`, with `UNKNOWN` for all but a random share `config.labelled`.
 
     The same dogs in every part of a run; a larger share contains a smaller one.
     """
@@ -1506,7 +1507,7 @@ class ResidualDiscriminator(nn.Module):
         """As `Discriminator`; `num_real` is ignored."""
         x = self.blocks(images)
         pooled = at_least_float32(x).sum((2, 3))
-        # Differences of 1 between sums over 16 places: too fine for half precision.
+        # RaLS wants logits 1 apart, and they are sums over 4 x 4: half precision is too coarse.
         with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             logits = self.linear(pooled).flatten()
             if self.projection is not None:
@@ -1907,8 +1908,8 @@ def crop_head(box: Box, width: int, height: int) -> list[Box]:
 
 
 def crop_context(box: Box, width: int, height: int) -> list[Box]:
-    """The largest square centred on the box that fits the frame, grown away from the edge that it
-    touches: on each side by 0.28 of the least room that it has on the three other sides.
+    """A square around the middle of the box, moved inside the frame. Half its side is the distance
+    to the nearest edge of the frame, plus 0.28 of how much farther the second nearest edge is.
 
     "Crop manner from Wu Qi" in Morxrc's notebook (see `first-public`).
     """
@@ -1991,7 +1992,7 @@ class CropSet:
 
 
 def in_threads(function: Callable, items: Iterable) -> Iterator:
-    """`map` in order, with a thread for each core; an interrupt drops the items not yet begun."""
+    """`map` in order, in a thread per core, at most 8; an interrupt drops what is not yet begun."""
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         yield from pool.map(function, items)
@@ -2021,7 +2022,7 @@ def near_duplicates(views: Sequence[np.ndarray], limit: float, block: int = 1024
     plain, mirrored = (F.normalize(x.flatten(1)) for x in (small, small.flip(2)))
     repeats: dict[int, int] = {}
     stays = torch.ones(len(plain), dtype=torch.bool)
-    for start in range(0, len(plain), block):  # some rows at a time: 190 MB for 20,000 dogs
+    for start in range(0, len(plain), block):  # some rows at a time: 250 MB for 20,000 dogs
         rows, end = plain[start : start + block], start + block
         cosine = torch.maximum(rows @ plain[:end].T, rows @ mirrored[:end].T)
         near = (cosine.clamp_(max=1.0) > limit).tril(start - 1)  # the earlier ones
@@ -2215,7 +2216,7 @@ PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` as fp32, bf16 or fp16: the fastest that `device` has in hardware; else `name`.
+    """`auto` as bf16 or fp16 where the hardware makes it faster, else as fp32; other names stay.
 
     bf16 from Ampere (capability 8.0) on and on CPUs with bf16 instructions, fp16 on Volta and
     Turing (T4), fp32 on Pascal (P100) and other CPUs.
@@ -2291,7 +2292,7 @@ def warm_up(trainer: Trainer) -> None:
 def try_graph(trainer: Trainer, stream: torch.cuda.Stream) -> str:
     """Capture and compare; returns why steps cannot be replayed, or "". Changes the state."""
     try:
-        replay = captured(trainer, stream)
+        replay = record_graph(trainer, stream)
         reason = compare_steps(trainer, replay)
     except RuntimeError as error:  # for example too little memory: a graph has its own
         return f"the step cannot run as a CUDA graph ({first_line(error)})"
@@ -2300,7 +2301,7 @@ def try_graph(trainer: Trainer, stream: torch.cuda.Stream) -> str:
     return reason
 
 
-def captured(trainer: Trainer, stream: torch.cuda.Stream) -> Callable[[], None]:
+def record_graph(trainer: Trainer, stream: torch.cuda.Stream) -> Callable[[], None]:
     """The replay of `one_step` as a CUDA graph, captured on `stream`."""
     graph, own = torch.cuda.CUDAGraph(), trainer.rng
     default = torch.cuda.default_generators[trainer.device.index]  # the one that a graph knows
@@ -2556,10 +2557,10 @@ Parsed = TypeVar("Parsed")
 
 
 def read_state(path: Path, parse: Callable[[dict[str, object]], Parsed]) -> Parsed:
-    """What `parse` makes of a `checkpoint.pt` or `generator.pt` whose "config" is a `Config`.
+    """`parse` of a `checkpoint.pt` or `generator.pt`, with its "config" made a `Config`.
 
-    Such files enter only here: nothing behind it checks them again. Raises `Damaged` for a damaged
-    file, and `UserError` for one of another version or on which `parse` fails.
+    No other code checks these files. Raises `Damaged` for a damaged file, and `UserError` for one
+    of another version or on which `parse` fails.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -2620,8 +2621,8 @@ def require_same_recipe(config: Config, saved: Config, names: Iterable[str]) -> 
         if f.name in names and f.metadata["fixed"] and now != then:
             flag = flag_of(f.name)
             raise UserError(
-                f"the checkpoint was made with {flag} {then}, not {now}: give {flag} {then}, or"
-                " start anew with --fresh or another --out."
+                f"the saved run had {flag} {then}, not {now}: give {flag} {then}, or train anew"
+                " with --fresh or another --out."
             )
 
 
@@ -2649,12 +2650,13 @@ def roll_back(trainer: Trainer, report: Report, options: Options) -> bool:
     sick_step, rollbacks = trainer.steps_done, trainer.rollbacks + 1
     state = find_checkpoint(options._replace(resume=""), trainer)
     if state is None:
-        raise UserError("weights were not finite and no checkpoint is whole: start with --fresh.")
+        raise UserError("training diverged, and there is no whole checkpoint: start with --fresh.")
     load_trainer(trainer, state["trainer"])
     trainer.rollbacks = rollbacks
     trainer.rng.manual_seed(seed_for(trainer.config.seed, "training") + rollbacks)
     report.event(
-        f"weights were not finite at step {sick_step}: back to step {trainer.steps_done},"
+        f"weights not finite, or loss scale below 1, at step {sick_step}: back to step"
+        f" {trainer.steps_done},"
         f" {'with fresh randomness' if rollbacks <= 3 else 'finishing from there'}",
         rollbacks=rollbacks,
     )
@@ -2790,7 +2792,7 @@ def write_zip(path: Path, batches: Iterable[np.ndarray]) -> int:
 
     `batches`: uint8 (n, 64, 64, 3) arrays. Stored, not deflated: PNGs do not shrink again.
     """
-    # Eight tasks a batch: of single images the threads would get in each other's way.
+    # Eight tasks a batch: with one image a task, threads would block each other.
     pngs = (
         png
         for batch in batches
@@ -3008,8 +3010,8 @@ class Clock:
 
     def progress(self, steps_done: int) -> float:
         """The larger of steps done over `steps` and time used over the budget less the reserve."""
-        in_time = self.used() / max(1e-9, self.deadline - self.reserve - self.origin)
-        return min(1.0, max(steps_done / self.steps, in_time))
+        by_time = self.used() / max(1e-9, self.deadline - self.reserve - self.origin)
+        return min(1.0, max(steps_done / self.steps, by_time))
 
     def allows(self, seconds: float) -> bool:
         """Whether `seconds` not spent on training are under 2 % of the run (of at least 25
@@ -3166,7 +3168,7 @@ class Run:
     report: Report
     stop: Interrupts
     out: Path
-    zip_of: str = ""  # which step images.zip is of, once it is this run's
+    zip_of: str = ""  # "step N" or "an earlier part", which made images.zip; "": none
     zip_seconds: float = 0.0  # what a zip takes
     spent_on_zips: float = 0.0  # seconds so far
     spent_on_sheets: float = 0.0
@@ -3182,7 +3184,7 @@ def write_early_zip(run: Run, deadline: float) -> None:
         batch = min(batch, time.monotonic() - start)
     try:
         if start + NORM_BATCHES * batch > deadline:
-            # An image of the zip is encoded, too.
+            # 1.5: images of the zip are encoded, too.
             raise TooLate(batch * (NORM_BATCHES + 1.5 * trainer.config.images / SAMPLE_BATCH))
         submit(trainer, deadline)
         run.zip_of = f"step {trainer.steps_done}"
@@ -3240,7 +3242,7 @@ def train_within_budget(run: Run) -> None:
         if not trainer.is_healthy():
             roll_back(trainer, report, run.options)
         report.status(trainer, run.clock, last=True)
-        # Before the zip, as it cannot be given up. The time is that of the end, at most.
+        # Before the zip, which may be late. The saved time counts the whole reserve as used.
         saver.save(trainer, run.clock.used() + run.clock.reserve, done)
         saver.wait()
     finally:
@@ -3248,7 +3250,8 @@ def train_within_budget(run: Run) -> None:
 
 
 def train(run: Run, saver: Saver) -> bool:
-    """Train to progress 1 (returns True), or until this part's time is over or a signal came."""
+    """Train. Returns True at progress 1 or after a fourth rollback, False when this part's time is
+    over or a signal came."""
     trainer, clock, report = run.trainer, run.clock, run.report
     saved = time.monotonic()
     sheets = [s for s in SHEETS if s > clock.progress(trainer.steps_done)]
@@ -3346,7 +3349,7 @@ def finish(run: Run) -> None:
     reals = draw_sheet(real_images(trainer.crops, config))
     sheets = [Image.open(path) for path in sorted((out / "samples").glob("step_*.png"))]
     save_picture(out / "progress.webp", [reals, *sheets])
-    run.report.event(f"look at {sheet} (100 of them) and {out / 'progress.webp'} (how they grew)")
+    run.report.event(f"look at {sheet} (100 dogs) and {out / 'progress.webp'} (all sheets)")
 
 
 def prepare(config: Config, device: torch.device) -> tuple[Trainer, list[str]]:
@@ -3375,7 +3378,7 @@ def show_plan(config: Config, device: torch.device) -> int:
         say(line)
     if device.type == "cuda":
         reason = capture(trainer)
-        say(f"{reason}: steps would be eager" if reason else "a replayed step agrees")
+        say(f"{reason}: steps would be eager" if reason else "steps would be CUDA graph replays")
     return 0
 
 
@@ -3546,7 +3549,7 @@ class Parser(argparse.ArgumentParser):
 
 GONE = {  # flags of earlier versions
     "--augment-start": "late augmentation was not better",
-    "--contrast": "it won no FID",
+    "--contrast": "it did not lower the FID",
     "--r1-every": "it was never measured to help",
     "--checkpoint-seconds": f"checkpoints are written every {CHECKPOINT_SECONDS:.0f} s",
 }
@@ -3570,8 +3573,10 @@ def make_parser() -> Parser:
     presets = f"recipe, one of {', '.join(PRESETS)}; default dogs"
     action("--preset", default="dogs", choices=PRESETS, metavar="NAME", help=presets)
     action("--dry-run", action="store_true", help="print the plan and stop")
-    action("--fresh", action="store_true", help="ignore the checkpoint in --out")
-    action("--resume", default="", metavar="FILE", help="start from this checkpoint")
+    fresh = "ignore the checkpoint in --out, and delete its log and sheets"
+    action("--fresh", action="store_true", help=fresh)
+    resume = "start from this checkpoint, or draw from this generator.pt"
+    action("--resume", default="", metavar="FILE", help=resume)
     again = "write images.zip again from generator.pt"
     action("--sample-only", action="store_true", help=again)
     walk = "write walk.webp from generator.pt: a walk through its latent space"
@@ -3663,8 +3668,8 @@ def main(argv: Sequence[str] = (), started: float | None = None) -> int:
         if error.errno is None:  # a library's, not the system's
             raise
         message = (
-            f"{error.strerror} ({error.filename or options.config.out}): make room or give another"
-            " --out, then start the same command again; every file that is there is whole."
+            f"{error.strerror} ({error.filename or options.config.out}): free disk space or give"
+            " another --out, then start the same command again; every file that is there is whole."
         )
     except (RuntimeError, MemoryError) as error:
         if not (message := memory_advice(error, options)):

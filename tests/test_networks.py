@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import train_dogs
 from train_dogs import (
     ARCHITECTURES,
     LAYERS,
@@ -347,11 +346,3 @@ def test_an_objective_weighs_its_terms_and_names_each():
         torch.testing.assert_close(torch.stack(values), torch.stack([first(both), classify]))
         torch.testing.assert_close(loss, first(both) + 0.25 * classify)
     assert [list(o.terms) for o in objectives(r1=2.0)] == [["d_loss", "d_r1"], ["g_loss"]]
-
-
-def test_g_is_shown_reals_only_for_a_loss_or_a_term_that_reads_them(monkeypatch):
-    shown = [loss for loss in LOSSES if objectives(loss=loss)[1].reads_reals]
-    assert shown == ["matching", "rals"]
-    row = train_dogs.Term(lambda seen: seen.reals.mean(), reads_reals=True)
-    monkeypatch.setitem(train_dogs.G_TERMS, "noise", row)
-    assert objectives(noise=0.5)[1].reads_reals and not objectives()[1].reads_reals

@@ -136,6 +136,14 @@ def test_a_step_is_a_plain_dcgan_step_with_plain_adam(dogs, changes):
     assert trainer.steps_done == 4
 
 
+@pytest.mark.parametrize("loss", train_dogs.LOSSES)
+def test_g_is_shown_reals_only_for_a_loss_that_reads_them(loss, dogs):
+    trainer, counts = Trainer(small(loss=loss), dogs, CPU), []
+    trainer.D.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[1]))
+    trainer.step(0.0)
+    assert counts == [6, 6 if loss in ("matching", "rals") else 0]
+
+
 def test_the_statistics_are_means_over_the_steps_since_they_were_read(dogs):
     trainer, single = Trainer(small(), dogs, CPU), Trainer(small(), dogs, CPU)
     each = []
