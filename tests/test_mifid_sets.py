@@ -184,6 +184,12 @@ def test_the_boxes_of_a_photo_are_cut_from_it_as_it_is_stored(tmp_path):
             assert (side.picture(row) == np.asarray(expected)).all()
 
 
+def test_edges_of_a_box_are_rounded_outwards():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    (cut,) = mifid.fit_boxes(Image.fromarray(pixels), [(1.2, 2.9, 4.1, 5.5)], (4, 4))
+    np.testing.assert_array_equal(cut, pixels[2:6, 1:5])
+
+
 def test_without_train_dogs_folders_and_zips_of_pngs_and_jpegs_are_read_alike(
     run, sample_dogs, generated, tmp_path, monkeypatch
 ):

@@ -21,7 +21,8 @@ def toy(tmp_path: Path) -> Path:
     (tmp_path / "toy.py").write_text(
         "def plus(a, b):\n    return a + b\n\n\ndef times(a, b):\n    return a * b\n"
     )
-    (tmp_path / "toy").write_text(
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_toy.py").write_text(
         "from toy import plus, times\n\n\ndef test_both():\n"
         "    assert plus(2, 3) == 5 and times(2, 3) == 6\n"
     )
@@ -40,7 +41,7 @@ def test_each_end_of_a_mutant_is_counted_and_the_project_is_left_as_it_was(toy, 
 
 
 def test_nothing_is_judged_if_the_tests_fail_without_a_fault(toy, capsys):
-    (toy / "toy").write_text("def test_nothing():\n    assert False\n")
+    (toy / "tests/test_toy.py").write_text("def test_nothing():\n    assert False\n")
     assert mutants.main([], TOY, toy) == 1
     assert capsys.readouterr().out == "the tests fail without a fault: toy\n"
 

@@ -284,11 +284,11 @@ MUTANTS = {
 
 def pytest(folder: Path, tests: str, seconds: float) -> int:
     """pytest's exit code for the tests in a copy, up to the first failure; 1 if they hang."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    options = ("-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "")  # slow tests too
     files = [f"tests/test_{stem}.py" for stem in tests.split()]
     try:
         done = subprocess.run(
-            [*command, *files],
+            [sys.executable, "-m", "pytest", *options, *files],
             cwd=folder, capture_output=True, text=True, timeout=seconds, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
