@@ -35,6 +35,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import math
 import os
 import platform
@@ -76,8 +77,8 @@ class UserError(ValueError):
 
 DAMAGE = (  # what zipfile, Pillow, NumPy and json raise for damaged files
     OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, TypeError, MemoryError,
-    AttributeError, ArithmeticError, struct.error, zlib.error, zipfile.BadZipFile,
-    Image.DecompressionBombError,
+    AttributeError, ArithmeticError, struct.error, zlib.error, lzma.LZMAError,
+    zipfile.BadZipFile, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -1208,6 +1209,10 @@ def check_options(crop: str, files: Iterable[Any], numbers: dict[str, float | No
         if (value := numbers[option]) is not None and not low <= value <= high:
             raise UserError(f"--{option} must be between {low} and {high:g}, not {value}.")
     for target in (Path(file) for file in files if file is not None):
+        try:
+            os.fsencode(target)
+        except UnicodeEncodeError as error:
+            raise UserError(f"No file can be named {str(target)!a}: give another.") from error
         if not target.absolute().parent.is_dir():
             raise UserError(f"The folder of {target} is not there: make it first.")
         if target.exists() and not target.is_file():  # a rename would replace a device

@@ -345,6 +345,7 @@ def test_a_sheet_of_features_alone_or_in_a_place_that_is_no_file_is_refused(
         run, tmp_path / "f.npz", reference, "--sheet", tmp_path / "s.png"
     )
     assert "make it first" in refusal(run, generated, reference, "--sheet", tmp_path / "no/s.png")
+    assert "No file can be named" in refusal(run, generated, reference, "--sheet", "\ud800")
     if hasattr(os, "mkfifo"):  # a rename would replace the pipe
         os.mkfifo(tmp_path / "pipe")
         for option in ("--sheet", "--save-features"):
@@ -412,6 +413,11 @@ def test_broken_archives_and_absent_paths_are_named(run, generated, reference, t
     (tmp_path / "locked.zip").write_bytes(encrypted)
     (tmp_path / "bad.npz").write_bytes(b"PK no array")
     np.savez(tmp_path / "other.npz", data=np.ones(3))
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("00000.png", data)
+    packed = bytearray((tmp_path / "packed.zip").read_bytes())
+    packed[200:220] = b"\xff" * 20
+    (tmp_path / "packed.zip").write_bytes(packed)
     with tarfile.open(tmp_path / "images.tar.bz2", "w:bz2") as archive:
         archive.add(generated)
     for name in (*(path.name for path in tmp_path.iterdir()), "no.zip"):
