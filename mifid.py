@@ -44,6 +44,7 @@ import shutil
 import struct
 import sys
 import time
+import tokenize
 import urllib.request
 import warnings
 import zipfile
@@ -78,7 +79,7 @@ class UserError(ValueError):
 DAMAGE = (  # what zipfile, Pillow, NumPy and json raise for damaged files
     OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, TypeError, MemoryError,
     AttributeError, ArithmeticError, struct.error, zlib.error, lzma.LZMAError,
-    zipfile.BadZipFile, Image.DecompressionBombError,
+    zipfile.BadZipFile, tokenize.TokenError, Image.DecompressionBombError,
 )  # fmt: skip
 
 

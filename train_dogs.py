@@ -2240,7 +2240,10 @@ def memory_advice(error: BaseException, options: Options) -> str:
     little memory, but also a precision that cuDNN lacks.
     """
     text, engine = str(error).lower(), "unable to find an engine"
-    signs = ("out of memory", "not enough memory", "alloc_failed", "allocation_failed", engine)
+    signs = (
+        "out of memory", "not enough memory", "can't allocate memory", "alloc_failed",
+        "allocation_failed", engine,
+    )  # fmt: skip
     if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
         return ""
     if options.draws_only:

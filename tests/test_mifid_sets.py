@@ -570,6 +570,15 @@ def test_an_npz_of_anything_is_refused(kind, tmp_path):
         mifid.load_features(tmp_path / "any.npz")
 
 
+def test_an_array_with_a_header_of_anything_is_refused(tmp_path):
+    header = b"(".ljust(117) + b"\n"  # for which NumPy raises an error of Python's tokenizer
+    with zipfile.ZipFile(tmp_path / "any.npz", "w") as archive:
+        data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+        archive.writestr("features.npy", data)
+    with pytest.raises(mifid.UserError, match=r"any\.npz.*--save-features"):
+        mifid.load_features(tmp_path / "any.npz")
+
+
 @pytest.mark.parametrize("block", [b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0", b"any"])
 def test_an_exif_block_of_anything_turns_nothing(block):
     assert (mifid.decode(png(NOISE, exif=b"Exif\0\0" + block)) == NOISE).all()

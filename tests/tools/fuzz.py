@@ -59,7 +59,7 @@ TINY += ["--images", "2", "--precision", "fp32", "--hours", "inf", "--device", "
 # Values of options.
 NASTY = (
     "", " ", "0", "-1", "1e308", "-1e308", "nan", "inf", "-inf", "1e-320", "99999999999999999999",
-    "0x10", "1_000", "²", "٣", "1.5", "True", "None", "é", "\ud800", "a" * 5000, "/", ".", "..",
+    "0x10", "1_0", "²", "٣", "1.5", "True", "None", "é", "\ud800", "a" * 5000, "/", ".", "..",
     "/dev/null", "/dev/zero", "square:", "box:0", "box:-1", "cuda:²", "cuda:99999999999999999999",
     "cpu:7", "meta", "color,color", "--help", "--", "\n", "%s", "{}", "*",
 )  # fmt: skip
