@@ -2986,7 +2986,7 @@ def pairwise_distance(images: np.ndarray) -> float:
 
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
 CHECKPOINT_SECONDS = 300.0
-LAST_SHEET_SECONDS = 3.0  # for the last sheet and the animation
+LAST_SHEET_SECONDS = 4.0  # for the last sheet and the animation, and to end the process
 EXIT_SECONDS = 3.0  # from the last zip to the end of the process
 
 

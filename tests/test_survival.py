@@ -644,7 +644,7 @@ def test_a_disk_that_stays_full_is_one_sentence_and_the_files_of_before_stay_who
         at_step(patch, s20=disk.fill)
         assert run_here(disk.out, steps=STEPS) == 2
     message = [line for line in only_message(capsys).splitlines() if "log.jsonl" not in line]
-    assert_one_sentence("\n".join(message), "No space left", "room")
+    assert_one_sentence("\n".join(message), "No space left", "space")
     assert_whole(disk.out)
     assert 10 < steps_of(disk.out) < STEPS
     assert [n for n in left_over(disk.out) if ".part" in n] == []
