@@ -2987,6 +2987,7 @@ def pairwise_distance(images: np.ndarray) -> float:
 SHEETS = (0.01, 0.03, 0.06, *(n / 10 for n in range(1, 10)))  # progress at which sheets are drawn
 CHECKPOINT_SECONDS = 300.0
 LAST_SHEET_SECONDS = 4.0  # for the last sheet and the animation, and to end the process
+LEAST_SPARE_SECONDS = 3.0  # for the last zip over what the first one took
 EXIT_SECONDS = 3.0  # from the last zip to the end of the process
 
 
@@ -3216,7 +3217,8 @@ def reserve_time(run: Run) -> None:
     # More where it costs under 1 % of the budget, or where the last zip would be the only one.
     spare = 0.3 if run.zip_of and not clock.allows(2 * run.zip_seconds) else 0.6
     left = clock.training_left()
-    clock.reserve = min(0.9 * left, (1 + spare) * run.zip_seconds + rest)
+    spare_seconds = max(LEAST_SPARE_SECONDS, spare * run.zip_seconds)
+    clock.reserve = min(0.9 * left, run.zip_seconds + spare_seconds + rest)
     if run.zip_seconds + rest >= left:
         if not trainer.steps_done:  # the next try starts with the whole budget
             (out / "checkpoint.pt").unlink()

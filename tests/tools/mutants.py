@@ -201,7 +201,7 @@ MUTANTS = {
         DOGS, "self.origin = started - used_before", "self.origin = started", "training"
     ),
     "nothing-in-reserve": Mutant(
-        DOGS, "(1 + spare) * run.zip_seconds + rest)", "rest)", "survival"
+        DOGS, "run.zip_seconds + spare_seconds + rest)", "rest)", "survival"
     ),
     "deaf-to-a-second-signal": Mutant(
         DOGS, "if self.stopped or not self.armed", "if not self.armed", "survival"
