@@ -166,12 +166,12 @@ def fids_without(
     """
     half, fids = reference.half, []
     x = torch.as_tensor(features, device=half.device).double() - reference.mean
-    y, squares = x @ half, x.square().sum(1)
+    y, total, squares, trace = x @ half, x.sum(0), x.square().sum(1), half.square().sum()
     few = len(y) <= half.shape[1]
     product = y @ y.T if few else y.T @ y
     for rows in (np.arange(0), *groups):
         keep = np.delete(np.arange(len(x)), rows)
-        count, mean = len(keep), (x.sum(0) - x[rows].sum(0)) / len(keep)
+        count, mean = len(keep), (total - x[rows].sum(0)) / len(keep)
         if few:
             inner = product[keep][:, keep]
             centred = inner - inner.mean(0) - inner.mean(1, keepdim=True) + inner.mean()
@@ -181,7 +181,7 @@ def fids_without(
         roots = torch.linalg.eigvalsh(centred / (count - 1)).clamp_min(0).sqrt().sum()
         gap = mean.square().sum()
         spread = (squares[keep].sum() - count * gap) / (count - 1)
-        fids.append(max(0.0, (gap + spread + half.square().sum() - 2 * roots).item()))
+        fids.append(max(0.0, (gap + spread + trace - 2 * roots).item()))
     return fids
 
 

@@ -213,7 +213,7 @@ MUTANTS = {
     "biased-covariance": Mutant(
         SCORER, "scatter / (len(x) - 1)", "scatter / len(x)", "mifid_numbers"
     ),
-    "one-root-is-lost": Mutant(SCORER, ".sum() - 2 * roots", ".sum() - roots", "mifid_numbers"),
+    "one-root-is-lost": Mutant(SCORER, "trace - 2 * roots", "trace - roots", "mifid_numbers"),
     "a-group-stays": Mutant(SCORER, "product - left_out.T @ left_out", "product", "mifid_numbers"),
     "another-epsilon": Mutant(
         SCORER, "fid / (distance + EPSILON)", "fid / (distance + 1e-3)", "mifid_numbers"
