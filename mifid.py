@@ -83,6 +83,31 @@ DAMAGE = (  # what zipfile, Pillow, NumPy and json raise for damaged files
 )  # fmt: skip
 
 
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32, whatever the caller's training has set: its effect on a score was not measured."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def naming_the_remedy() -> Iterator[None]:
+    """Raises UserError where torch, cuDNN or cuBLAS say that memory ran out."""
+    try:
+        yield
+    except RuntimeError as error:
+        signs = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+        if not any(sign in str(error).lower() for sign in (*signs, "unable to find an engine")):
+            raise
+        remedy = "give a smaller --batch-size, or --device cpu"
+        raise UserError(f"There is too little memory: {remedy}.") from error
+
+
 # ---------------------------------------------------------------- 1. FID, distance, MiFID
 
 
@@ -218,6 +243,7 @@ def nearest_references(
     return distance.cpu().numpy(), index.cpu().numpy()
 
 
+@full_float32()
 def memorization_distance(generated_features: Any, reference_features: Any) -> float:
     """Mean over the generated rows of the minimum over the reference rows of 1 - |cos|.
 
@@ -315,7 +341,6 @@ class Inception(nn.Module):
             if block in ("Conv2d_2b_3x3", "Conv2d_4a_3x3"):
                 layers.append(nn.MaxPool2d(3, stride=2))
         self.layers = nn.Sequential(*layers)
-        self.seconds = 0.0  # spent in `run_network`
 
     def forward(self, images: Tensor) -> Tensor:
         weight = self.layers[0][0].weight
@@ -345,22 +370,18 @@ def kept_memory() -> Iterator[None]:
 
 
 @torch.inference_mode()
-def run_network(model: Inception, batches: Iterable[np.ndarray | Tensor]) -> np.ndarray:
-    """float32 N x 2048 features of batches of uint8 N x H x W x 3 images."""
-    out = [np.empty((0, 2048), np.float32)]
-    # TF32 is off: its effect on the score has not been measured.
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False)
-    try:
-        with kept_memory(), exact:
-            for batch in batches:
-                begin = time.perf_counter()
-                out.append(model(torch.as_tensor(batch)).cpu().numpy())
-                model.seconds += time.perf_counter() - begin
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        raise UserError("There is too little memory: give a smaller --batch-size.") from error
-    return np.concatenate(out)
+def run_network(
+    model: Inception, batches: Iterable[np.ndarray | Tensor]
+) -> tuple[np.ndarray, float]:
+    """float32 N x 2048 features of batches of uint8 N x H x W x 3 images, and the seconds that they
+    took, without those of the batches."""
+    out, seconds = [np.empty((0, 2048), np.float32)], 0.0
+    with kept_memory():
+        for batch in batches:
+            begin = time.perf_counter()
+            out.append(model(torch.as_tensor(batch)).cpu().numpy())
+            seconds += time.perf_counter() - begin
+    return np.concatenate(out), seconds
 
 
 def as_images(images: np.ndarray | Tensor) -> Tensor:
@@ -374,6 +395,8 @@ def as_images(images: np.ndarray | Tensor) -> Tensor:
     return tensor if shape[3] == 3 else tensor.permute(0, 2, 3, 1)
 
 
+@full_float32()
+@naming_the_remedy()
 def extract_features(
     model: Inception, images: np.ndarray | Tensor, batch_size: int | None = None
 ) -> np.ndarray | Tensor:
@@ -382,7 +405,7 @@ def extract_features(
     Raises UserError (a ValueError) for another dtype or shape."""
     tensor = as_images(images)
     batches = tensor.split(batch_size or model.batch_size) if len(tensor) else ()
-    features = run_network(model, batches)
+    features, _ = run_network(model, batches)
     return torch.from_numpy(features) if isinstance(images, Tensor) else features
 
 
@@ -629,6 +652,7 @@ class Side:
     owners: np.ndarray | None = None  # int64 N: which picture each row is a crop of
     known: Gaussian | None = None  # instead of `values`, if only mean and covariance are known
     notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # of the network; 0 if the features were given or cached
 
     def picture(self, row: int) -> np.ndarray:
         """uint8 H x W x 3: the picture of one row, decoded again."""
@@ -886,7 +910,7 @@ def compute_features(side: Side, model: Inception, batch_size: int, progress: bo
 
     stream = views()
     batches = iter(lambda: list(islice(stream, batch_size)), [])
-    side.values = run_network(model, map(np.stack, batches))
+    side.values, side.seconds = run_network(model, map(np.stack, batches))
     side.owners = np.asarray(owners, np.int64)
     known = ("weights", "sha256", "fingerprint", "precision")
     side.about = side.about | {name: getattr(model, name) for name in known}
@@ -1139,7 +1163,8 @@ def choose_device(name: str | torch.device | None) -> torch.device:
         return torch.device("cpu")
     try:
         device = torch.device(name or "cuda")
-        torch.ones(1, device=device).add(1).item()  # some GPUs are listed and run no kernel
+        # Some GPUs are listed and run no kernel of this torch, or no convolution of its cuDNN.
+        nn.Conv2d(3, 8, 3, device=device)(torch.ones((1, 3, 8, 8), device=device)).sum().item()
         return device
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         if name is None:
@@ -1236,6 +1261,8 @@ def notes_on(made: Side, real: Side, *held: Side) -> list[str]:
     return notes
 
 
+@full_float32()
+@naming_the_remedy()
 def score(
     generated: Any,
     reference: Any,
@@ -1286,7 +1313,6 @@ def score(
     if sheet is not None and not {"generated", "reference"} <= set(images):
         raise UserError("--sheet needs images on both sides: features alone show no picture.")
     model = load_inception(find_weights(weights, offline), device, fast) if images else None
-    network_before = model.seconds if images else 0.0
     for name, side in images.items():
         compute = cached_features if cache and name != "generated" else compute_features
         compute(side, model, batch_size or model.batch_size, progress)
@@ -1344,7 +1370,7 @@ def score(
         draw_sheet(Path(sheet), made, real, near, index)
         ends["sheet"] = time.perf_counter()
     seconds = {stage: end - begin for (_, begin), (stage, end) in pairwise(ends.items())}
-    network = model.seconds - network_before if images else 0.0
+    network = sum(side.seconds for side in sides.values())
     seconds = {"reading": seconds.pop("features") - network, "network": network} | seconds
     seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
     return result | {"notes": notes_on(made, real, *held), "seconds": seconds}

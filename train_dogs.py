@@ -763,6 +763,8 @@ class Trainer:
         self.precision = choose_precision(config.precision, device)
         if device.type != "meta":  # counting FLOPs must not change a run's setting
             torch.backends.cudnn.allow_tf32 = self.precision != "fp32"
+            # NVIDIA's containers switch TF32 on, in which a shift by pixels is not exact.
+            torch.set_float32_matmul_precision("highest")
         self.G, self.D = build_networks(config, device, len(crops.breeds))
         if self.G.breeds:
             breeds = torch.arange(self.G.breeds, device=device)
@@ -2252,7 +2254,8 @@ def memory_advice(error: BaseException, options: Options) -> str:
     return (
         "the memory is too small for this:"
         f" {'try --precision fp32, or ' if engine in text else ''}start anew with --fresh"
-        f" --batch-size {smaller}, or continue on a device with more memory."
+        f"{' instead of --resume' if options.resume else ''} --batch-size {smaller}, or continue on"
+        " a device with more memory."
     )
 
 
@@ -2276,7 +2279,8 @@ def capture(trainer: Trainer) -> str:
     for optimizer in (trainer.opt_g, trainer.opt_d):
         optimizer.adam.zero_grad()  # gradients keep the memory of a graph that was given up
     gc.collect()  # so do the errors of a failed capture, which refer to each other
-    torch.cuda.empty_cache()
+    with suppress(RuntimeError):  # torch 2.11 and older, after a capture that CUDA invalidated
+        torch.cuda.empty_cache()
     return reason
 
 

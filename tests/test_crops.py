@@ -268,6 +268,24 @@ def test_a_second_start_is_equal_and_reads_no_picture(dogs_root, cache, monkeypa
     assert list(cache.iterdir()) == [kept] and kept.stat().st_mtime_ns == written
 
 
+def test_a_refused_set_is_refused_again_and_an_interrupt_leaves_nothing_in_the_cache(
+    tmp_path, dogs_root, cache, monkeypatch
+):
+    few = as_folders(tmp_path / "few", make_dogs(3))
+    for _ in range(2):
+        with pytest.raises(UserError, match="at least 16"):
+            prepare(few)
+
+    def interrupted(table: dict, file: io.BufferedWriter) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", interrupted)
+        prepare(dogs_root)
+    assert list(cache.iterdir()) == []
+
+
 def a_picture(root: Path) -> Path:
     return min((root / "Images").rglob("*.jpg"))
 

@@ -177,6 +177,8 @@ def test_out_of_memory_in_any_form_names_a_smaller_batch(error, tmp_path, monkey
     assert run_here(tmp_path / "out", batch_size=16) == 2
     engine = ["--precision fp32"] if "engine" in str(error) else []
     assert_one_sentence(capsys.readouterr().err, "--fresh --batch-size 8", "more memory", *engine)
+    assert run_here(tmp_path / "out", "--resume", "other.pt", batch_size=16) == 2
+    assert_one_sentence(capsys.readouterr().err, "--fresh instead of --resume --batch-size 8")
 
 
 def test_out_of_memory_leaves_whole_files_and_each_remedy_that_it_names_works(
@@ -218,13 +220,14 @@ def gpu(test: Callable) -> Callable:
 
 
 @pytest.fixture
-def cuda() -> torch.device:
-    """The GPU, after a kernel has run on it."""
-    return choose_device("cuda")
+def cuda() -> Iterator[torch.device]:
+    """The GPU, with cuDNN's choice by measurement, as in every run."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        yield choose_device("cuda")
 
 
 @pytest.fixture
-def exact() -> Iterator[None]:
+def exact(cuda: torch.device) -> Iterator[None]:
     """Deterministic convolutions in plain float32."""
     with torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
@@ -258,9 +261,11 @@ def trained(trainer: Trainer, steps: int, start: int = 0) -> dict[str, torch.Ten
 @pytest.mark.usefixtures("exact")
 def test_fifty_eager_steps_equal_captured_ones_that_are_resumed_half_way_bit_for_bit(cuda):
     """So a capture changes nothing in the trainer, and a replay reads what is loaded."""
-    eager, first, second = trainer_on(cuda), captured_on(cuda), captured_on(cuda, seed=5)
+    eager, first = trainer_on(cuda), captured_on(cuda)
     trained(first, 25)
-    load_trainer(second, trainer_state(first))
+    half = trainer_state(first)  # before the next capture takes the generator that graphs share
+    second = captured_on(cuda, seed=5)
+    load_trainer(second, half)
     expected, found = trained(eager, 50), trained(second, 25, 25)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
@@ -274,6 +279,7 @@ CAPTURED = {
     **{loss: {"loss": loss} for loss in train_dogs.LOSSES},
     **{name: {"architecture": name, "init_std": 0.02} for name in train_dogs.LAYERS},
     **{name: {"precision": name} for name in ("tf32", "bf16", "fp16")},
+    "the default": {"width": 48, "latent_dim": 256, "batch_size": 32, "precision": "bf16"},
     "augmented": {"augment": "color,translation,cutout", "noise": 1 / 128},
     "breed r1": {"condition": "breed", "classify": 0.1, "r1": 1.0},
     "breed fp16 r1": {"precision": "fp16", "r1": 1.0, "condition": "breed"},
@@ -298,6 +304,22 @@ def test_every_recipe_is_captured_without_alarm_and_its_replay_learns(cuda, reci
     trained(trainer, 25)
     moved = any(not torch.equal(a, b) for a, b in zip(before, trainer.G.parameters()))
     assert trainer.is_healthy() and moved is (recipe != "no learning")
+
+
+@gpu
+def test_after_a_capture_that_a_wait_invalidates_steps_go_on(cuda, monkeypatch):
+    trainer = trainer_on(cuda)
+    judge = trainer.judge
+
+    def waiting(*args: object) -> train_dogs.Seen:
+        seen = judge(*args)
+        seen.fake.logits.sum().item()  # no capture may wait for the device
+        return seen
+
+    monkeypatch.setattr(trainer, "judge", waiting)
+    assert "CUDA graph" in capture(trainer) and trainer.update_networks == trainer.one_step
+    trained(trainer, 3)
+    assert trainer.is_healthy()
 
 
 @gpu

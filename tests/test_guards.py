@@ -258,8 +258,9 @@ def assert_as_before(trainer: Trainer, before: dict, but: tuple[str, ...] = ()) 
     for name in before.keys() - {"tensors", *but}:
         same = torch.equal if name == "rng" else lambda a, b: a == b
         assert same(before[name], after[name]), name
-    changed = [k for k, t in before["tensors"].items() if not torch.equal(t, after["tensors"][k])]
-    assert changed == []
+    states = ({k: t.nan_to_num() for k, t in s["tensors"].items()} for s in (before, after))
+    first, second = states  # an overflow leaves nan in the sums
+    assert [k for k in first if not torch.equal(first[k], second[k])] == []
 
 
 class PretendedGpu(str):
@@ -339,7 +340,7 @@ def assert_eager(trainer: Trainer, before: dict) -> None:
 AT_END = pytest.mark.parametrize("at_end", [None, RuntimeError("the capture was invalidated")])
 
 
-@pytest.mark.parametrize("recipe", [*in_float32, "fp16"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_capture_leaves_all_as_it_was_and_its_replay_is_what_steps_do(recipe, dogs, monkeypatch):
     trainer, _, before = pretended(monkeypatch, dogs, recipe)
     assert capture(trainer) == ""
@@ -395,6 +396,7 @@ def test_the_memory_of_a_graph_that_fails_is_freed_its_error_named_and_steps_sta
             [ref for ref in made if ref() is not None]
             + [p for p in parameters if p.grad is not None]
         )
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")  # older torch's
 
     def full(opt: Optimizer, loss: Tensor) -> None:
         if len(made) == number + 1:  # a new error: a kept one would keep the step's tensors

@@ -137,6 +137,62 @@ def test_memory_is_contiguous_in_float32_on_cuda_alone(script_file):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_device_on_which_no_convolution_runs_is_left_out_or_refused(monkeypatch):
+    def dropped(*inputs: object) -> None:
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ARCH_MISMATCH\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", dropped)
+    assert mifid.choose_device(None) == torch.device("cpu")  # "cuda" is not there at all
+    with pytest.raises(mifid.UserError, match=r"ARCH_MISMATCH\).*--device cpu"):
+        mifid.choose_device("cpu")
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine"]
+)
+def test_too_little_memory_in_any_stage_names_the_remedy(message, features, monkeypatch):
+    def hungry(*inputs: object) -> None:
+        raise RuntimeError(message)
+
+    for stage in ("gaussian_of", "nearest_references", "kernel_distance"):
+        with monkeypatch.context() as patch, pytest.raises(mifid.UserError, match="--device cpu"):
+            patch.setattr(mifid, stage, hungry)
+            mifid.score(features, features, everything=True)
+    monkeypatch.setattr(mifid, "gaussian_of", hungry)
+    message = "an illegal memory access was encountered"  # is no lack of memory
+    with pytest.raises(RuntimeError, match="illegal"):
+        mifid.score(features, features)
+
+
+def test_no_product_is_rounded_because_a_training_allows_it(model, pictures, monkeypatch):
+    found = []
+
+    def watched(*inputs: object) -> torch.Tensor:
+        found.append(torch.get_float32_matmul_precision())
+        return forward(*inputs)
+
+    forward, before = model.forward, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(model, "forward", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        features = mifid.extract_features(model, pictures[:2])
+        assert found == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+        assert mifid.memorization_distance(features, features) == pytest.approx(0, abs=1e-12)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+def test_scores_on_a_gpu_are_those_of_the_cpu(script_file, pictures):
+    sides = pictures[:16], pictures[16:]
+    how = {"weights": script_file, "everything": True, "cache": False}
+    cpu, cuda = (mifid.score(*sides, device=device, **how) for device in ("cpu", "cuda"))
+    for name in ("fid", "memorization_distance", "kid", "precision", "recall", "coverage"):
+        assert cuda[name] == pytest.approx(cpu[name], rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

@@ -192,7 +192,8 @@ def test_what_a_row_needs_is_asked_for_with_a_value_that_works(field, choice, ne
     assert getattr(parse(choosing(field, choice)).config, field) == choice
 
 
-def test_rows_exclude_what_their_networks_and_losses_cannot_do():
+def test_rows_need_and_exclude_what_their_networks_and_losses_cannot_do():
+    assert train_dogs.CONDITIONS["classes"].needs == ("classify",)  # or D would learn no breeds
     fields = {field for field, _, _ in ROWS}
     assert fields == {"architecture", "latents", "condition", "g_norm", "loss"}
     excluded = {(choice, name) for _, choice, row in ROWS for name in row.without}

@@ -69,7 +69,7 @@ class Network(torch.nn.Module):
     """Features of the right shape: a fixed projection of the first pixels."""
 
     weights, sha256, fingerprint, precision, batch_size = "none", "0" * 64, "0", "float32", 64
-    classifier, seconds = None, 0.0
+    classifier = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 N x H x W x 3 to float32 N x 2048."""
