@@ -3562,7 +3562,7 @@ GONE = {  # flags of earlier versions
     "--r1-every": "it was never measured to help",
     "--checkpoint-seconds": f"checkpoints are written every {CHECKPOINT_SECONDS:.0f} s",
 }
-RENAMED = {"--layers": "--architecture"}
+RENAMED = {"--layers": "--architecture", "--swa-every": "--average-every"}
 
 
 def modern(argument: str) -> str:
