@@ -469,6 +469,13 @@ def test_closing_a_generator_of_threads_does_not_wait_for_their_work(ahead):
     assert not waits
 
 
+@pytest.mark.parametrize("ahead", [train_dogs.in_threads, mifid.submit_ahead])
+def test_threads_take_no_more_items_than_they_are_ahead(ahead):
+    taken = []
+    next(ahead(lambda k: k, (taken.append(k) for k in range(99)), ahead=4))
+    assert len(taken) == 5
+
+
 # ------------------------------------------------------------------------- drawing batches
 
 
