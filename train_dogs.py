@@ -656,21 +656,6 @@ class Batches:
         return reals, self.breed[rows], z
 
 
-def draw_reals(
-    crops: CropSet, rows: Tensor, generator: torch.Generator | None, mirror: float = 0.5
-) -> Tensor:
-    """One view of each dog in `rows`, of a random kind of crop, mirrored with probability `mirror`.
-
-    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], channels last in memory.
-    """
-    random = torch.rand((3, len(rows)), generator=generator, device=rows.device)
-    kind = torch.bucketize(random[0], crops.weights.cumsum(0)[:-1], right=True)
-    view = (random[1] * crops.count[rows, kind]).long() + crops.first[rows, kind]
-    pixels = crops.pixels[view].permute(0, 3, 1, 2)
-    mirrored = (random[2] < mirror)[:, None, None, None]
-    return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
-
-
 class Optimizer:
     """Fused Adam (Kingma and Ba 2015, arXiv 1412.6980) of one network, with its own loss scale.
 
@@ -730,18 +715,6 @@ class Optimizer:
         states = enumerate(self.adam.state.values())
         found = {f"{i}.{k}": v for i, state in states for k, v in state.items()}
         return found | {"loss_scale": self.loss_scale}
-
-
-def laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """`gradient` with the strides of `parameter`.
-
-    Adam's fused kernels walk raw memory: CUDA's refuse other strides, the CPU's mix up the elements
-    without an error. `autograd.grad` returns any strides: NCHW for channels-last weights after a
-    double backward (R1), and from cuDNN for a 1 x 1 input (G's first layer).
-    """
-    if gradient.stride() == parameter.stride():
-        return gradient
-    return torch.empty_like(parameter).copy_(gradient)
 
 
 class Trainer:
@@ -2149,6 +2122,21 @@ def prepare_crops(photos: PhotoSet, crops: str, show: bool = True, dedupe: float
     return CropSet(first=first, weights=shares, **table)
 
 
+def draw_reals(
+    crops: CropSet, rows: Tensor, generator: torch.Generator | None, mirror: float = 0.5
+) -> Tensor:
+    """One view of each dog in `rows`, of a random kind of crop, mirrored with probability `mirror`.
+
+    `rows`: int64 (B,). Returns float32 (B, 3, 64, 64) in [-1, 1], channels last in memory.
+    """
+    random = torch.rand((3, len(rows)), generator=generator, device=rows.device)
+    kind = torch.bucketize(random[0], crops.weights.cumsum(0)[:-1], right=True)
+    view = (random[1] * crops.count[rows, kind]).long() + crops.first[rows, kind]
+    pixels = crops.pixels[view].permute(0, 3, 1, 2)
+    mirrored = (random[2] < mirror)[:, None, None, None]
+    return torch.where(mirrored, pixels.flip(3), pixels).float().div(127.5).sub(1)
+
+
 # ----------------------------------------------------------------------------------- 10. The device
 
 
@@ -2218,6 +2206,18 @@ def memory_layout(device: torch.device) -> torch.memory_format:
     """Channels last, except on GPUs without tensor cores, which are faster with contiguous."""
     old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 0)
     return torch.contiguous_format if old_gpu else torch.channels_last
+
+
+def laid_out_like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """`gradient` with the strides of `parameter`.
+
+    Adam's fused kernels walk raw memory: CUDA's refuse other strides, the CPU's mix up the elements
+    without an error. `autograd.grad` returns any strides: NCHW for channels-last weights after a
+    double backward (R1), and from cuDNN for a 1 x 1 input (G's first layer).
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
