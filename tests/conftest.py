@@ -47,6 +47,15 @@ else:
     settings.load_profile("steady")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked `gpu`, visibly, where there is no GPU."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU here")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Points XDG_CACHE_HOME, of this process and its children, to an empty folder."""

@@ -78,7 +78,6 @@ def test_the_plain_loop_trains_both_networks():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_is_timed_captured_and_eager(capsys):
     bench_train.main(["--device", "cuda", *COMMAND[2:]])
     names = {row[0] for row in re.findall(ROW, capsys.readouterr().out)}

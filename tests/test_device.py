@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -211,13 +211,6 @@ def test_out_of_memory_leaves_whole_files_and_each_remedy_that_it_names_works(
 
 # ---------------------------------------------------------------------------------- on a real GPU
 
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
-
-
-def gpu(test: Callable) -> Callable:
-    """Marks a test that needs one."""
-    return pytest.mark.gpu(no_gpu(test))
-
 
 @pytest.fixture
 def cuda() -> Iterator[torch.device]:
@@ -257,7 +250,7 @@ def trained(trainer: Trainer, steps: int, start: int = 0) -> dict[str, torch.Ten
     return state["tensors"] | {"rng": state["rng"]}
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.usefixtures("exact")
 def test_fifty_eager_steps_equal_captured_ones_that_are_resumed_half_way_bit_for_bit(cuda):
     """So a capture changes nothing in the trainer, and a replay reads what is loaded."""
@@ -295,7 +288,7 @@ CAPTURED = {
 }
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("recipe", CAPTURED)
 def test_every_recipe_is_captured_without_alarm_and_its_replay_learns(cuda, recipe):
     """`capture` itself compares the whole state after a replayed and an eager step."""
@@ -306,7 +299,7 @@ def test_every_recipe_is_captured_without_alarm_and_its_replay_learns(cuda, reci
     assert trainer.is_healthy() and moved is (recipe != "no learning")
 
 
-@gpu
+@pytest.mark.gpu
 def test_where_memory_is_too_small_for_a_graph_it_is_freed_and_steps_go_on(cuda, monkeypatch):
     trainer = trainer_on(cuda, width=16, batch_size=32)
     trainer.step(0.0)
@@ -324,7 +317,7 @@ def test_where_memory_is_too_small_for_a_graph_it_is_freed_and_steps_go_on(cuda,
     assert trainer.is_healthy()
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 def test_fewer_bits_give_about_the_losses_of_float32(cuda, precision):
     means = {}
@@ -336,7 +329,7 @@ def test_fewer_bits_give_about_the_losses_of_float32(cuda, precision):
         assert means[precision][loss] == pytest.approx(means["fp32"][loss], rel=0.1)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_and_the_reverse(cuda):
     on_gpu, on_cpu = trainer_on(cuda), trainer_on(torch.device("cpu"))
     trained(on_gpu, 1)
@@ -346,7 +339,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu_and_the_reverse(cuda):
         assert target.is_healthy()
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_steps_never_wait_for_the_device(cuda, precision):
     trainer = captured_on(cuda, precision=precision)
@@ -361,7 +354,7 @@ def test_steps_never_wait_for_the_device(cuda, precision):
         torch.cuda.set_sync_debug_mode(before)
 
 
-@gpu
+@pytest.mark.gpu
 def test_at_most_4_steps_are_in_flight_so_that_the_clock_means_something(cuda):
     """The only wait in a step is for the end of the fifth last one."""
     trainer, ends = captured_on(cuda, width=32, batch_size=32), []
@@ -371,7 +364,7 @@ def test_at_most_4_steps_are_in_flight_so_that_the_clock_means_something(cuda):
         assert all(end.query() for end in ends[:-4])
 
 
-@gpu
+@pytest.mark.gpu
 def test_an_image_drawn_alone_on_the_gpu_differs_by_at_most_one_level(cuda):
     trainer = trainer_on(cuda)
     G = trainer.averages.generator(trainer.G, "none", 4, trainer.config)
@@ -384,7 +377,7 @@ def test_an_image_drawn_alone_on_the_gpu_differs_by_at_most_one_level(cuda):
     assert np.abs(on_cpu - full).max() <= 1
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_whole_run_and_its_continuation_on_the_gpu(cuda, tmp_path):
     out = Path(tmp_path / "out")
     assert run_here(out, device="cuda", width=4, steps=40) == 0
@@ -394,7 +387,7 @@ def test_a_whole_run_and_its_continuation_on_the_gpu(cuda, tmp_path):
     assert len(pixels(out / "images.zip")) == 40
 
 
-@gpu
+@pytest.mark.gpu
 def test_after_a_capture_that_a_wait_invalidates_steps_go_on(cuda, monkeypatch):
     """The last test, as it leaves CUDA's default generator in capture mode."""
     trainer = trainer_on(cuda)

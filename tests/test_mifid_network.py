@@ -184,7 +184,6 @@ def test_no_product_is_rounded_because_a_training_allows_it(model, pictures, mon
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_scores_on_a_gpu_are_those_of_the_cpu(script_file, pictures):
     sides = pictures[:16], pictures[16:]
     how = {"weights": script_file, "everything": True, "cache": False}
