@@ -101,8 +101,11 @@ def naming_the_remedy() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        signs = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-        if not any(sign in str(error).lower() for sign in (*signs, "unable to find an engine")):
+        signs = (
+            "out of memory", "not enough memory", "can't allocate memory", "alloc_failed",
+            "allocation_failed", "unable to find an engine",
+        )  # fmt: skip
+        if not any(sign in str(error).lower() for sign in signs):
             raise
         remedy = "give a smaller --batch-size, or --device cpu"
         raise UserError(f"There is too little memory: {remedy}.") from error

@@ -149,8 +149,12 @@ def test_a_device_on_which_no_convolution_runs_is_left_out_or_refused(monkeypatc
 
 
 @pytest.mark.parametrize(
-    "message", ["CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine"]
-)
+    "message",
+    [
+        "CUDA out of memory.", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)  # fmt: skip
 def test_too_little_memory_in_any_stage_names_the_remedy(message, features, monkeypatch):
     def hungry(*inputs: object) -> None:
         raise RuntimeError(message)
