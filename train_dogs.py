@@ -3363,10 +3363,20 @@ def finish(run: Run) -> None:
     run.report.event(f"look at {sheet} (100 dogs) and {out / 'progress.webp'} (all sheets)")
 
 
-def prepare(config: Config, device: torch.device) -> tuple[Trainer, list[str]]:
-    """Find and crop the dogs and build the trainer. Returns it and the plan, line by line."""
+def prepare(
+    config: Config, device: torch.device, named: frozenset[str] = frozenset()
+) -> tuple[Trainer, list[str]]:
+    """Find and crop the dogs and build the trainer. Returns it and the plan, line by line.
+
+    `named`: the fields that the user gave. What only the preset does with breeds is left out where
+    the dogs have one.
+    """
     photos = find_photos(config.data)
     crops = prepare_crops(photos, config.crops, dedupe=config.dedupe)
+    by_preset, notes = named.isdisjoint(("condition", "classify", "labelled")), []
+    if config.condition != "none" and len(crops.breeds) == 1 and by_preset:
+        notes = [f"one breed: without the preset's --condition {config.condition}"]
+        config = replace(config, condition="none", classify=0.0)
     trainer = Trainer(config, crops, device)
     G, D = (sum(p.numel() for p in net.parameters()) for net in (trainer.G, trainer.D))
     flops = flops_per_image(config, len(crops.breeds))
@@ -3379,13 +3389,13 @@ def prepare(config: Config, device: torch.device) -> tuple[Trainer, list[str]]:
         f" {config.steps} steps, {config.steps * config.batch_size:,} images, P100-hours:"
         f" {p100_hours(config, config.steps, len(crops.breeds)):.3g}"
     )
-    return trainer, [dogs, cost]
+    return trainer, [dogs, *notes, cost]
 
 
-def show_plan(config: Config, device: torch.device) -> int:
+def show_plan(options: Options, device: torch.device) -> int:
     """`--dry-run`: crop the dogs, print the plan and the configuration, and try a GPU's replay."""
-    trainer, plan = prepare(config, device)
-    for line in (*plan, json.dumps(plain(config), indent=2)):
+    trainer, plan = prepare(options.config, device, options.named)
+    for line in (*plan, json.dumps(plain(trainer.config), indent=2)):
         say(line)
     if device.type == "cuda":
         reason = capture(trainer)
@@ -3395,8 +3405,8 @@ def show_plan(config: Config, device: torch.device) -> int:
 
 def start_run(options: Options, device: torch.device, started: float, stop: Interrupts) -> int:
     """Find, crop, train, submit. Returns the exit code."""
-    config, out = options.config, Path(options.config.out)
-    trainer, plan = prepare(config, device)
+    trainer, plan = prepare(options.config, device, options.named)
+    config, out = trainer.config, Path(trainer.config.out)
     ignored = options.fresh and not options.resume
     state = None if ignored else find_checkpoint(options, trainer)
     clock = Clock(config, started, state["seconds_used"] if state else 0.0)
@@ -3620,6 +3630,17 @@ def help_of(f: Field) -> str:
     return shown + (f"; default {f.default}" if f.default not in ("", ()) else "")
 
 
+def recipe(preset: str, changes: dict[str, object]) -> Config:
+    """The configuration of a preset with changed fields.
+
+    The preset's `classify` is the weight of its own `condition`: another one starts from 0.
+    """
+    chosen = PRESETS[preset] | changes
+    if chosen.get("condition") != PRESETS[preset].get("condition"):
+        chosen["classify"] = changes.get("classify", 0.0)
+    return Config(**chosen)
+
+
 def parse(argv: Sequence[str]) -> Options:
     """The command line, made from `Config`; `--steps` alone lifts the time limit."""
     given = vars(make_parser().parse_args([modern(argument) for argument in argv]))
@@ -3635,7 +3656,7 @@ def parse(argv: Sequence[str]) -> Options:
         given["hours"] = math.inf
     if "data" in given:
         given["data"] = tuple(given["data"])
-    config = check_config(Config(**PRESETS[actions.pop("preset")] | given))
+    config = check_config(recipe(actions.pop("preset"), given))
     if not config.out:
         kaggle = Path("/kaggle/working")
         config = replace(config, out=str(kaggle if kaggle.is_dir() else "output"))
@@ -3649,7 +3670,7 @@ def act(options: Options, started: float, stop: Interrupts) -> int:
     torch.backends.cudnn.benchmark = True  # shapes never change: let cuDNN choose by measurement
     say(f"{describe_device(device)}, {choose_precision(config.precision, device)}")
     if options.dry_run:
-        return show_plan(config, device)
+        return show_plan(options, device)
     with only_run_in(Path(config.out)):
         if options.draws_only:
             return sample_only(options, device)

@@ -92,6 +92,15 @@ def test_a_preset_trains_and_writes_its_zip_and_configuration(name, tmp_path, mo
         assert written[field] == PRESETS[name][field]
 
 
+def test_the_weight_of_a_presets_condition_is_not_that_of_another():
+    for condition, weight in (("none", 0), ("breed", 0), ("classes", 1)):
+        config = train_dogs.recipe("improved", {"condition": condition})
+        assert (config.condition, config.classify) == (condition, weight)
+    given = ["--preset", "improved", "--condition", "breed", "--g-norm", "batch"]
+    assert parse([*given, "--classify", "0.3"]).config.classify == 0.3
+    assert parse(given).config.classify == 0.0
+
+
 # ----------------------------------------------------------------------------------- the DCGAN
 
 

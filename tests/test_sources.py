@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import shutil
 import struct
@@ -101,6 +102,21 @@ def test_breeds_cannot_be_told_apart_where_there_is_one(tmp_path, capsys):
         assert run_here(tmp_path / "out", **flags) == 2
         last = capsys.readouterr().err.splitlines()[-1]  # after the bar of cropping
         assert_one_sentence(last, "several breeds", f"--condition {condition}")
+
+
+def test_a_preset_that_uses_breeds_trains_without_where_there_is_one(tmp_path, capsys):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(np.zeros((20, 28, 28), np.uint8)))
+    flags = {"preset": "improved", "data": tmp_path, "images": 3, "batch_size": 4}
+    flags |= {"minibatch_features": 0, "g_norm": "batch"}  # for speed alone
+    for steps in (1, 2):  # started and resumed
+        assert run_here(tmp_path / "out", steps=steps, **flags) == 0
+    said = capsys.readouterr().out
+    assert "one breed: without the preset's --condition" in said and "resumed at step 1" in said
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["condition"], written["classify"]) == ("none", 0.0)
+    assert run_here(tmp_path / "out", "--dry-run", **flags) == 0
+    assert '"condition": "none"' in capsys.readouterr().out
+    assert run_here(tmp_path / "out", "--fresh", labelled=0.5, steps=1, **flags) == 2
 
 
 def test_digits_are_not_mirrored_by_the_preset(digits, tmp_path):

@@ -77,8 +77,8 @@ class Run:
     """One change at one seed: its configuration and the fields that identify it in the log."""
 
     def __init__(self, args: argparse.Namespace, change: str, seed: int) -> None:
-        recipe = train_dogs.PRESETS[args.preset] | args.base | fields_of(change)
-        config = replace(Config(**recipe), seed=seed, hours=math.inf, device=args.device)
+        config = train_dogs.recipe(args.preset, args.base | fields_of(change))
+        config = replace(config, seed=seed, hours=math.inf, device=args.device)
         self.step_hours = train_dogs.p100_hours(config, 1)
         steps = max(1, round(args.hours / self.step_hours))
         self.key = {"preset": args.preset, "base": args.base, "tenth": args.tenth}
