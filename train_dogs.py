@@ -222,7 +222,7 @@ PRESETS: dict[str, dict[str, object]] = {  # the fields that differ from the def
         "smoothing": 0.25, "classify": 1.0, "batch_size": 64, "g_lr": 4e-4, "d_lr": 4e-4,
         "beta1": 0.5, "average": "none", "steps": 308_000,
     },
-    # Real dogs in two hours of one CPU core.
+    # Real dogs in two to three hours of one CPU core.
     "small": {
         "architecture": "paper", "latent_dim": 64, "width": 24, "condition": "classes",
         "classify": 1.0, "augment": "translation", "batch_size": 16, "g_lr": 3e-4, "d_lr": 3e-4,
