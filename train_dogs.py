@@ -3636,10 +3636,10 @@ def recipe(preset: str, changes: dict[str, object]) -> Config:
 
     The preset's `classify` is the weight of its own `condition`: another one starts from 0.
     """
-    chosen = PRESETS[preset] | changes
-    if chosen.get("condition") != PRESETS[preset].get("condition"):
-        chosen["classify"] = changes.get("classify", 0.0)
-    return Config(**chosen)
+    own = PRESETS[preset]
+    if changes.get("condition", own.get("condition")) != own.get("condition"):
+        own = own | {"classify": 0.0}
+    return Config(**own | changes)
 
 
 def parse(argv: Sequence[str]) -> Options:
